@@ -1,0 +1,23 @@
+"""Plain training on retained data: the base model's trainer, the retrained oracle, and a control."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from erasediff.objectives import Batch
+from erasediff.solver import Fixed, Solver, StepReport
+
+
+class FineTune(Solver):
+    """Descent on the denoising loss of the retained batch; the forgotten one is not looked at.
+
+    Forgets only as far as the weights drift: the control that tells what the constraint adds.
+    """
+
+    name: ClassVar[str] = "finetune"
+
+    def step(self, retain: Batch, forget: Batch | None = None) -> StepReport:
+        """One step on ``retain``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
+        loss = self.objective.retain_loss(self.model, retain, self._key(), self.gradients.backward)
+        constraint = self._update(self.gradients.take(), [], Fixed(0.0))
+        return StepReport(retain_loss=loss, grad_norm=constraint.norm, finite=constraint.finite, skipped=self.skipped)

@@ -1,0 +1,16 @@
+"""What the two losses measure: retained data is denoised truly, forgotten data towards a deviated target."""
+
+from erasediff.objectives.batch import Batch, Denoiser, diffusers_denoiser
+from erasediff.objectives.denoising import DenoisingObjective
+from erasediff.objectives.target import DeviationTarget, GaussianNoise, Relabel, UniformNoise
+
+__all__ = [
+    "Batch",
+    "Denoiser",
+    "DenoisingObjective",
+    "DeviationTarget",
+    "GaussianNoise",
+    "Relabel",
+    "UniformNoise",
+    "diffusers_denoiser",
+]

@@ -1,0 +1,136 @@
+"""From a batch to L_r or L_f: noising, the model's prediction, and the loss, with every draw addressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.objectives.batch import Batch, Denoiser, condition_of, diffusers_denoiser, micro_batches, with_sample_ids
+from erasediff.objectives.target import DeviationTarget
+from erasediff.process import NoiseRole, Process, draw_timesteps
+from erasediff_kernels import add_noise, denoising_loss
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoisingObjective:
+    """The losses of one model under one process.
+
+    process:            schedule and prediction type
+    denoiser:           how the model is called
+    min_snr_gamma:      min-SNR weights in both losses; None weighs all timesteps alike
+    antithetic:         timesteps in pairs t, T-1-t
+    accumulation_steps: micro-batches per batch; the sum of their losses is the batch's mean
+    autocast:           dtype of the forward passes (torch.bfloat16), or None
+    """
+
+    process: Process
+    denoiser: Denoiser = diffusers_denoiser
+    min_snr_gamma: float | None = None
+    antithetic: bool = False
+    accumulation_steps: int = 1
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {self.accumulation_steps}")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive, or None for no weighting, got {self.min_snr_gamma}")
+
+    def retain_loss(self, model: nn.Module, batch: Batch, key: Tensor, backward: Backward | None) -> Tensor:
+        """L_r = E |target(x_0, eps, t) - prediction(x_t)|^2, 0-D float32, detached (arXiv 2401.05779, L_r).
+
+        ``backward`` is called on each micro-batch's share; None evaluates the loss alone.
+        """
+        roles = {"noise": NoiseRole.RETAIN_NOISE, "timestep": NoiseRole.RETAIN_TIMESTEP}
+        return self.true_loss(model, batch, key, backward, **roles)
+
+    def true_loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        key: Tensor,
+        backward: Backward | None,
+        *,
+        noise: NoiseRole,
+        timestep: NoiseRole,
+        sign: float = 1.0,
+    ) -> Tensor:
+        """The denoising loss against the true target; ``sign`` = -1 hands ``backward`` the loss to ascend on."""
+
+        def loss(part: Batch, weight: Tensor) -> Tensor:
+            noisy_sample, timesteps = self._noised(part, key, noise, timestep)
+            alpha, sigma = self.process.coefficients(timesteps)
+            with self._precision(noisy_sample.device):
+                conditioning = self.process.conditioning[timesteps]
+                prediction = self.denoiser(model, noisy_sample, conditioning, condition_of(part))
+            return denoising_loss(
+                prediction,
+                part["sample"],
+                alpha,
+                sigma,
+                prediction_type=self.process.prediction_type,
+                weight=self._weighted(timesteps, sign * weight),
+                sample_ids=part["sample_ids"],
+                key=key,
+                role=int(noise),
+            ).loss
+
+        return sign * self._accumulate(loss, batch, backward)
+
+    def forget_loss(
+        self, model: nn.Module, batch: Batch, key: Tensor, target: DeviationTarget, backward: Backward | None
+    ) -> Tensor:
+        """L_f = E |eps_f - prediction(x_t)|^2, x_t from the true noise, 0-D float32, detached (2401.05779, L_f)."""
+
+        def loss(part: Batch, weight: Tensor) -> Tensor:
+            noisy_sample, timesteps = self._noised(part, key, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP)
+            conditioning = self.process.conditioning[timesteps]
+            condition = condition_of(part)
+            with self._precision(noisy_sample.device):
+                return target.loss(
+                    self.denoiser(model, noisy_sample, conditioning, condition),
+                    model=model,
+                    denoiser=self.denoiser,
+                    noisy_sample=noisy_sample,
+                    timesteps=conditioning,
+                    condition=condition,
+                    sample_ids=part["sample_ids"],
+                    key=key,
+                    weight=self._weighted(timesteps, weight),
+                )
+
+        return self._accumulate(loss, batch, backward)
+
+    def _noised(self, part: Batch, key: Tensor, noise: NoiseRole, timestep: NoiseRole) -> tuple[Tensor, Tensor]:
+        """(x_t, timesteps) of a micro-batch."""
+        ids = part["sample_ids"]
+        timesteps = draw_timesteps(ids, key, timestep, self.process.num_train_timesteps, antithetic=self.antithetic)
+        alpha, sigma = self.process.coefficients(timesteps)
+        return add_noise(part["sample"], alpha, sigma, sample_ids=ids, key=key, role=int(noise)), timesteps
+
+    def _weighted(self, timesteps: Tensor, weight: Tensor) -> Tensor:
+        if self.min_snr_gamma is None:
+            return weight
+        return weight * self.process.min_snr_weight(timesteps, self.min_snr_gamma)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
+
+    def _accumulate(self, loss: Callable[[Batch, Tensor], Tensor], batch: Batch, backward: Backward | None) -> Tensor:
+        """Sum over micro-batches of ``loss(part, weight [B])``, the weights carrying the mean over the whole batch."""
+        batch = with_sample_ids(batch)
+        sample = batch["sample"]
+        weight = torch.full((sample.shape[0],), 1 / sample.shape[0], device=sample.device)
+        total = torch.zeros((), device=sample.device)
+        for part in micro_batches(batch, self.accumulation_steps):
+            share = loss(part, weight[: part["sample"].shape[0]])
+            if backward is not None:
+                backward(share)
+            total = total + share.detach()
+        return total

@@ -1,0 +1,49 @@
+"""Randomness by address: every draw is a function of (seed, step, role, sample id), never of what was drawn before.
+
+A run therefore sees the same noise and timesteps whatever the world size, micro-batching or number of restarts.
+The generator is Philox4x32-10 (Salmon et al. 2011) in ``erasediff_kernels``.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from erasediff_kernels import philox_bits
+
+
+class NoiseRole(IntEnum):
+    """What a draw is for. The number is part of the Philox counter: changing one changes every run."""
+
+    RETAIN_NOISE = 0
+    FORGET_NOISE = 1
+    FORGET_TARGET = 2
+    RETAIN_TIMESTEP = 3
+    FORGET_TIMESTEP = 4
+    RELABEL = 5
+    LABEL_DROPOUT = 6
+    SAMPLING = 7
+    ROUNDING = 255
+
+
+def noise_key(seed: int, step: int, device: torch.device | str) -> Tensor:
+    """int64 [2] = (seed, step) on ``device``: the part of the Philox address that a whole step shares."""
+    # Filled on the device: copying a host tensor there would wait for the device.
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in (seed, step)])
+
+
+def draw_timesteps(
+    sample_ids: Tensor, key: Tensor, role: NoiseRole, num_train_timesteps: int, *, antithetic: bool = False
+) -> Tensor:
+    """Uniform train timesteps, int64 [B] in [0, T), for int64 ``sample_ids`` [B].
+
+    With ``antithetic``, the samples 2i and 2i+1 share one draw, t and T-1-t: the mean loss over a batch then varies
+    less from step to step, and each sample's own timestep is still uniform.
+    """
+    word = philox_bits(sample_ids // 2 if antithetic else sample_ids, key, int(role), 1)[:, 0]
+    timesteps = (word * num_train_timesteps) >> 32
+    if antithetic:
+        timesteps = torch.where(sample_ids % 2 == 1, num_train_timesteps - 1 - timesteps, timesteps)
+    return timesteps

@@ -1,0 +1,93 @@
+"""EraseDiff: preserve the denoising of retained data, subject to a constraint on that of forgotten data."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.objectives import Batch, DeviationTarget, UniformNoise
+from erasediff.process import Process
+from erasediff.solver.barrier import Barrier, Norm
+from erasediff.solver.base import Solver, SolverOptions
+from erasediff.solver.inner import InnerCopy, InnerSolve
+from erasediff.solver.report import StepReport
+
+
+class EraseDiff(Solver):
+    """The constrained first-order method of EraseDiff (arXiv 2401.05779, Theorem 3.1), one step at a time.
+
+    You keep the loop, the model and the optimizer; ``step`` computes both gradients, the multiplier and the update.
+
+    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds
+    optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``
+    process:   noise schedule and prediction type: ``Process.from_scheduler(pipeline.scheduler)``
+    barrier:   ``Norm`` (default), ``Gap``, ``Fixed`` or ``Cosine``
+    target:    ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``
+    inner:     settings of the inner solve; it runs only under a barrier that depends on it
+    options:   see ``SolverOptions``
+
+    Raises ``ValueError`` for settings out of range, ``TypeError`` for an option that does not exist.
+    """
+
+    name: ClassVar[str] = "erasediff"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        process: Process,
+        barrier: Barrier | None = None,
+        target: DeviationTarget | None = None,
+        inner: InnerSolve | None = None,
+        **options: Unpack[SolverOptions],
+    ) -> None:
+        super().__init__(model, optimizer, process=process, **options)
+        self.barrier: Barrier = Norm() if barrier is None else barrier
+        self.target: DeviationTarget = UniformNoise() if target is None else target
+        self.inner = InnerCopy(model, inner or InnerSolve()) if self.barrier.needs_inner_solve else None
+
+    def step(self, retain: Batch, forget: Batch) -> StepReport:
+        """One constrained update from a retained and a forgotten batch (see ``erasediff.objectives.Batch``).
+
+        Nothing is read on the host: the report's values are 0-D tensors on the device. A step whose gradients are not
+        finite leaves weights and optimizer state untouched and adds one to ``skipped``.
+        """
+        key = self._key()
+        inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
+        retain_loss = self.objective.retain_loss(self.model, retain, key, self.gradients.backward)
+        retain_gradient = self.gradients.take()
+        forget_loss = self.objective.forget_loss(self.model, forget, key, self.target, self.gradients.backward)
+        forget_gradient = self.gradients.take()
+        gap = None if inner_loss is None else forget_loss - inner_loss
+        constraint = self._update(retain_gradient, forget_gradient, self.barrier, gap)
+        return StepReport(
+            retain_loss=retain_loss,
+            forget_loss=forget_loss,
+            gap=gap,
+            multiplier=constraint.multiplier,
+            grad_norm=constraint.norm,
+            finite=constraint.finite,
+            skipped=self.skipped,
+        )
+
+    def _inner_loss(self, inner: InnerCopy, forget: Batch, key: Tensor) -> Tensor:
+        """L_f(phi_K) on the batch, timesteps and noise that this step's L_f(theta) uses."""
+        if self.iteration % inner.settings.refresh_every == 0:
+            inner.minimise(
+                self.model,
+                lambda model, backward: self.objective.forget_loss(model, forget, key, self.target, backward),
+            )
+        with torch.no_grad():
+            return self.objective.forget_loss(inner.model, forget, key, self.target, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        inner = None if self.inner is None else self.inner.state_dict()
+        return {**super().state_dict(), "inner": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.inner is not None:
+            self.inner.load_state_dict(state["inner"])
