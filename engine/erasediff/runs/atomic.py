@@ -1,0 +1,130 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from erasediff.errors import UserError
+
+TEMPORARY_SUFFIX = ".partial"
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO)
+
+
+@contextmanager
+def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling of ``path`` to fill; give it the name ``path`` once all of it is on the disk.
+
+    Whatever ends the block early, a full disk and Ctrl-C included, leaves ``path`` as it was. UserError if ``path``
+    exists and ``replace`` is false, and for what the disk refuses.
+    """
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already: remove it or choose another name.")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = temporary_sibling(path)
+        try:
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
+            with _set_aside(path):
+                partial.rename(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write ``content`` (text as UTF-8) to ``path``, replacing an older file in one move. UserError as above."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = temporary_sibling(path)
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that a kill half-way leaves nothing under its name."""
+    with _set_aside(path):
+        pass
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were still writing in ``folder``."""
+    for partial in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A hidden name beside ``path``, on the same file system and of no other process."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses while ``path`` is written into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} was not written, and nothing else was changed; free some space and run "
+                "the command again."
+            ) from error
+        if number in REFUSALS:
+            raise UserError(f"Cannot write {path}: {os.strerror(number).lower()}.") from error
+        raise
+
+
+@contextmanager
+def _set_aside(path: Path) -> Iterator[None]:
+    """Free the name ``path`` for the block, and remove what had it if the block ends well."""
+    if not path.exists():
+        yield
+        return
+    aside = temporary_sibling(path)
+    path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """The errno; safetensors only mentions it in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    mentioned = re.search(r"os error (\d+)", str(error))
+    return int(mentioned.group(1)) if mentioned else None
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
