@@ -1,1 +1,38 @@
-"""Fused operators for unlearning in diffusion models."""
+"""Fused operators for unlearning in diffusion models. Needs torch only.
+
+Every operator has an eager reference and, where built or available, compiled (C++, CUDA) and Triton implementations;
+`python -m erasediff_kernels.info` tells which would run here, `use_backend` forces one.
+"""
+
+from erasediff_kernels import _library  # noqa: F401  defines torch.ops.erasediff before the ops register autograd on it
+from erasediff_kernels._dispatch import use_backend
+from erasediff_kernels.ops.add_noise import add_noise
+from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
+from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
+from erasediff_kernels.ops.constraint_multiplier import Constraint, constraint_multiplier
+from erasediff_kernels.ops.denoising_loss import DenoisingLoss, denoising_loss
+from erasediff_kernels.ops.deviation_loss import DeviationLoss, deviation_loss
+from erasediff_kernels.ops.gradient_gram import gradient_gram
+from erasediff_kernels.ops.masks import pack_mask, unpack_mask
+from erasediff_kernels.ops.philox import philox_bits, philox_noise
+from erasediff_kernels.optim import ConstrainedAdamW, ConstrainedSGD
+
+__all__ = [
+    "ConstrainedAdamW",
+    "ConstrainedSGD",
+    "Constraint",
+    "DenoisingLoss",
+    "DeviationLoss",
+    "add_noise",
+    "constrained_adamw_",
+    "constrained_sgd_",
+    "constraint_multiplier",
+    "denoising_loss",
+    "deviation_loss",
+    "gradient_gram",
+    "pack_mask",
+    "philox_bits",
+    "philox_noise",
+    "unpack_mask",
+    "use_backend",
+]

@@ -8,9 +8,9 @@ device and implementation draws the same bits for the same sample.
 
 Element e of a sample takes word e % 4 of block e // 4.
 
-The normal is bit-exact as well, not only the words. Its logarithm, sine and cosine are polynomials in which each +, -, *
-and sqrt is rounded to fp32 on its own. THE ORDER OF OPERATIONS BELOW IS NORMATIVE: no FMA contraction, no reassociation,
-no libm in any implementation.
+The normal is bit-exact as well, not only the words. Its logarithm, sine and cosine are polynomials in which each +, -,
+* and sqrt is rounded to fp32 on its own. The order of operations below is normative: no FMA contraction, no
+reassociation and no libm in any implementation.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def words(sample_ids: Tensor, key: Tensor, role: int, count: int, *, first_eleme
         step & MASK32,
         (role & 0xFF) << 24 | (sample >> 32) & 0xFFFFFF,
     )
-    lanes = torch.broadcast_tensors(*philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32)))
+    lanes = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
     return torch.stack(lanes, dim=-1).flatten(1)[:, :count]
 
 
@@ -88,10 +88,10 @@ def normal(word: Tensor) -> Tensor:
     """N(0, 1) in fp32 by Box-Muller on the pairs of words (0, 1), (2, 3), ...; `word` is [..., even], so is the result.
 
     With a = words of even elements and b = words of odd elements:
-        u = fp32(a) 2^-32 + 2^-33,  radius = sqrt(-2 ln u),  even lane = radius cos(2 pi b'),  odd lane = radius sin(2 pi b')
-    where b' = (b >> 8) 2^-24.
+        u = fp32(a) 2^-32 + 2^-33,  radius = sqrt(-2 ln u),  angle = 2 pi (b >> 8) 2^-24
+        even lane = radius cos(angle),  odd lane = radius sin(angle)
     """
-    a, b = word.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = word[..., 0::2], word[..., 1::2]
     u = a.float() * 2.0**-32 + 2.0**-33
     radius = torch.sqrt(ln(u) * -2.0)
     cosine, sine = cos_sin_turn(b >> 8)

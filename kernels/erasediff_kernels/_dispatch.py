@@ -1,0 +1,122 @@
+"""Which implementation of an operator runs.
+
+A backend is a module with one function per operator (same name, same arguments as the schema in `_library`) and a set
+`DEVICES` of the device types it can serve in this installation. For each device type the first backend of `PREFERENCE`
+that serves it wins, unless `use_backend(...)` or the environment variable `ERASEDIFF_BACKEND` forces one; a forced
+backend that cannot serve the device raises instead of falling back.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+MODULES = {
+    "compiled": "erasediff_kernels._compiled",
+    "triton": "erasediff_kernels._triton",
+    "reference": "erasediff_kernels.reference",
+}
+PREFERENCE = {
+    "cuda": ("compiled", "triton", "reference"),
+    "cpu": ("compiled", "reference"),
+}
+ENVIRONMENT_VARIABLE = "ERASEDIFF_BACKEND"
+
+_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator of the block with backend `name`: "compiled", "triton" or "reference".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: from the operator, where the backend cannot serve the device of its tensors.
+    """
+    global _forced
+    if name not in MODULES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(MODULES)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@functools.cache
+def load(backend: str) -> ModuleType | None:
+    """The backend's module; None where the installation comes without it. A broken module raises its own error."""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return None
+    if importlib.util.find_spec(MODULES[backend]) is None:
+        return None
+    return importlib.import_module(MODULES[backend])
+
+
+def devices(backend: str) -> frozenset[str]:
+    """Device types that `backend` serves in this installation."""
+    module = load(backend)
+    return frozenset() if module is None else frozenset(module.DEVICES)
+
+
+def available(device_type: str) -> tuple[str, ...]:
+    """Backends that serve `device_type`: the preferred one first, then those that run only when forced."""
+    preferred = PREFERENCE.get(device_type, ())
+    order = (*preferred, *(backend for backend in MODULES if backend not in preferred))
+    return tuple(backend for backend in order if device_type in devices(backend))
+
+
+def selected(device_type: str) -> str:
+    """The backend that an operator on `device_type` would use now."""
+    return _select(device_type, _forced)
+
+
+def implementation(op: str, device_type: str) -> Callable[..., Any]:
+    """The function that runs `op` on `device_type` now."""
+    return _implementation(op, device_type, _forced)
+
+
+def kernel(op: str) -> Callable[..., Any]:
+    """The dispatcher entry of `op`: looks at the device of the first tensor and calls the implementation."""
+
+    def run(*args: Any) -> Any:
+        return _implementation(op, _device_type(args), _forced)(*args)
+
+    run.__name__ = op
+    return run
+
+
+@functools.cache
+def _select(device_type: str, forced: str | None) -> str:
+    if forced is None:
+        return next(backend for backend in PREFERENCE[device_type] if device_type in devices(backend))
+    if forced not in MODULES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced!r} is no backend: choose one of {', '.join(MODULES)}")
+    if device_type not in devices(forced):
+        have = ", ".join(available(device_type))
+        raise RuntimeError(
+            f"backend {forced!r} was asked for, but cannot run on {device_type} in this installation (it has: {have}); "
+            "`python -m erasediff_kernels.info` says what is built"
+        )
+    return forced
+
+
+@functools.cache
+def _implementation(op: str, device_type: str, forced: str | None) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(load(_select(device_type, forced)), op)
+    return function
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+        if isinstance(arg, list) and arg:
+            return _device_type(tuple(arg[:1]))
+    raise AssertionError("every operator has a tensor argument")

@@ -1,0 +1,1 @@
+"""Public functions, one module per operator: each checks its arguments and calls `torch.ops.erasediff.<op>`."""

@@ -1,0 +1,86 @@
+"""The constrained step with SGD: combination, clipping, decay, momentum, EMA and low-precision copy in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from erasediff_kernels.ops._lists import in_layout_of
+from erasediff_kernels.ops._update import check_update, mark_written
+
+
+def constrained_sgd_(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    *,
+    multiplier: Tensor,
+    clip_scale: Tensor,
+    finite: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    ema: Sequence[Tensor] = (),
+    ema_decay: float = 0.0,
+    copies: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    rounding_key: Tensor | None = None,
+) -> None:
+    """SGD with momentum and decoupled weight decay on delta = clip_scale (retain + multiplier forget), in place.
+
+    Nothing at all changes where `finite` is False. Otherwise step += 1 and
+
+        p *= 1 - lr weight_decay
+        b = momentum b + delta
+        p -= lr (delta + momentum b if nesterov else b)
+        ema += (1 - ema_decay) (p - ema)
+
+    Args:
+        momentum_buffers: b, float32 or the parameter's dtype; empty when `momentum` is 0.
+        (the others): as in `constrained_adamw_`.
+
+    Raises:
+        ValueError: for lists, shapes, strides, dtypes or devices that do not match; momentum without buffers, buffers
+            without momentum, nesterov without momentum.
+    """
+    if params and bool(momentum_buffers) != (momentum != 0.0):
+        raise ValueError(
+            f"momentum is {momentum} and there are {len(momentum_buffers)} momentum_buffers: give one per parameter "
+            "with momentum, and none without"
+        )
+    if nesterov and momentum == 0.0:
+        raise ValueError("nesterov=True needs momentum > 0")
+    check_update(
+        params,
+        {"momentum_buffers": momentum_buffers} if momentum_buffers else {},
+        {"retain": retain, "forget": forget},
+        {"ema": ema, "copies": copies},
+        masks,
+        {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
+        finite,
+        step,
+        rounding_key,
+    )
+    torch.ops.erasediff.constrained_sgd_(
+        list(params),
+        list(momentum_buffers),
+        in_layout_of(params, retain),
+        in_layout_of(params, forget) if forget else [],
+        list(ema),
+        list(copies),
+        list(masks),
+        multiplier,
+        clip_scale,
+        finite,
+        lr,
+        step,
+        momentum,
+        nesterov,
+        weight_decay,
+        ema_decay,
+        rounding_key,
+    )
+    mark_written(params, momentum_buffers, ema, copies, (step,))

@@ -1,0 +1,68 @@
+"""The multiplier of the forget gradient, the clip scale and the finite flag, from the Gram values alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from erasediff_kernels.ops._checks import check_choice
+
+BARRIERS = ("norm", "gap", "fixed", "cosine")
+
+
+class Constraint(NamedTuple):
+    """What the update needs to know about the two gradients: 0-D tensors on their device."""
+
+    multiplier: Tensor
+    """lambda in delta = r + lambda g; float32."""
+    clip_scale: Tensor
+    """What delta is multiplied by; float32."""
+    norm: Tensor
+    """|delta| before clipping; float32."""
+    finite: Tensor
+    """False where anything is infinite or NaN, and the step must be skipped; bool."""
+
+
+def constraint_multiplier(
+    gram: Tensor,
+    barrier: str = "norm",
+    eta: float = 0.1,
+    *,
+    gap: Tensor | None = None,
+    max_norm: float | None = None,
+) -> Constraint:
+    """lambda = max(0, (a - <r, g>) / |g|^2), the dual solution of min |delta - r|^2 / 2 subject to <delta, g> >= a
+    (EraseDiff, arXiv 2401.05779, after Gong et al. and Liu et al.).
+
+    | barrier | lambda |
+    |---|---|
+    | "norm" | max(0, eta - <r, g> / |g|^2): a = eta |g|^2 |
+    | "gap" | max(0, (eta max(gap, 0) - <r, g>) / |g|^2) |
+    | "fixed" | eta |
+    | "cosine" | max(0, eta - <r, g> / (|r| |g|)) |
+
+    Where |g|^2 = 0 the multiplier is 0 ("fixed" stays eta). The norm is that of r + lambda g, from the Gram values;
+    clipping is that of `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        gram: float64 [3] from `gradient_gram`, summed over ranks where gradients are sharded.
+        barrier, eta: which barrier, and its constant.
+        gap: 0-D floating tensor L_f(theta) - L_f(phi_K), for barrier "gap".
+        max_norm: the largest norm of the step; None leaves it as it is.
+
+    Raises:
+        ValueError: for an unknown barrier, a gap missing or not asked for, another shape or dtype of gram.
+    """
+    check_choice("barrier", barrier, BARRIERS)
+    if gram.shape != (3,) or gram.dtype != torch.float64:
+        raise ValueError(f"gram is {gram.dtype} with shape {tuple(gram.shape)}: pass what gradient_gram returned")
+    if (barrier == "gap") != (gap is not None):
+        raise ValueError("barrier 'gap' needs gap=L_f(theta) - L_f(phi_K), and the other barriers take none")
+    if gap is not None and (gap.dim() != 0 or not gap.dtype.is_floating_point or gap.device != gram.device):
+        raise ValueError(
+            f"gap is {gap.dtype} with shape {tuple(gap.shape)} on {gap.device}: give a 0-D floating tensor on "
+            f"{gram.device}"
+        )
+    if max_norm is not None and not max_norm > 0.0:
+        raise ValueError(f"max_norm is {max_norm}: it must be positive, or None for no clipping")
+    return Constraint(*torch.ops.erasediff.constraint_multiplier(gram, barrier, eta, gap, max_norm))

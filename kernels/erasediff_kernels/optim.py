@@ -1,0 +1,336 @@
+"""`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
+from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
+from erasediff_kernels.ops.constraint_multiplier import Constraint
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(kw_only=True, slots=True)
+class Bucket:
+    """Lists for one call of the operator: parameters of one group, of one kind and on one device."""
+
+    params: list[Tensor] = field(default_factory=list)
+    retain: list[Tensor] = field(default_factory=list)
+    forget: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def state(self, name: str) -> list[Tensor]:
+        return [local(state[name]) for state in self.states]
+
+
+class ConstrainedOptimizer(torch.optim.Optimizer):
+    """What `ConstrainedAdamW` and `ConstrainedSGD` share: groups, state, learning rates and the two kinds of step."""
+
+    MOMENTS: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if defaults["master_weights"] and defaults["stochastic_rounding"]:
+            raise ValueError("master_weights and stochastic_rounding both replace each other: choose one")
+        ema_decay = defaults["ema_decay"]
+        if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
+            raise ValueError(f"ema_decay is {ema_decay}: it must lie in [0, 1], or be None for no average")
+        if defaults["weight_decay"] < 0.0:
+            raise ValueError(f"weight_decay is {defaults['weight_decay']}: it cannot be negative")
+        if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0.0:
+            raise ValueError(f"lr is {defaults['lr']}: it cannot be negative")
+        self._scalars: dict[Any, tuple[float, Tensor]] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scalars = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        device = group["params"][0].device if group["params"] else None
+        group.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+
+    def parameters_in_order(self) -> list[Tensor]:
+        """The parameters of all groups, in order, that require a gradient: what `constrained_step` wants lists for."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    @torch.no_grad()
+    def constrained_step(self, retain: Sequence[Tensor], forget: Sequence[Tensor], constraint: Constraint) -> None:
+        """One update with delta = clip_scale (retain + multiplier forget); none where `constraint.finite` is False.
+
+        Args:
+            retain, forget: gradients, one for each of `parameters_in_order()`, any floating dtype and strides; `forget`
+                may be empty.
+            constraint: from `constraint_multiplier`.
+
+        Raises:
+            ValueError: for lists that do not match the parameters.
+        """
+        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
+        count = sum(map(len, groups))
+        for name, gradients in (("retain", retain), ("forget", forget)):
+            if len(gradients) != count and (gradients or name == "retain"):
+                raise ValueError(
+                    f"{name} has {len(gradients)} gradients for {count} parameters: give one for each of "
+                    "parameters_in_order()"
+                )
+        first = 0
+        for group_index, params in enumerate(groups):
+            last = first + len(params)
+            self._update(group_index, params, retain[first:last], forget[first:last], constraint)
+            first = last
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A plain step from `p.grad`, by the same kernel; parameters without a gradient are skipped."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group_index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                gradients = [cast(Tensor, p.grad) for p in params]
+                self._update(group_index, params, gradients, (), self._unconstrained(params[0].device))
+        return loss
+
+    def ema_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, its running average) for each parameter that has one; they begin at the first step."""
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            if "ema" in self.state[p]:
+                yield p, self.state[p]["ema"]
+
+    def set_mask(self, param: Tensor, packed: Tensor | None) -> None:
+        """Freeze the elements of `param` whose bit in `packed` (`pack_mask`) is 0; None lifts the mask."""
+        if packed is None:
+            self.state[param].pop("mask", None)
+        else:
+            self.state[param]["mask"] = packed.to(local(param).device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but each state tensor keeps its dtype: fp32 moments and masters of half parameters, bit masks."""
+        super().load_state_dict(state_dict)
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for param_id, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(param_id, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group["step"].to(group["params"][0].device)
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of one parameter; a mask may be there already."""
+        state = cast(dict[str, Tensor], self.state[p])
+        if group["master_weights"] and p.dtype in HALF_DTYPES and "master" not in state:
+            state["master"] = p.detach().float()
+        # Half-precision moments lose small updates; fp32 ones cost less than they save.
+        dtype = torch.float32 if p.dtype in HALF_DTYPES else p.dtype
+        for name in self._moments(group):
+            if name not in state:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+        if group["ema_decay"] is not None and "ema" not in state:
+            state["ema"] = p.detach().to(dtype, copy=True)
+        return state
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.MOMENTS
+
+    def _update(
+        self,
+        group_index: int,
+        params: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        constraint: Constraint,
+    ) -> None:
+        group = self.param_groups[group_index]
+        buckets: dict[Any, Bucket] = {}
+        for index, p in enumerate(params):
+            state = self._init_state(p, group)
+            bucket = buckets.setdefault((p.dtype, p.device, "master" in state, "mask" in state), Bucket())
+            bucket.params.append(local(p))
+            bucket.states.append(state)
+            bucket.retain.append(local(retain[index]))
+            if forget:
+                bucket.forget.append(local(forget[index]))
+
+        step: Tensor = group["step"]
+        for bucket_index, ((dtype, device, has_master, has_mask), bucket) in enumerate(buckets.items()):
+            rounding_key = None
+            if group["stochastic_rounding"] and dtype in HALF_DTYPES:
+                rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
+            # The operator advances the step that it is given, and the step of a group advances once.
+            is_last = bucket_index == len(buckets) - 1
+            self._run(
+                group,
+                bucket,
+                multiplier=constraint.multiplier.to(device),
+                clip_scale=constraint.clip_scale.to(device),
+                finite=constraint.finite.to(device),
+                lr=self._scalar((group_index, "lr", device), group["lr"], device),
+                step=step if is_last and step.device == device else step.to(device, copy=True),
+                weight_decay=group["weight_decay"],
+                ema=bucket.state("ema") if group["ema_decay"] is not None else (),
+                ema_decay=group["ema_decay"] or 0.0,
+                copies=bucket.params if has_master else (),
+                masks=bucket.state("mask") if has_mask else (),
+                rounding_key=rounding_key,
+            )
+
+    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+        raise NotImplementedError
+
+    def _scalar(self, name: Any, value: float | Tensor, device: torch.device) -> Tensor:
+        """`value` as a 0-D tensor on the device, copied there only when it changes."""
+        if isinstance(value, Tensor):
+            return value.to(device)
+        cached = self._scalars.get(name)
+        if cached is None:
+            tensor = torch.full((), value, dtype=torch.float64, device=device)
+        elif cached[0] != value:
+            tensor = cached[1].fill_(value)
+        else:
+            return cached[1]
+        self._scalars[name] = (value, tensor)
+        return tensor
+
+    def _unconstrained(self, device: torch.device) -> Constraint:
+        one, zero = self._scalar((1.0, device), 1.0, device), self._scalar((0.0, device), 0.0, device)
+        return Constraint(zero, one, zero, one.bool())
+
+    def _rounding_key(self, group: dict[str, Any], place: tuple[int, int], device: torch.device) -> Tensor:
+        """int64 (seed, step); the upper half of the seed keeps groups and buckets from sharing random bits."""
+        upper = (place[0] << 8 | place[1]) & 0x7FFFFFFF
+        seed = torch.full((), upper << 32 | group["seed"] & 0xFFFFFFFF, dtype=torch.int64, device=device)
+        return torch.stack((seed, group["step"].to(device=device, dtype=torch.int64)))
+
+
+class ConstrainedAdamW(ConstrainedOptimizer):
+    """AdamW (Loshchilov & Hutter, ICLR 2019) whose step can be constrained (EraseDiff, arXiv 2401.05779).
+
+    `constrained_step(retain, forget, constraint)` applies delta = clip_scale (retain + multiplier forget) in one pass;
+    `step()` is ordinary AdamW. The bias correction counts the applied steps of the group, kept as `group["step"]`.
+
+    Args:
+        params: parameters or groups, as for any optimizer.
+        lr: a float, or a 0-D tensor (which a CUDA graph may read); schedulers work with both.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`; the decay is decoupled.
+        ema_decay: keep a running average of the parameters, in fp32 for half types; see `ema_parameters`.
+        master_weights: keep fp32 masters of bfloat16 and float16 parameters, which become rounded copies of them.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down by chance, so that small updates are not
+            lost; no masters needed.
+        seed: of the stochastic rounding.
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        ema_decay: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}: both must lie in [0, 1)")
+        if eps < 0.0:
+            raise ValueError(f"eps is {eps}: it cannot be negative")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+        beta1, beta2 = group["betas"]
+        constrained_adamw_(
+            bucket.state("master") if common["copies"] else bucket.params,
+            bucket.state("exp_avg"),
+            bucket.state("exp_avg_sq"),
+            bucket.retain,
+            bucket.forget,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            **common,
+        )
+
+
+class ConstrainedSGD(ConstrainedOptimizer):
+    """SGD with momentum and decoupled weight decay whose step can be constrained; otherwise as `ConstrainedAdamW`.
+
+    Args:
+        params, lr: as there.
+        momentum: of the buffer b = momentum b + delta; no buffer is kept without.
+        nesterov: step along delta + momentum b.
+        weight_decay: decoupled, p *= 1 - lr weight_decay, unlike `torch.optim.SGD`.
+        (the others): as there.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        ema_decay: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if momentum < 0.0:
+            raise ValueError(f"momentum is {momentum}: it cannot be negative")
+        if nesterov and momentum == 0.0:
+            raise ValueError("nesterov=True needs momentum > 0")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
+
+    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+        constrained_sgd_(
+            bucket.state("master") if common["copies"] else bucket.params,
+            bucket.state("momentum_buffer") if group["momentum"] != 0.0 else (),
+            bucket.retain,
+            bucket.forget,
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            **common,
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor; any other tensor itself."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
