@@ -41,7 +41,7 @@ def test_special_floats(tmp_path: Path) -> None:
 
 
 def test_plain_values_keep_their_kinds(tmp_path: Path) -> None:
-    state = {
+    state: dict[str, Any] = {
         "none": None,
         "bools": [True, False],
         "big": 2**100,

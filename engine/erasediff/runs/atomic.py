@@ -84,7 +84,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"The disk is full: {path} was not written, and nothing else was changed; free some space and run "
-                "the command again."
+                "the command again, a started run with --resume latest."
             ) from error
         if number in REFUSALS:
             raise UserError(f"Cannot write {path}: {os.strerror(number).lower()}.") from error

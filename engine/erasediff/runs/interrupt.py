@@ -1,0 +1,53 @@
+"""Ctrl-C once: come to a clean stop. Twice: stop at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """A run stopped because it was asked to; ``checkpoint`` holds all of it."""
+
+    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped after step {step}; saved {checkpoint}")
+        self.exit_code = 128 + signal_number
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class StopRequest:
+    """The signal that asked for a stop, or None."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+
+@contextmanager
+def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Within the block, the first SIGINT or SIGTERM sets the request; the next raises KeyboardInterrupt.
+
+    ``notify`` is called with what the person should know. Outside the main thread signals stay as they are.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if request:
+            raise KeyboardInterrupt
+        request.signal_number = number
+        notify("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

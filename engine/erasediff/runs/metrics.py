@@ -1,0 +1,45 @@
+"""``metrics.jsonl``: one line of JSON per step, nothing in it that depends on the clock or the machine."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from erasediff.runs.atomic import atomic_write, storage_errors
+
+Record = Mapping[str, Any]
+
+
+class MetricsFile:
+    """Lines appended as a run goes on, cut back to a checkpoint's step when it is resumed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add one line per record and see it onto the disk. A number that is not finite is written as null."""
+        lines = "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_back(self, step: int) -> None:
+        """Keep the records of steps 1 to ``step``; a last line that a kill tore apart goes too."""
+        if self.path.exists():
+            kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
+            atomic_write(self.path, "".join(kept))
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records so far, oldest first."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _finite(record: Record) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
