@@ -70,7 +70,7 @@ class DenoisingObjective:
                 conditioning = self.process.conditioning[timesteps]
                 prediction = self.denoiser(model, noisy_sample, conditioning, condition_of(part))
             return denoising_loss(
-                prediction,
+                prediction.to(noisy_sample.dtype),
                 part["sample"],
                 alpha,
                 sigma,

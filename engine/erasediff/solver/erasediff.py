@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from erasediff.objectives import Batch, DeviationTarget, UniformNoise
 from erasediff.process import Process
-from erasediff.solver.barrier import Barrier, Norm
+from erasediff.solver.barrier import Barrier, Gap, Norm
 from erasediff.solver.base import Solver, SolverOptions
 from erasediff.solver.inner import InnerCopy, InnerSolve
 from erasediff.solver.report import StepReport
@@ -62,7 +62,8 @@ class EraseDiff(Solver):
         forget_loss = self.objective.forget_loss(self.model, forget, key, self.target, self.gradients.backward)
         forget_gradient = self.gradients.take()
         gap = None if inner_loss is None else forget_loss - inner_loss
-        constraint = self._update(retain_gradient, forget_gradient, self.barrier, gap)
+        used = gap if self.barrier.name == Gap.name else None
+        constraint = self._update(retain_gradient, forget_gradient, self.barrier, used)
         return StepReport(
             retain_loss=retain_loss,
             forget_loss=forget_loss,
