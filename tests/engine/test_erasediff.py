@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from erasediff import Cosine, EraseDiff, Fixed, Gap, GaussianNoise, InnerSolve, Norm, Relabel, UniformNoise
 from erasediff.objectives import DenoisingObjective
 from erasediff.process import noise_key
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, constraint_multiplier, gradient_gram
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, constraint_multiplier, gradient_gram, pack_mask
 
 BARRIERS = [Norm(0.3), Gap(0.5), Fixed(0.7), Cosine(0.4)]
 TARGETS = [UniformNoise(), GaussianNoise(), Relabel({"class_labels": torch.tensor([0, 1, 3])})]
@@ -368,3 +368,23 @@ def test_unknown_option_and_bad_settings_are_refused(model, process):
         InnerSolve(steps=-1)
     with pytest.raises(ValueError, match="requires a gradient"):
         EraseDiff(model, ConstrainedAdamW([torch.zeros(2)], lr=1.0), process=process)
+
+
+def test_masked_elements_have_no_part_in_the_step(model, process, make_batch):
+    """With a bit mask on one tensor the step is the closed form over the unmasked elements, and the rest stays."""
+    retain, forget = make_batch(1), make_batch(2)
+    r, g, _ = gradients_at(model, process, retain, forget, UniformNoise())
+    keep = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in model.named_parameters()}
+    keep["inward.weight"] = torch.rand(model.inward.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept = flat(keep.values())
+    before = flat(model.parameters())
+    optimizer = ConstrainedSGD(model.parameters(), lr=1.0)
+    optimizer.set_mask(model.inward.weight, pack_mask(keep["inward.weight"]))
+    report = EraseDiff(model, optimizer, process=process, max_grad_norm=0.05).step(retain, forget)
+    r, g = r * kept, g * kept
+    delta = r + max(0.0, 0.1 - float(r @ g / (g @ g))) * g
+    assert float(report.grad_norm) == pytest.approx(float(delta.norm()), rel=1e-5)
+    delta *= min(1.0, 0.05 / (float(delta.norm()) + 1e-6))
+    moved = before - flat(model.parameters())
+    assert (moved[kept == 0] == 0).all()
+    torch.testing.assert_close(moved, delta, rtol=1e-4, atol=1e-6)

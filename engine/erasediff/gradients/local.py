@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint, gradient_gram
 
 
 class LocalGradients:
@@ -37,8 +37,18 @@ class LocalGradients:
             parameter.grad = None
         return taken
 
-    def reduce(self, gram: Tensor) -> Tensor:
-        return gram
+    def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
+        masks = [self.optimizer.state[parameter].get("mask") for parameter in self.parameters]
+        if all(mask is None for mask in masks):
+            return gradient_gram(retain, forget)
+        # Elements that a bit mask freezes have no part in the step, so none in its multiplier or norm.
+        whole = [index for index, mask in enumerate(masks) if mask is None]
+        masked = [index for index, mask in enumerate(masks) if mask is not None]
+        values = torch.zeros(3, dtype=torch.float64, device=retain[0].device)
+        for part in filter(None, (whole, masked)):
+            r, g = ([gradients[index] for index in part] if gradients else [] for gradients in (retain, forget))
+            values = values + gradient_gram(r, g, [masks[index] for index in part] if part is masked else ())
+        return values
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):

@@ -23,8 +23,8 @@ class Gradients(Protocol):
         """The gradients accumulated since the last ``take``, one per trained parameter, without a copy."""
         ...
 
-    def reduce(self, gram: Tensor) -> Tensor:
-        """The Gram values float64 [3] summed over all shards."""
+    def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
+        """float64 [3] = (|r|^2, <r, g>, |g|^2) of the elements that the update moves, summed over all shards."""
         ...
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:

@@ -84,7 +84,7 @@ class Relabel:
                 f"Relabel needs the same number of alternatives, at least one, in each entry, got {lengths}"
             )
         labels = [value for value in choices.values() if _is_label(value)]
-        if any(value.unique().numel() != value.numel() for value in labels):
+        if any(len(set(value.tolist())) != value.numel() for value in labels):
             raise ValueError("Relabel's alternatives must differ from each other")
         self.choices = dict(choices)
         self.teacher = teacher

@@ -11,7 +11,7 @@ from erasediff.gradients import Gradients, LocalGradients
 from erasediff.objectives import Denoiser, DenoisingObjective, diffusers_denoiser
 from erasediff.process import Process, noise_key
 from erasediff.solver.barrier import Barrier
-from erasediff_kernels import Constraint, constraint_multiplier, gradient_gram
+from erasediff_kernels import Constraint, constraint_multiplier
 
 
 class SolverOptions(TypedDict, total=False):
@@ -71,7 +71,7 @@ class Solver:
         self, retain: list[Tensor], forget: list[Tensor], barrier: Barrier, gap: Tensor | None = None
     ) -> Constraint:
         """The Gram values give multiplier, norm and finiteness; then one pass over memory updates the weights."""
-        gram = self.gradients.reduce(gradient_gram(retain, forget))
+        gram = self.gradients.gram(retain, forget)
         constraint = constraint_multiplier(gram, barrier.name, barrier.eta, gap=gap, max_norm=self.max_grad_norm)
         self.gradients.update(retain, forget, constraint)
         self.iteration += 1

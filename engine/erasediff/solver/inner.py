@@ -49,8 +49,9 @@ class InnerCopy:
         for _ in range(self.settings.steps):
             forget_loss(self.model, torch.autograd.backward)
             with torch.no_grad():
-                trained = [parameter for parameter in self.parameters if parameter.grad is not None]
-                torch._foreach_add_(trained, [p.grad for p in trained if p.grad is not None], alpha=-self.settings.lr)
+                moved = [(p.data, p.grad) for p in self.parameters if p.grad is not None]
+                values, gradients = map(list, zip(*moved, strict=True))
+                torch._foreach_add_(values, gradients, alpha=-self.settings.lr)
             for parameter in self.parameters:
                 parameter.grad = None
 
