@@ -59,8 +59,9 @@ class TrainConfig(Section):
 
 
 class UnlearnConfig(Section):
-    """The method and its hyper-parameters; the baselines read what applies to them."""
+    """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them."""
 
+    model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
     method: Literal["erasediff", "finetune", "neggrad"] = "erasediff"

@@ -10,7 +10,7 @@ import torch
 from erasediff.config import Config, load_config
 from erasediff.errors import UserError
 from erasediff.runs.checkpoint import Checkpoint
-from erasediff.runs.folder import RunFolder, locate_run
+from erasediff.runs.folder import RunFolder, RunPlace
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -113,20 +113,31 @@ def test_metrics_are_valid_json_whatever_happens(run: RunFolder) -> None:
     assert json.loads(run.metrics.path.read_text()) == {"step": 1, "loss": None, "norm": None}
 
 
-def test_what_resume_means(run: RunFolder, tmp_path: Path) -> None:
-    assert locate_run("latest", run.path) == (run.path, None)
-    assert locate_run(str(run.path), None) == (run.path, None)
-    assert locate_run(str(run.path / "checkpoint-20"), run.path) == (
-        run.path,
-        Checkpoint(20, run.path / "checkpoint-20"),
-    )
-    for resume, out, said in (
-        ("latest", None, "needs --out"),
-        (str(tmp_path / "absent"), None, "no run to resume"),
-        (str(run.path), tmp_path / "other", "leave --out away"),
+def test_what_out_and_resume_mean_together(run: RunFolder, tmp_path: Path) -> None:
+    at_20 = run.path / "checkpoint-20"
+    assert RunPlace.asked_for(run.path, None) == RunPlace(run.path)
+    assert RunPlace.asked_for(run.path, "latest") == RunPlace(run.path, resuming=True)
+    assert RunPlace.asked_for(None, str(run.path)) == RunPlace(run.path, resuming=True)
+    assert RunPlace.asked_for(run.path, str(at_20)) == RunPlace(run.path, True, Checkpoint(20, at_20))
+    for out, resume, said in (
+        (None, None, "--out"),
+        (None, "latest", "--out"),
+        (None, str(tmp_path / "absent"), "no run to resume"),
+        (tmp_path / "other", str(run.path), "leave --out away"),
     ):
         with pytest.raises(UserError, match=said):
-            locate_run(resume, out)
+            RunPlace.asked_for(out, resume)
+    with pytest.raises(UserError, match="no run to resume"):
+        _ = RunPlace(tmp_path / "absent", resuming=True).stored_config
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", Config())
+    run.metrics.append([{"step": 1}])
+    run.model.mkdir()
+    with pytest.raises(UserError, match="has finished"):
+        RunFolder.resume(run.path, Config())
+    assert list(run.metrics.read()) == [{"step": 1}]
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run's folder: its configuration, its metrics, its checkpoints, and in the end its model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from erasediff.runs.atomic import atomic_write, remove_directory, remove_leftove
 from erasediff.runs.checkpoint import PREFIX, Checkpoint
 from erasediff.runs.metrics import MetricsFile
 
+CONFIG = "config.yaml"
 LATEST = "latest"
 
 
@@ -29,7 +31,7 @@ class RunFolder:
         remove_leftovers(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is not empty: choose another --out, or continue its run with --resume latest.")
-        atomic_write(path / "config.yaml", config.to_yaml())
+        atomic_write(path / CONFIG, config.to_yaml())
         return cls(path)
 
     @classmethod
@@ -43,19 +45,19 @@ class RunFolder:
         if changed:
             raise UserError(f"The run in {path} was started with another {' and '.join(changed)}: begin a new one.")
         remove_leftovers(path)
-        atomic_write(path / "config.yaml", config.to_yaml())
+        atomic_write(path / CONFIG, config.to_yaml())
         checkpoints = Checkpoint.of_run(path)
         start = start or (checkpoints[-1] if checkpoints else None)
         run = cls(path, start)
+        if run.finished and start is None:
+            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model is {run.model}.")
         run.metrics.cut_back(start.step if start else 0)
         return run
 
     @staticmethod
     def read_config(path: Path) -> Config:
         """The configuration of the run at ``path``. UserError if there is none."""
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"There is no run to resume in {path}.")
-        return load_config(path / "config.yaml")
+        return load_config(_config_file(path))
 
     @property
     def finished(self) -> bool:
@@ -75,20 +77,48 @@ class RunFolder:
         return None if self.resume_from is None else self.resume_from.load(device)
 
 
-def locate_run(resume: str, out: Path | None) -> tuple[Path, Checkpoint | None]:
-    """Which run ``--resume`` means, and which checkpoint if it names one.
+@dataclass(frozen=True, slots=True)
+class RunPlace:
+    """Where a run goes, or which run goes on and from which checkpoint (None: its newest)."""
 
-    ``latest`` is the newest checkpoint of the run at ``out``; a path is that of a run or of a checkpoint in one.
-    """
-    if resume == LATEST:
-        if out is None:
-            raise UserError("--resume latest needs --out: the folder of the run to continue.")
-        return out, None
-    path = Path(resume)
-    if not path.is_dir():
-        raise UserError(f"There is no run to resume in {path}.")
-    checkpoint = Checkpoint.at(path) if path.name.startswith(PREFIX) else None
-    run = path.parent if checkpoint else path
-    if out is not None and out.resolve() != run.resolve():
-        raise UserError(f"--resume {path} continues the run in {run}, but --out says {out}: leave --out away.")
-    return run, checkpoint
+    path: Path
+    resuming: bool = False
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def asked_for(cls, out: Path | None, resume: str | None) -> "RunPlace":
+        """What ``--out`` and ``--resume`` mean together.
+
+        ``latest`` continues the run at ``out``; a path continues that run, or the run from that checkpoint of its.
+        """
+        if resume is None or resume == LATEST:
+            if out is None:
+                raise UserError("Say with --out which folder the run is in.")
+            return cls(out, resuming=resume is not None)
+        path = Path(resume)
+        if not path.is_dir():
+            raise UserError(f"There is no run to resume in {path}.")
+        checkpoint = Checkpoint.at(path) if path.name.startswith(PREFIX) else None
+        run = path.parent if checkpoint else path
+        if out is not None and out.resolve() != run.resolve():
+            raise UserError(f"--resume {path} continues the run in {run}, but --out says {out}: leave --out away.")
+        return cls(run, resuming=True, checkpoint=checkpoint)
+
+    @property
+    def stored_config(self) -> Path | None:
+        """The configuration file of the run to resume. UserError if there is no such run."""
+        return _config_file(self.path) if self.resuming else None
+
+    def open(self, config: Config) -> RunFolder:
+        """Begin or resume the run; see ``RunFolder``."""
+        return (
+            RunFolder.resume(self.path, config, self.checkpoint)
+            if self.resuming
+            else RunFolder.create(self.path, config)
+        )
+
+
+def _config_file(run: Path) -> Path:
+    if not (run / CONFIG).is_file():
+        raise UserError(f"There is no run to resume in {run}.")
+    return run / CONFIG
