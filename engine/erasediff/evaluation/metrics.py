@@ -1,0 +1,158 @@
+"""Forgetting and quality in one record, because the first means nothing without the second."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasediff.data import Images
+from erasediff.evaluation.judge import NONE, Judge
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionalMetrics:
+    """A class-conditional model, asked for each class. Shares are in [0, 1]; lists run over the classes.
+
+    recognised:         share of the images asked for class c in which the judge sees class c
+    asked:              how many images that is a share of
+    forgotten_rate:     ``recognised`` over the forgotten classes: lower is better
+    forgotten_bound:    upper end of its 95% Wilson interval
+    forgotten_nearest:  the same share if the judge may not answer "none", with which noise cannot pass for forgetting
+    forgotten_none:     share of the images asked for a forgotten class that resemble no class at all
+    forgotten_elsewhere: share of the images asked for a retained class in which it sees a forgotten one
+    retained_mean:      mean of ``recognised`` over the retained classes: higher is better
+    retained_worst:     least of them
+    discrepancy:        of the images asked for retained classes from the real ones, 0 is best (``Judge.discrepancy``)
+    """
+
+    recognised: tuple[float, ...]
+    asked: tuple[int, ...]
+    forgotten_rate: float
+    forgotten_bound: float
+    forgotten_nearest: float
+    forgotten_none: float
+    forgotten_elsewhere: float
+    retained_mean: float
+    retained_worst: float
+    discrepancy: float
+    forget: tuple[int, ...]
+
+    def worst_drop(self, base: ConditionalMetrics) -> float:
+        """The most that any retained class lost against ``base``, as a share; negative if all gained."""
+        return max(base.recognised[c] - self.recognised[c] for c in range(len(self.recognised)) if c not in self.forget)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class UnconditionalMetrics:
+    """An unconditional model: what the judge sees in images that nobody asked for. Lists run over the classes.
+
+    shares:           share of all images in which it sees class c
+    none:             share in which it sees no class
+    count:            number of images
+    forgotten_share:  sum of ``shares`` over the forgotten classes
+    forgotten_bound:  upper end of its 95% Wilson interval
+    forgotten_nearest: the same share if the judge may not answer "none"
+    proportions:      ``shares`` of the retained classes, scaled to sum to one (0 for the forgotten)
+    discrepancy:      of the images without a forgotten class in them from the real retained ones, 0 is best
+    """
+
+    shares: tuple[float, ...]
+    none: float
+    count: int
+    forgotten_share: float
+    forgotten_bound: float
+    forgotten_nearest: float
+    proportions: tuple[float, ...]
+    discrepancy: float
+    forget: tuple[int, ...]
+
+    def remaining(self, base: UnconditionalMetrics) -> float:
+        """The forgotten classes' share as a part of that in ``base``."""
+        return self.forgotten_share / base.forgotten_share if base.forgotten_share else float("nan")
+
+    def largest_shift(self, base: UnconditionalMetrics) -> float:
+        """The most that a retained class's proportion moved from that in ``base``."""
+        return max(abs(a - b) for a, b in zip(self.proportions, base.proportions, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluation_labels(num_classes: int, forget: tuple[int, ...], *, per_class: int, forgotten: int) -> Tensor:
+    """int64 [N], sorted: ``per_class`` images of each retained class and ``forgotten`` of each forgotten one."""
+    counts = torch.tensor([forgotten if c in forget else per_class for c in range(num_classes)])
+    return torch.arange(num_classes).repeat_interleave(counts)
+
+
+def conditional_metrics(
+    judge: Judge, sample: Tensor, class_labels: Tensor, real: Images, forget: tuple[int, ...]
+) -> ConditionalMetrics:
+    """Judge images [N, C, H, W] that were asked for ``class_labels`` [N], each class at least once.
+
+    ``real`` are training images; those of the retained classes are what the samples are compared with.
+    """
+    class_labels = class_labels.cpu()
+    num_classes = int(real.class_labels.max()) + 1
+    answers, nearest = judge.classify(sample), judge.nearest_class(sample)
+    asked_forgotten = _any_of(class_labels, forget)
+    retained = [c for c in range(num_classes) if c not in forget]
+    recognised = tuple(_share(answers[class_labels == c] == c) for c in range(num_classes))
+    right = answers[asked_forgotten] == class_labels[asked_forgotten]
+    return ConditionalMetrics(
+        recognised=recognised,
+        asked=tuple(int((class_labels == c).sum()) for c in range(num_classes)),
+        forgotten_rate=_share(right),
+        forgotten_bound=_upper_bound(right),
+        forgotten_nearest=_share(nearest[asked_forgotten] == class_labels[asked_forgotten]),
+        forgotten_none=_share(answers[asked_forgotten] == NONE),
+        forgotten_elsewhere=_share(_any_of(answers[~asked_forgotten], forget)),
+        retained_mean=sum(recognised[c] for c in retained) / len(retained),
+        retained_worst=min(recognised[c] for c in retained),
+        discrepancy=judge.discrepancy(sample[~asked_forgotten], real.of_classes(retained).sample),
+        forget=tuple(forget),
+    )
+
+
+def unconditional_metrics(judge: Judge, sample: Tensor, real: Images, forget: tuple[int, ...]) -> UnconditionalMetrics:
+    """Judge the images [N, C, H, W] of an unconditional model; ``real`` as for ``conditional_metrics``."""
+    num_classes = int(real.class_labels.max()) + 1
+    retained = [c for c in range(num_classes) if c not in forget]
+    answers = judge.classify(sample)
+    shares = tuple(_share(answers == c) for c in range(num_classes))
+    kept = sum(shares[c] for c in retained)
+    is_forgotten = _any_of(answers, forget)
+    return UnconditionalMetrics(
+        shares=shares,
+        none=_share(answers == NONE),
+        count=len(sample),
+        forgotten_share=_share(is_forgotten),
+        forgotten_bound=_upper_bound(is_forgotten),
+        forgotten_nearest=_share(_any_of(judge.nearest_class(sample), forget)),
+        proportions=tuple(shares[c] / kept if kept and c in retained else 0.0 for c in range(num_classes)),
+        discrepancy=judge.discrepancy(sample[~is_forgotten], real.of_classes(retained).sample),
+        forget=tuple(forget),
+    )
+
+
+def _any_of(classes: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    return torch.isin(classes, torch.tensor(wanted, dtype=torch.int64))
+
+
+def _share(hits: Tensor) -> float:
+    """Mean of a bool [N]; nan for none."""
+    return hits.double().mean().item()
+
+
+def _upper_bound(hits: Tensor) -> float:
+    """Upper end of the 95% interval of the share of bool [N] (Wilson 1927); 1 for none."""
+    n, share, z = len(hits), _share(hits), 1.96
+    if n == 0:
+        return 1.0
+    return (share + z * z / (2 * n) + z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)

@@ -1,0 +1,93 @@
+"""Batches are a function of (seed, stream, step), whatever was drawn before and however many ranks there are."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from erasediff.data import GlobalBatches, Images, Stream
+
+
+def numbered(count: int) -> Images:
+    """Images whose pixel, label and id are their number."""
+    numbers = torch.arange(count)
+    return Images(numbers.float().reshape(count, 1, 1, 1), numbers, numbers)
+
+
+def drawn(batches: GlobalBatches, steps: range) -> list[int]:
+    return [int(number) for step in steps for number in batches.at(step)["sample"].flatten()]
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 60), seed=st.integers(0, 2**63 - 1))
+def test_each_epoch_shows_each_image_once(count: int, batch_size: int, seed: int) -> None:
+    batches = GlobalBatches(numbered(count), batch_size, seed=seed)
+    numbers = drawn(batches, range(-(-3 * count // batch_size)))
+    for epoch in range(3):
+        assert sorted(numbers[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_a_step_can_be_looked_up_without_those_before_it() -> None:
+    ran = GlobalBatches(numbered(50), 16, seed=3, label_dropout=0.3, null_label=50)
+    for step in range(100):
+        reached = ran.at(step)
+    resumed = GlobalBatches(numbered(50), 16, seed=3, label_dropout=0.3, null_label=50).at(99)
+    assert all(torch.equal(reached[name], resumed[name]) for name in reached)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_cut_the_same_global_batch(world_size: int) -> None:
+    arguments = {"seed": 1, "label_dropout": 0.3, "null_label": 50}
+    whole = GlobalBatches(numbered(50), 16, **arguments)
+    ranks = [
+        GlobalBatches(numbered(50), 16, **arguments, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    for step in (0, 3, 11):
+        parts = [batches.at(step) for batches in ranks]
+        for name, value in whole.at(step).items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), value)
+
+
+def test_seeds_and_streams_have_orders_of_their_own() -> None:
+    orders = [
+        drawn(GlobalBatches(numbered(50), 50, seed=seed, stream=stream), range(1))
+        for seed in (0, 1)
+        for stream in Stream
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_epochs_differ_and_every_image_can_come_first() -> None:
+    batches = GlobalBatches(numbered(10), 10, seed=0)
+    first = torch.tensor([drawn(batches, range(step, step + 1))[0] for step in range(2000)])
+    assert (first.bincount(minlength=10) - 200).abs().max() < 5 * 200**0.5
+
+
+def test_labels_are_dropped_at_the_asked_rate_and_only_to_the_null_label() -> None:
+    batches = GlobalBatches(numbered(50), 50, seed=0, label_dropout=0.1, null_label=50)
+    kept, dropped = 0, 0
+    for step in range(200):
+        batch = batches.at(step)
+        is_null = batch["class_labels"] == 50
+        assert torch.equal(batch["class_labels"][~is_null], batch["sample"].flatten().long()[~is_null])
+        kept, dropped = kept + int((~is_null).sum()), dropped + int(is_null.sum())
+    assert abs(dropped / (kept + dropped) - 0.1) < 0.01
+
+
+def test_an_unconditional_batch_has_no_labels() -> None:
+    batch = GlobalBatches(numbered(5), 4, seed=0, conditional=False, label_dropout=0.1).at(0)
+    assert set(batch) == {"sample", "sample_ids"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_size": 0},
+        {"batch_size": 5, "world_size": 2},
+        {"batch_size": 4, "rank": 2, "world_size": 2},
+        {"batch_size": 4, "label_dropout": 0.1},
+        {"batch_size": 4, "label_dropout": 1.0, "null_label": 5},
+    ],
+)
+def test_impossible_sizes_are_refused(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"batch|label_dropout"):
+        GlobalBatches(numbered(5), **arguments, seed=0)
