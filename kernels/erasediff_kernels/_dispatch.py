@@ -72,6 +72,11 @@ def available(device_type: str) -> tuple[str, ...]:
     return tuple(backend for backend in order if device_type in devices(backend))
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment asks for."""
+    return _forced
+
+
 def selected(device_type: str) -> str:
     """The backend that an operator on `device_type` would use now."""
     return _select(device_type, _forced)

@@ -35,7 +35,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if defaults["master_weights"] and defaults["stochastic_rounding"]:
-            raise ValueError("master_weights and stochastic_rounding both replace each other: choose one")
+            raise ValueError("master_weights and stochastic_rounding make each other needless: choose one")
         ema_decay = defaults["ema_decay"]
         if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
             raise ValueError(f"ema_decay is {ema_decay}: it must lie in [0, 1], or be None for no average")

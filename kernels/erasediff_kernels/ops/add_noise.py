@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from erasediff_kernels.ops._checks import check_data, check_given_or_drawn, per_sample
+from erasediff_kernels.reference.noise import rows
 
 
 def add_noise(
@@ -56,11 +57,11 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_noise:
         grad_noise = (sigma.view(column) * wide).to(sample.dtype)
     if needs_alpha:
-        grad_alpha = (wide * sample).flatten(1).sum(dim=1)
+        grad_alpha = rows(wide * sample).sum(dim=1)
     if needs_sigma:
         if noise is None:
             noise = torch.ops.erasediff.philox_noise(sample_ids, key, ctx.role, sample.shape[1:], "normal", sigma.dtype)
-        grad_sigma = (wide * noise).flatten(1).sum(dim=1)
+        grad_sigma = rows(wide * noise).sum(dim=1)
     return grad_sample, grad_alpha, grad_sigma, grad_noise, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from erasediff_kernels.reference.noise import given_or_drawn, per_sample, widen
+from erasediff_kernels.reference.noise import given_or_drawn, per_sample, rows, widen
 
 
 def denoising_loss(
@@ -49,6 +49,6 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[T
     """(sum_b weight_b mean_e (prediction - target)^2, its gradient with respect to the prediction)."""
     error = widen(prediction) - target
     numel = max(1, error[:1].numel())
-    loss = (error.double().square().flatten(1).sum(dim=1) * (weight.double() / numel)).sum().to(error.dtype)
+    loss = (rows(error).double().square().sum(dim=1) * (weight.double() / numel)).sum().to(error.dtype)
     grad = error * per_sample(2.0 * weight / numel, error)
     return loss, grad.to(prediction.dtype).contiguous()

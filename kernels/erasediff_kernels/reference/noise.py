@@ -39,6 +39,11 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """[B, ...] -> [B, N]; `flatten(1)` would reject samples without dimensions."""
+    return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:]))
+
+
 def per_sample(vector: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, ...] in the dtype of `like`."""
     return vector.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
