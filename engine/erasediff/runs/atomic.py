@@ -40,18 +40,25 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, replacing an older file in one move. UserError as above."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling of ``path`` to write; move it over ``path`` once it is on the disk. UserError as above."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_sibling(path)
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield partial
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write ``content`` (text as UTF-8) to ``path``, whole or not at all. UserError as above."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove_directory(path: Path) -> None:

@@ -28,7 +28,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished run tells about itself; ``last`` holds the metrics of its last step."""
+    """The steps taken by this process and their time; ``last`` holds the metrics of the last one."""
 
     steps: int
     seconds: float

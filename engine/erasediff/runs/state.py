@@ -16,6 +16,7 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 
+# The one entry of the metadata: safetensors writes several in random order, and equal states should be equal files.
 FORMAT = "erasediff-state-1"
 
 
@@ -23,7 +24,7 @@ def save_state(state: Any, path: Path) -> None:
     """Write ``state`` to ``path``. ValueError for a value of a kind that the file cannot hold."""
     encoder = _Encoder()
     tree = json.dumps(encoder.encode(state), allow_nan=False)
-    save_file(encoder.tensors, path, metadata={"format": FORMAT, "tree": tree})
+    save_file(encoder.tensors, path, metadata={FORMAT: tree})
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -35,9 +36,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise UserError(f"{path} is not a saved state of this program.")
-    return _decode(json.loads(metadata["tree"]), tensors)
+    return _decode(json.loads(metadata[FORMAT]), tensors)
 
 
 class _Encoder:
