@@ -93,7 +93,7 @@ def normal(word: Tensor) -> Tensor:
     """
     a, b = word[..., 0::2], word[..., 1::2]
     u = a.float() * 2.0**-32 + 2.0**-33
-    radius = torch.sqrt(ln(u) * -2.0)
+    radius = sqrt(ln(u) * -2.0)
     cosine, sine = cos_sin_turn(b >> 8)
     return torch.stack((radius * cosine, radius * sine), dim=-1).flatten(-2)
 
@@ -104,6 +104,12 @@ def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     for coefficient in coefficients[2:]:
         y = y * x + coefficient
     return y
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded fp32 square root. torch's own is not on the CPU, where a vector library may be an ulp off; in
+    fp64 an ulp is too little to move the rounding to fp32."""
+    return x.double().sqrt().float()
 
 
 def ln(u: Tensor) -> Tensor:
