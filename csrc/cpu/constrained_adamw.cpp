@@ -1,0 +1,29 @@
+#include <torch/csrc/stable/library.h>
+
+#include "../shared/constrained_adamw.h"
+#include "constrained_update.h"
+
+namespace erasediff::cpu {
+namespace {
+
+void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
+                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& retain,
+                        const std::vector<Tensor>& forget, const std::vector<Tensor>& ema,
+                        const std::vector<Tensor>& copies, const std::vector<Tensor>& masks, const Tensor& multiplier,
+                        const Tensor& clip_scale, const Tensor& finite, const Tensor& lr, const Tensor& step,
+                        double beta1, double beta2, double eps, double weight_decay, double ema_decay,
+                        const std::optional<Tensor>& rounding_key) {
+  if (!*Flat(finite).at<bool>(0)) return;
+  float& applied = *Flat(step).at<float>(0);
+  applied += 1.0f;
+  constrained_update(make_items(params, {&exp_avgs, &exp_avg_sqs}, retain, forget, ema, copies, masks), params,
+                     make_step(multiplier, clip_scale, ema_decay, rounding_key), [&](auto zero) {
+                       return AdamW<decltype(zero)>::make(read_value(Flat(lr), 0), applied, beta1, beta2, eps, weight_decay);
+                     });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_)); }
+
+}  // namespace erasediff::cpu

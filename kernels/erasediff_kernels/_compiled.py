@@ -1,0 +1,42 @@
+"""The compiled backend: the C++ and CUDA operators of `csrc/`, through the stable ABI.
+
+An installation without the extension `_C` is supported: this backend then serves no device. An extension that is there
+but cannot be loaded is an error, since silently running something slower would hide it.
+"""
+
+import importlib
+import importlib.util
+
+import torch
+
+
+def _load() -> frozenset[str]:
+    """Import `_C` where there is one; the device types that it has kernels for."""
+    if importlib.util.find_spec("erasediff_kernels._C") is None:
+        return frozenset()
+    try:
+        importlib.import_module("erasediff_kernels._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled extension erasediff_kernels._C is there but cannot be loaded with torch {torch.__version__} "
+            f"({error}); build it again with `pip install --no-build-isolation -e .`, or delete it to run without"
+        ) from error
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return frozenset(device for device, key in keys.items() if has_kernel("erasediff_C::gradient_gram", key))
+
+
+DEVICES = _load()
+
+if DEVICES:
+    # Schemas in csrc/library.cpp, the same as in `_library`.
+    _ops = torch.ops.erasediff_C
+    philox_bits = _ops.philox_bits.default
+    philox_noise = _ops.philox_noise.default
+    add_noise = _ops.add_noise.default
+    denoising_loss = _ops.denoising_loss.default
+    deviation_loss = _ops.deviation_loss.default
+    gradient_gram = _ops.gradient_gram.default
+    constraint_multiplier = _ops.constraint_multiplier.default
+    constrained_adamw_ = _ops.constrained_adamw_.default
+    constrained_sgd_ = _ops.constrained_sgd_.default
