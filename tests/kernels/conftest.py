@@ -52,6 +52,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture
+def many(backend: Backend) -> int:
+    """How many tiny tensors a list has: thousands, or as many as Triton's interpreter can go through in a second."""
+    return 100 if backend.name == "triton" and backend.device == "cpu" else 3000
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 with 10 rounds
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
+GOLDEN = ["0x1.fb765e0000000p-1", "-0x1.d96d660000000p-1", "-0x1.3c37440000000p-1", "-0x1.eda3580000000p-2"]
 IDS = [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**56 - 1]
 SEED, STEP = 0x0123456789ABCDEF, 12345
 
@@ -111,6 +113,46 @@ def test_normal_against_fp64() -> None:
     # pi/2 is not exact in the fp64 reference either, hence the tiny absolute term at the zeros of sine and cosine.
     assert (error <= 1e-6 * exact.abs() + 1e-15).all()
     assert (error <= 4.0 * 2.0**-24 * exact.abs() + 1e-15).double().mean() > 0.999
+
+
+def test_normal_is_the_documented_sequence_of_ieee_operations() -> None:
+    """numpy rounds each fp32 operation on its own; torch must do the same, whatever vector library it was built on."""
+
+    def horner(x: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
+        y = np.full_like(x, coefficients[0])
+        for coefficient in coefficients[1:]:
+            y = y * x + np.float32(coefficient)
+        return y
+
+    half, two = np.float32(0.5), np.float32(-2.0)
+    a, b = torch.randint(0, 2**32, (2, 1 << 16)).numpy()
+    u = a.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    bits = u.view(np.int32)
+    exponent = (bits - np.int32(philox.SQRT_HALF_BITS)) >> 23
+    f = (bits - (exponent << 23)).view(np.float32) - np.float32(1.0)
+    k, z = exponent.astype(np.float32), f * f
+    y = f + ((horner(f, philox.LN_POLYNOMIAL) * f * z + k * np.float32(philox.LN2_LOW)) - z * half)
+    radius = np.sqrt((y + k * np.float32(philox.LN2_HIGH)) * two)
+    turn = b >> 8
+    quadrant = (turn + (1 << 21)) >> 22
+    x = (turn - (quadrant << 22)).astype(np.float32) * np.float32(2.0**-22)
+    z = x * x
+    sine = horner(z, philox.SIN_POLYNOMIAL) * x
+    cosine = horner(z, philox.COS_POLYNOMIAL) * z + np.float32(1.0)
+    choices = [quadrant % 4 == q for q in range(4)]
+    expected = np.stack(
+        (
+            radius * np.select(choices, [cosine, -sine, -cosine, sine]),
+            radius * np.select(choices, [sine, cosine, -sine, -cosine]),
+        ),
+        axis=-1,
+    )
+    assert np.array_equal(philox.normal(torch.from_numpy(np.stack((a, b), axis=-1))).numpy(), expected)
+
+
+def test_golden_values(device: str) -> None:
+    noise = philox_noise(torch.tensor([0], device=device), torch.tensor([0, 0], device=device), 0, (4,))
+    assert [value.hex() for value in noise[0].tolist()] == GOLDEN
 
 
 def test_uniform_grid() -> None:

@@ -1,0 +1,403 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Triton kernels of `constrained_adamw_` and `constrained_sgd_`.
+
+A program of one warp first advances the step and works out, in fp64, the scalars that all others share (`*_scalars`).
+The update then reads each element of p, m, v, r, g once and writes p, m, v once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from erasediff_kernels._triton.language import (
+    ROUNDING_ROLE,
+    as_double,
+    double_bits,
+    draw_words,
+    in_element_order,
+    load_block,
+    mask_bits,
+    narrow,
+    stochastic_round,
+    store_block,
+)
+from erasediff_kernels._triton.lists import column, find_row, plan
+
+# Five streams in, three out: 8 elements per thread keep 160 bytes per thread in flight within 64 registers of data.
+BLOCK = 1024
+WARPS = 4
+
+SCALARS = 9
+
+
+@triton.jit
+def combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+    """delta = clip_scale (r + multiplier g)."""
+    delta = load_block(r_ptr, offsets, inside, MASKED).to(COMPUTE)
+    if g_ptr is not None:
+        delta += multiplier * load_block(g_ptr, offsets, inside, MASKED).to(COMPUTE)
+    return delta * clip_scale
+
+
+@triton.jit
+def write_param(
+    p_ptr,
+    ema_ptr,
+    copy_ptr,
+    key_ptr,
+    place,
+    ema_rate,
+    start,
+    offsets,
+    inside,
+    kept,
+    old,
+    new,
+    MASKED: tl.constexpr,
+    FROZEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round and store the parameter, then whatever follows it: EMA and copy see it as it is stored."""
+    P: tl.constexpr = p_ptr.dtype.element_ty
+    if key_ptr is not None and (tl.bfloat16 == P or tl.float16 == P):
+        w0, w1, w2, w3 = draw_words(start, place, key_ptr, ROUNDING_ROLE, BLOCK)
+        stored = stochastic_round(new, in_element_order(w0, w1, w2, w3), P)
+    else:
+        stored = narrow(new, P)
+    if FROZEN:
+        stored = tl.where(kept, stored, old)
+    store_block(p_ptr, offsets, stored, inside, MASKED)
+    seen = stored.to(COMPUTE)
+    if ema_ptr is not None:
+        ema = load_block(ema_ptr, offsets, inside, MASKED).to(COMPUTE)
+        ema += ema_rate * (seen - ema)
+        store_block(ema_ptr, offsets, narrow(ema, ema_ptr.dtype.element_ty), inside, MASKED)
+    if copy_ptr is not None:
+        store_block(copy_ptr, offsets, narrow(seen, copy_ptr.dtype.element_ty), inside, MASKED)
+
+
+@triton.jit
+def adamw_scalars_kernel(
+    out_ptr,
+    finite_ptr,
+    lr_ptr,
+    step_ptr,
+    beta1_bits,
+    beta2_bits,
+    eps_bits,
+    weight_decay_bits,
+    ema_decay_bits,
+):
+    step = tl.load(step_ptr) + tl.load(finite_ptr).to(tl.float32)
+    tl.store(step_ptr, step)
+    t = step.to(tl.float64)
+    lr = tl.load(lr_ptr).to(tl.float64)
+    beta1, beta2 = as_double(beta1_bits), as_double(beta2_bits)
+    tl.store(out_ptr, beta1)
+    tl.store(out_ptr + 1, 1.0 - beta1)
+    tl.store(out_ptr + 2, beta2)
+    tl.store(out_ptr + 3, 1.0 - beta2)
+    tl.store(out_ptr + 4, as_double(eps_bits))
+    tl.store(out_ptr + 5, 1.0 - lr * as_double(weight_decay_bits))
+    tl.store(out_ptr + 6, lr / (1.0 - tl.exp(t * tl.log(beta1))))
+    tl.store(out_ptr + 7, 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(beta2))))
+    tl.store(out_ptr + 8, 1.0 - as_double(ema_decay_bits))
+
+
+@triton.jit
+def adamw_block(
+    p_ptr,
+    m_ptr,
+    v_ptr,
+    r_ptr,
+    g_ptr,
+    ema_ptr,
+    copy_ptr,
+    mask_ptr,
+    key_ptr,
+    scalars,
+    multiplier,
+    clip_scale,
+    place,
+    start,
+    end,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    beta1, weight1, beta2, weight2, eps, decay, step_size, root_scale, ema_rate = scalars
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < end
+    old_p = load_block(p_ptr, offsets, inside, MASKED)
+    old_m = load_block(m_ptr, offsets, inside, MASKED)
+    old_v = load_block(v_ptr, offsets, inside, MASKED)
+    delta = combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED, COMPUTE)
+
+    m = beta1 * old_m.to(COMPUTE) + weight1 * delta
+    v = beta2 * old_v.to(COMPUTE) + weight2 * delta * delta
+    p = old_p.to(COMPUTE) * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))
+
+    stored_m = narrow(m, m_ptr.dtype.element_ty)
+    stored_v = narrow(v, v_ptr.dtype.element_ty)
+    kept = inside
+    FROZEN: tl.constexpr = mask_ptr is not None
+    if FROZEN:
+        kept = mask_bits(mask_ptr, offsets, inside)
+        stored_m = tl.where(kept, stored_m, old_m)
+        stored_v = tl.where(kept, stored_v, old_v)
+    store_block(m_ptr, offsets, stored_m, inside, MASKED)
+    store_block(v_ptr, offsets, stored_v, inside, MASKED)
+    write_param(
+        p_ptr, ema_ptr, copy_ptr, key_ptr, place, ema_rate, start, offsets, inside, kept, old_p, p,
+        MASKED, FROZEN, COMPUTE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def constrained_adamw_kernel(
+    table_ptr,
+    owners_ptr,
+    scalars_ptr,
+    multiplier_ptr,
+    clip_scale_ptr,
+    finite_ptr,
+    key_ptr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    EMA: tl.constexpr,
+    COPY: tl.constexpr,
+    MASK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(finite_ptr) == 0:
+        return
+    row_ptr, begin, end = find_row(table_ptr, owners_ptr, 8)
+    place = tl.load(row_ptr + 2)
+    p_ptr, m_ptr, v_ptr = column(row_ptr, 0, P, ALIGNED), column(row_ptr, 1, M, ALIGNED), column(row_ptr, 2, V, ALIGNED)
+    r_ptr, g_ptr = column(row_ptr, 3, R, ALIGNED), column(row_ptr, 4, G, ALIGNED)
+    ema_ptr, copy_ptr = column(row_ptr, 5, EMA, ALIGNED), column(row_ptr, 6, COPY, ALIGNED)
+    mask_ptr = column(row_ptr, 7, MASK, False)
+    multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
+    scalars = (
+        tl.load(scalars_ptr).to(COMPUTE),
+        tl.load(scalars_ptr + 1).to(COMPUTE),
+        tl.load(scalars_ptr + 2).to(COMPUTE),
+        tl.load(scalars_ptr + 3).to(COMPUTE),
+        tl.load(scalars_ptr + 4).to(COMPUTE),
+        tl.load(scalars_ptr + 5).to(COMPUTE),
+        tl.load(scalars_ptr + 6).to(COMPUTE),
+        tl.load(scalars_ptr + 7).to(COMPUTE),
+        tl.load(scalars_ptr + 8).to(COMPUTE),
+    )
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, whole, BLOCK):
+        adamw_block(
+            p_ptr, m_ptr, v_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
+            multiplier, clip_scale, place, start, end, False, COMPUTE, BLOCK,
+        )  # fmt: skip
+    if whole < end:
+        adamw_block(
+            p_ptr, m_ptr, v_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
+            multiplier, clip_scale, place, whole, end, True, COMPUTE, BLOCK,
+        )  # fmt: skip
+
+
+def compute_dtype(param_dtype: object) -> object:
+    return tl.float64 if param_dtype == tl.float64 else tl.float32
+
+
+def constrained_adamw_(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    retain: list[Tensor],
+    forget: list[Tensor],
+    ema: list[Tensor],
+    copies: list[Tensor],
+    masks: list[Tensor],
+    multiplier: Tensor,
+    clip_scale: Tensor,
+    finite: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+    rounding_key: Tensor | None,
+) -> None:
+    scalars = step.new_empty((SCALARS,), dtype=torch.float64)
+    adamw_scalars_kernel[(1,)](
+        scalars, finite, lr, step, *map(double_bits, (beta1, beta2, eps, weight_decay, ema_decay)), num_warps=1
+    )
+    for launch in plan((params, exp_avgs, exp_avg_sqs, retain, forget, ema, copies, masks)):
+        constrained_adamw_kernel[(launch.chunks,)](
+            launch.table,
+            launch.owners,
+            scalars,
+            multiplier,
+            clip_scale,
+            finite,
+            rounding_key,
+            *launch.dtypes,
+            COMPUTE=compute_dtype(launch.dtypes[0]),
+            ALIGNED=launch.aligned,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+@triton.jit
+def sgd_scalars_kernel(out_ptr, finite_ptr, lr_ptr, step_ptr, momentum_bits, weight_decay_bits, ema_decay_bits):
+    tl.store(step_ptr, tl.load(step_ptr) + tl.load(finite_ptr).to(tl.float32))
+    lr = tl.load(lr_ptr).to(tl.float64)
+    tl.store(out_ptr, as_double(momentum_bits))
+    tl.store(out_ptr + 1, lr)
+    tl.store(out_ptr + 2, 1.0 - lr * as_double(weight_decay_bits))
+    tl.store(out_ptr + 3, 1.0 - as_double(ema_decay_bits))
+
+
+@triton.jit
+def sgd_block(
+    p_ptr,
+    buffer_ptr,
+    r_ptr,
+    g_ptr,
+    ema_ptr,
+    copy_ptr,
+    mask_ptr,
+    key_ptr,
+    scalars,
+    multiplier,
+    clip_scale,
+    place,
+    start,
+    end,
+    NESTEROV: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    momentum, lr, decay, ema_rate = scalars
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < end
+    old_p = load_block(p_ptr, offsets, inside, MASKED)
+    delta = combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED, COMPUTE)
+    kept = inside
+    FROZEN: tl.constexpr = mask_ptr is not None
+    if FROZEN:
+        kept = mask_bits(mask_ptr, offsets, inside)
+
+    direction = delta
+    if buffer_ptr is not None:
+        old_buffer = load_block(buffer_ptr, offsets, inside, MASKED)
+        buffer = momentum * old_buffer.to(COMPUTE) + delta
+        direction = delta + momentum * buffer if NESTEROV else buffer
+        stored_buffer = narrow(buffer, buffer_ptr.dtype.element_ty)
+        if FROZEN:
+            stored_buffer = tl.where(kept, stored_buffer, old_buffer)
+        store_block(buffer_ptr, offsets, stored_buffer, inside, MASKED)
+
+    p = old_p.to(COMPUTE) * decay - lr * direction
+    write_param(
+        p_ptr, ema_ptr, copy_ptr, key_ptr, place, ema_rate, start, offsets, inside, kept, old_p, p,
+        MASKED, FROZEN, COMPUTE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def constrained_sgd_kernel(
+    table_ptr,
+    owners_ptr,
+    scalars_ptr,
+    multiplier_ptr,
+    clip_scale_ptr,
+    finite_ptr,
+    key_ptr,
+    P: tl.constexpr,
+    BUFFER: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    EMA: tl.constexpr,
+    COPY: tl.constexpr,
+    MASK: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(finite_ptr) == 0:
+        return
+    row_ptr, begin, end = find_row(table_ptr, owners_ptr, 7)
+    place = tl.load(row_ptr + 2)
+    p_ptr, buffer_ptr = column(row_ptr, 0, P, ALIGNED), column(row_ptr, 1, BUFFER, ALIGNED)
+    r_ptr, g_ptr = column(row_ptr, 2, R, ALIGNED), column(row_ptr, 3, G, ALIGNED)
+    ema_ptr, copy_ptr = column(row_ptr, 4, EMA, ALIGNED), column(row_ptr, 5, COPY, ALIGNED)
+    mask_ptr = column(row_ptr, 6, MASK, False)
+    multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
+    scalars = (
+        tl.load(scalars_ptr).to(COMPUTE),
+        tl.load(scalars_ptr + 1).to(COMPUTE),
+        tl.load(scalars_ptr + 2).to(COMPUTE),
+        tl.load(scalars_ptr + 3).to(COMPUTE),
+    )
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, whole, BLOCK):
+        sgd_block(
+            p_ptr, buffer_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
+            multiplier, clip_scale, place, start, end, NESTEROV, False, COMPUTE, BLOCK,
+        )  # fmt: skip
+    if whole < end:
+        sgd_block(
+            p_ptr, buffer_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
+            multiplier, clip_scale, place, whole, end, NESTEROV, True, COMPUTE, BLOCK,
+        )  # fmt: skip
+
+
+def constrained_sgd_(
+    params: list[Tensor],
+    momentum_buffers: list[Tensor],
+    retain: list[Tensor],
+    forget: list[Tensor],
+    ema: list[Tensor],
+    copies: list[Tensor],
+    masks: list[Tensor],
+    multiplier: Tensor,
+    clip_scale: Tensor,
+    finite: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    ema_decay: float,
+    rounding_key: Tensor | None,
+) -> None:
+    scalars = step.new_empty((SCALARS,), dtype=torch.float64)
+    sgd_scalars_kernel[(1,)](
+        scalars, finite, lr, step, *map(double_bits, (momentum, weight_decay, ema_decay)), num_warps=1
+    )
+    for launch in plan((params, momentum_buffers, retain, forget, ema, copies, masks)):
+        constrained_sgd_kernel[(launch.chunks,)](
+            launch.table,
+            launch.owners,
+            scalars,
+            multiplier,
+            clip_scale,
+            finite,
+            rounding_key,
+            *launch.dtypes,
+            NESTEROV=nesterov,
+            COMPUTE=compute_dtype(launch.dtypes[0]),
+            ALIGNED=launch.aligned,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
