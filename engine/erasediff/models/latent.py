@@ -1,0 +1,327 @@
+"""What the families share: encoders that come and go, addressed sampling, hashes, saving."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.errors import UserError
+from erasediff.models.checkpoint import Checkpoint, has
+from erasediff.models.components import check_component, load_component
+from erasediff.models.family import Layout
+from erasediff.models.modelspec import STABILITY_AI, modelspec
+from erasediff.models.names import canonical_name
+from erasediff.models.saving import save_folder, save_single_file
+from erasediff.models.scheduler import load_scheduler
+from erasediff.models.tensor_file import StoredTensor, tensor_bytes
+from erasediff.objectives import Batch
+from erasediff.process import NoiseRole, Process, noise_key
+from erasediff_kernels import philox_bits, philox_noise
+
+INITIAL_NOISE, SAMPLER_SEED, POSTERIOR_NOISE = range(3)
+"""The step in the Philox address of draws that belong to no training step."""
+
+
+class LatentModel(ABC):
+    """Base of the families: all of ``TextToImageModel`` but what a network and its text encoders are called with.
+
+    family:             the word for the family
+    denoiser_component: "unet" or "transformer", as in model_index.json
+    text_encoders:      all that the family has; of these, the ``optional_encoders`` may be left out
+    pipeline_class:     the diffusers pipeline that samples
+    flow:               whether it is trained by flow matching
+    usual_guidance:     guidance scale of a sample that asks for none
+
+    Raises ``UserError`` for a checkpoint that is incomplete, damaged or whose parts do not fit each other, before any
+    weight is read.
+    """
+
+    family: ClassVar[str]
+    denoiser_component: ClassVar[str]
+    text_encoders: ClassVar[tuple[str, ...]]
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
+    pipeline_class: ClassVar[Any]
+    flow: ClassVar[bool]
+    usual_guidance: ClassVar[float]
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.scheduler = load_scheduler(checkpoint, flow=self.flow)
+        self.process = Process.from_scheduler(self.scheduler)
+        self.encoder_names = [
+            name for name in self.text_encoders if name not in self.optional_encoders or has(checkpoint, name)
+        ]
+        self.configs: dict[str, Any] = {
+            name: check_component(checkpoint, name).config
+            for name in (self.denoiser_component, "vae", *self.encoder_names)
+        }
+        for what, size, whose, expected in self._widths():
+            if size != expected:
+                raise UserError(
+                    f"The parts of {checkpoint.path} do not fit together: {what} is {size}, but {whose} is {expected}."
+                )
+        self.tokenizers = {
+            name: checkpoint.tokenizer(name)
+            for name in (encoder.replace("text_encoder", "tokenizer") for encoder in self.encoder_names)
+        }
+        self._encoders: dict[str, nn.Module] | None = None
+        self.denoiser_module = load_component(checkpoint, self.denoiser_component, dtype, device)
+
+    @abstractmethod
+    def _widths(self) -> Iterable[tuple[str, int, str, int]]:
+        """(what, its size, of whom, its size) that must agree between components for them to be one model."""
+
+    @abstractmethod
+    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor: ...
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]: ...
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser_module.parameters()).device
+
+    @property
+    def latent_scale(self) -> int:
+        scale: int = 2 ** (len(self.configs["vae"].block_out_channels) - 1)
+        return scale
+
+    @property
+    def size_multiple(self) -> int:
+        return self.latent_scale
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        size: int = self.configs[self.denoiser_component].sample_size * self.latent_scale
+        return size, size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        multiple = self.size_multiple
+        if height <= 0 or width <= 0 or height % multiple or width % multiple:
+            raise UserError(f"An image of {height}x{width} does not fit this model: give multiples of {multiple}.")
+        channels: int = self.configs["vae"].latent_channels
+        return channels, height // self.latent_scale, width // self.latent_scale
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, *, sample_ids: Tensor | None = None, seed: int = 0) -> Tensor:
+        vae: Any = self.encoders["vae"]
+        posterior = vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        latents: Tensor = posterior.mean
+        if sample_ids is not None:
+            key = noise_key(seed, POSTERIOR_NOISE, self.device)
+            ids = sample_ids.to(self.device)
+            latents = latents + posterior.std * philox_noise(ids, key, int(NoiseRole.SAMPLING), latents.shape[1:])
+        scaled: Tensor = (latents - self._shift) * vae.config.scaling_factor
+        return scaled
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        vae: Any = self.encoders["vae"]
+        latents = latents.to(self.device, torch.float32) / vae.config.scaling_factor + self._shift
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels.clamp(-1, 1)
+
+    @property
+    def _shift(self) -> float:
+        return self.configs["vae"].get("shift_factor") or 0.0
+
+    def size_condition(
+        self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
+    ) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The VAE, in float32 since SDXL's overflows in half precision, and the text encoders; read when needed."""
+        if self._encoders is None:
+            self._encoders = {}
+            for name in ("vae", *self.encoder_names):
+                module = load_component(self.checkpoint, name, self._encoder_dtype(name), self.device)
+                self._encoders[name] = module.requires_grad_(False)
+        return self._encoders
+
+    def _encoder_dtype(self, name: str) -> torch.dtype:
+        # T5's activations are beyond float16, too.
+        overflows = name == "vae" or (self.checkpoint.index[name][1].startswith("T5") and self.dtype == torch.float16)
+        return torch.float32 if overflows else self.dtype
+
+    def release_encoders(self) -> None:
+        self._encoders = None
+
+    def restore_encoders(self) -> None:
+        _ = self.encoders
+
+    def _pipeline(self) -> Any:
+        """The diffusers pipeline of these components, without a safety checker, which would black out measurements."""
+        settings = {name: value for name, value in self.checkpoint.index.items() if isinstance(value, bool)}
+        settings["requires_safety_checker"] = False
+        components = {
+            **dict.fromkeys(self.optional_encoders),
+            **dict.fromkeys(name.replace("text_encoder", "tokenizer") for name in self.optional_encoders),
+            **self.encoders,
+            **self.tokenizers,
+            self.denoiser_component: self.denoiser_module,
+            "scheduler": type(self.scheduler).from_config(self.scheduler.config),
+        }
+        parameters = signature(self.pipeline_class.__init__).parameters
+        chosen = {name: value for name, value in settings.items() if name in parameters}
+        absent = dict.fromkeys({"safety_checker", "feature_extractor"} & set(parameters))
+        pipeline = self.pipeline_class(**components, **chosen, **absent)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 30,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        batch_size: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        height, width = height or self.default_size[0], width or self.default_size[1]
+        shape = self.latent_shape(height, width)
+        pipeline = self._pipeline()
+        was_training = self.denoiser_module.training
+        self.denoiser_module.eval()
+        images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
+        for ids in torch.split(torch.arange(len(prompts)), batch_size):
+            noise = philox_noise(ids, noise_key(seed, INITIAL_NOISE, "cpu"), int(NoiseRole.SAMPLING), shape)
+            latents = pipeline(
+                prompt=[prompts[i] for i in ids.tolist()],
+                guidance_scale=self.usual_guidance if guidance_scale is None else guidance_scale,
+                num_inference_steps=num_inference_steps,
+                height=height,
+                width=width,
+                latents=self._packed(noise.to(self.device, self.dtype)),
+                generator=_generators(ids, seed),
+                output_type="latent",
+                **self._negative(negative_prompt, len(ids)),
+                **self._text_length(),
+            ).images
+            pixels = self.decode_latents(self._unpacked(latents, shape))
+            images.append(((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().to("cpu", torch.uint8))
+            if progress is not None:
+                progress(len(ids))
+        self.denoiser_module.train(was_training)
+        return torch.cat(images)
+
+    def _negative(self, prompt: str, count: int) -> dict[str, Any]:
+        # Left out when empty: the pipeline then takes the checkpoint's own null condition.
+        return {"negative_prompt": [prompt] * count} if prompt else {}
+
+    def _text_length(self) -> dict[str, Any]:
+        """What the pipeline's calls must be told of the length of prompts, so that all see the same tokens."""
+        return {}
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        """``latents`` [B, C, h, w] as the pipeline and the network take them."""
+        return latents
+
+    def _unpacked(self, latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """The inverse of ``_packed``."""
+        return latents
+
+    @cached_property
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        vae = self.configs["vae"]
+        lengths = [(tokenizer.pad_token, tokenizer.model_max_length) for tokenizer in self.tokenizers.values()]
+        digest.update(repr((str(self.dtype), vae.scaling_factor, self._shift, lengths)).encode())
+        for component in ("vae", *self.encoder_names):
+            digest.update(repr(check_component(self.checkpoint, component)).encode())
+            stored = self.checkpoint.tensors(component)
+            named = sorted((canonical_name(name), tensor) for name, tensor in stored.items())
+            _update(digest, component, ((name, tensor.load()) for name, tensor in named))
+        return digest.hexdigest()
+
+    def denoiser_hash(self) -> str:
+        digest = hashlib.sha256()
+        _update(digest, self.denoiser_component, sorted(self.denoiser_module.state_dict().items()))
+        return digest.hexdigest()
+
+    def save(
+        self,
+        path: Path,
+        *,
+        layout: Layout = "diffusers",
+        dtype: torch.dtype | None = None,
+        max_shard_size: int = 10_000_000_000,
+        replace: bool = False,
+    ) -> None:
+        metadata = modelspec(
+            self.checkpoint.metadata,
+            architecture=self.architecture,
+            implementation="diffusers" if layout == "diffusers" else STABILITY_AI,
+            prediction_type=self.process.prediction_type,
+            size=self.default_size,
+        )
+        trained = {self.denoiser_component: self.denoiser_module.state_dict()}
+        if layout == "diffusers":
+            save_folder(
+                self.checkpoint,
+                path,
+                trained=trained,
+                metadata=metadata,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                replace=replace,
+            )
+            return
+        if self.original_layout is None:
+            raise UserError(f"A {self.family} model has no single-file layout here: save it as a diffusers folder.")
+        save_single_file(
+            self.checkpoint,
+            path,
+            layout=self.original_layout,
+            trained=trained,
+            metadata=metadata,
+            dtype=dtype,
+            markers=self._markers(),
+            replace=replace,
+        )
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """As ModelSpec names it."""
+
+    @property
+    def original_layout(self) -> str | None:
+        """The layout of the family's single files, of ``original_layout.LAYOUTS``; None for a family without."""
+        return None
+
+    def _markers(self) -> dict[str, StoredTensor]:
+        """Entries of a single file that are no weights but tell other tools how to sample."""
+        return {}
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a network computes in: that of its first weight."""
+    return next(model.parameters()).dtype
+
+
+def _generators(ids: Tensor, seed: int) -> list[torch.Generator]:
+    """For samplers that draw noise at every step: one generator per image, on the host so that devices agree."""
+    words = philox_bits(ids, noise_key(seed, SAMPLER_SEED, "cpu"), int(NoiseRole.SAMPLING), 1)[:, 0]
+    return [torch.Generator().manual_seed(word) for word in words.tolist()]
+
+
+def _update(digest: Any, component: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        digest.update(repr((component, name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor_bytes(tensor))

@@ -1,0 +1,117 @@
+"""Whole checkpoints to the disk: what was trained from memory, everything else from where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasediff.errors import UserError
+from erasediff.models.checkpoint import Checkpoint, read_json, weighted_components
+from erasediff.models.names import canonical_name
+from erasediff.models.original_layout import LAYOUTS, to_original
+from erasediff.models.tensor_file import StoredTensor, shards, write_tensor_file
+from erasediff.runs.atomic import atomic_directory, atomic_file
+
+Weights = Mapping[str, StoredTensor]
+
+
+def save_folder(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    replace: bool,
+) -> None:
+    """A diffusers folder. ``trained``: the state of each component that is no longer the checkpoint's.
+
+    A tensor that still equals the stored one is written with the stored one's bits, whatever dtype it was trained in.
+    """
+    components = _components(checkpoint, trained, dtype)
+    with atomic_directory(path, replace=replace) as folder:
+        checkpoint.copy_small_files(folder)
+        for name, tensors in components.items():
+            library = checkpoint.index[name][0]
+            stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+            # transformers refuses a file that does not say which framework wrote it.
+            said = metadata if name in trained else {"format": "pt"}
+            _write_component(folder / name, stem, tensors, said, max_shard_size)
+            if dtype is not None:
+                _record_dtype(folder / name / "config.json", dtype)
+
+
+def save_single_file(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    layout: str,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    markers: Mapping[str, StoredTensor],
+    replace: bool,
+) -> None:
+    """One file in the original layout, with whatever else a source in that layout held. ``markers``: more entries."""
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already: remove it or choose another name.")
+    tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
+    for name, weights in _components(checkpoint, trained, dtype).items():
+        if table := LAYOUTS[layout].get(name):
+            tensors |= to_original(table, weights, checkpoint.config(name))
+    with atomic_file(path) as partial:
+        write_tensor_file(partial, tensors | dict(markers), metadata)
+
+
+def _components(
+    checkpoint: Checkpoint, trained: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None
+) -> dict[str, Weights]:
+    return {
+        name: {key: tensor.cast(dtype) for key, tensor in _current(checkpoint, name, trained.get(name)).items()}
+        for name in weighted_components(checkpoint)
+    }
+
+
+def _current(checkpoint: Checkpoint, component: str, state: Mapping[str, Tensor] | None) -> Weights:
+    stored = checkpoint.tensors(component)
+    if state is None:
+        return stored
+    weights = {canonical_name(name): tensor for name, tensor in state.items()}
+    if not weights.keys() >= {canonical_name(name) for name in stored}:
+        raise ValueError(f"the {component} has other weights than it was loaded with: merge its LoRA before saving it")
+    return {name: tensor.updated(weights[canonical_name(name)]) for name, tensor in stored.items()}
+
+
+def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mapping[str, str], max_bytes: int) -> None:
+    folder.mkdir(exist_ok=True)
+    groups = shards(tensors, max_bytes)
+    if len(groups) == 1:
+        write_tensor_file(folder / f"{stem}.safetensors", groups[0], metadata)
+        return
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"{stem}-{number:05}-of-{len(groups):05}.safetensors"
+        write_tensor_file(folder / name, group, metadata)
+        weight_map.update(dict.fromkeys(group, name))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(
+        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def _record_dtype(path: Path, dtype: torch.dtype) -> None:
+    """transformers loads in the dtype that the configuration names."""
+    config = read_json(path)
+    for name in {"dtype", "torch_dtype"} & config.keys():
+        config[name] = str(dtype).removeprefix("torch.")
+    _write_json(path, config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,66 @@
+"""Stable Diffusion 3 and 3.5: a flow-matching transformer over image and text tokens (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from erasediff.models.latent import LatentModel, model_dtype
+from erasediff.objectives import Batch
+
+MAX_T5_TOKENS = 256
+
+
+class StableDiffusion3(LatentModel):
+    """Condition: ``encoder_hidden_states`` [B, tokens, 4096] and ``pooled_projections`` [B, 2048].
+
+    T5 may be left out; its tokens are then zero.
+    """
+
+    family = "sd3"
+    denoiser_component = "transformer"
+    text_encoders: ClassVar = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional_encoders: ClassVar = ("text_encoder_3",)
+    pipeline_class = StableDiffusion3Pipeline
+    flow = True
+    usual_guidance = 7.0
+    architecture = "stable-diffusion-3"
+
+    @property
+    def size_multiple(self) -> int:
+        patch: int = self.configs["transformer"].patch_size
+        return self.latent_scale * patch
+
+    def _widths(self) -> Iterable[tuple[str, int, str, int]]:
+        transformer, vae = self.configs["transformer"], self.configs["vae"]
+        pooled = sum(self.configs[name].projection_dim for name in ("text_encoder", "text_encoder_2"))
+        yield "the transformer's in_channels", transformer.in_channels, "the VAE's latent_channels", vae.latent_channels
+        yield (
+            "the transformer's pooled_projection_dim",
+            transformer.pooled_projection_dim,
+            "the two CLIP encoders' projection_dim together",
+            pooled,
+        )
+        if t5 := self.configs.get("text_encoder_3"):
+            yield "the transformer's joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model
+
+    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+        dtype = model_dtype(model)
+        text = {name: condition[name].to(dtype) for name in ("encoder_hidden_states", "pooled_projections")}
+        prediction: Tensor = model(noisy_sample.to(dtype), timestep=timesteps, **text, return_dict=False)[0]
+        return prediction
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        text, _, pooled, _ = self._pipeline().encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, **self._text_length()
+        )
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def _text_length(self) -> dict[str, Any]:
+        t5 = self.tokenizers.get("tokenizer_3")
+        return {"max_sequence_length": min(MAX_T5_TOKENS, t5.model_max_length if t5 else MAX_T5_TOKENS)}

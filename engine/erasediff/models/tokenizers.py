@@ -1,0 +1,41 @@
+"""Tokenizers: from the checkpoint's folder, or, for a single file, which has none, from the hub's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CLIPTokenizer
+
+from erasediff.errors import UserError
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) -> Any:
+    """A pipeline folder's tokenizer. UserError if it is missing or damaged."""
+    library, name = index.get(component) or (None, None)
+    cls = getattr(transformers, name, None) if library == "transformers" and name else None
+    if cls is None or not (path / component).is_dir():
+        raise UserError(f"The checkpoint {path} is incomplete: it has no {component}.")
+    try:
+        return cls.from_pretrained(path / component, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The {component} of {path} is damaged: {reason}") from error
+
+
+def clip_tokenizer(pad_token: str) -> Any:
+    """CLIP's tokenizer, which every SD and SDXL model uses, from the hub or its cache.
+
+    ``pad_token`` is "<|endoftext|>" for OpenAI's text encoder, "!" for OpenCLIP's. UserError if it is in neither.
+    """
+    try:
+        return CLIPTokenizer.from_pretrained(CLIP, pad_token=pad_token)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"A single file comes without its tokenizer, and {CLIP} is neither in the cache of the hub nor can it be "
+            "reached: give a diffusers folder of the same family as config."
+        ) from error

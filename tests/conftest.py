@@ -1,0 +1,37 @@
+"""Text-to-image checkpoints for all tests: made once per session, never written to."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def nano() -> ModuleType:
+    """The module ``tests/nano.py``."""
+    spec = importlib.util.spec_from_file_location("nano", Path(__file__).with_name("nano.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def nano_folder(nano: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a nano checkpoint (``nano.NANO``) -> its diffusers folder. Copy it before you change anything in it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = nano.save(name, tmp_path_factory.mktemp("nano") / name)
+        return made[name]
+
+    return folder

@@ -1,0 +1,228 @@
+"""Whole text-to-image checkpoints of every family with random weights, small enough to be made in a second, offline.
+
+Only sizes differ from the real ones: layouts, classes, tokenizers and schedulers are what diffusers loads and saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+SIZE = 32
+"""Height and width in pixels; a latent is half of it."""
+TOKENS = 16
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'!"
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """One token per character."""
+    words = [*CHARACTERS, *(f"{character}</w>" for character in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS, pad_token=pad_token)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """One token per character."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+def _clip_config(width: int, activation: str = "quick_gelu") -> CLIPTextConfig:
+    tokens = 2 * len(CHARACTERS) + 2
+    return CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        hidden_act=activation,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
+    )
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=4 + len(CHARACTERS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+
+
+def _vae(latent_channels: int = 4, **own: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        **own,
+    )
+
+
+def _unet(cross_attention_dim: int, **own: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **{
+            "sample_size": SIZE // 2,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+            "cross_attention_dim": cross_attention_dim,
+            **own,
+        }
+    )
+
+
+NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+def sd() -> StableDiffusionPipeline:
+    """As SD 1.x: OpenAI's text encoder, PNDM, epsilon."""
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(32)),
+        tokenizer=clip_tokenizer(),
+        unet=_unet(32),
+        scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd_v_prediction() -> StableDiffusionPipeline:
+    """As SD 2.x: OpenCLIP's text encoder, linear projections around attention, DDIM, v_prediction."""
+    scheduler = DDIMScheduler(**NOISE, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False)
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(32, "gelu")),
+        tokenizer=clip_tokenizer("!"),
+        unet=_unet(32, use_linear_projection=True, attention_head_dim=(2, 4)),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    unet = _unet(
+        64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=CLIPTextModel(_clip_config(32)),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(32, "gelu")),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer("!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=SIZE,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(8, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(16)),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(16, "gelu")),
+        tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=_t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_vae(8, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(_clip_config(32)),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+NANO: dict[str, Callable[[], Any]] = {
+    "sd": sd,
+    "sd_v_prediction": sd_v_prediction,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+}
+
+
+def save(name: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:
+    """``NANO[name]`` as a diffusers folder, by diffusers itself; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = NANO[name]()
+    pipeline.save_pretrained(folder, **options)
+    return folder
