@@ -28,9 +28,9 @@ class ModelConfig(Section):
     """The diffusion model that ``train`` builds."""
 
     conditional: bool = True
-    block_out_channels: tuple[Count, ...] = (32, 64)
-    layers_per_block: Count = 2
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    block_out_channels: tuple[Count, ...] = (16, 32, 64)
+    layers_per_block: Count = 1
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     num_train_timesteps: Count = 1000
 
@@ -72,7 +72,8 @@ class UnlearnConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegative = 0.0
     ema_decay: Fraction | None = 0.9
-    label_dropout: Fraction = 0.1
+    retain_label_dropout: Fraction = 0.1
+    forget_label_dropout: Fraction = 0.1
     min_snr_gamma: Positive | None = None
     max_grad_norm: Positive | None = 1.0
     accumulation_steps: Count = 1
@@ -89,8 +90,8 @@ class UnlearnConfig(Section):
 class SampleConfig(Section):
     """How images are drawn from a model."""
 
-    guidance_scale: NonNegative = 2.0
-    num_inference_steps: Count = 25
+    guidance_scale: NonNegative = 1.5
+    num_inference_steps: Count = 10
     batch_size: Count = 256
 
 
@@ -111,10 +112,15 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """All settings. ``precision`` is that of the forward and backward passes; weights stay in float32."""
+    """All settings.
+
+    ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
+    (None: one per core); sums in another number of threads round differently.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
+    threads: Count | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -214,4 +220,4 @@ def _near_matches(name: str) -> list[str]:
     known = list(_flatten(Config().model_dump()))
     key = name.rpartition(".")[2]
     elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == key]
-    return elsewhere or difflib.get_close_matches(name, [*known, *Config.model_fields], n=3)
+    return elsewhere or difflib.get_close_matches(name, [*known, *Config.model_fields], cutoff=0.75)

@@ -60,6 +60,11 @@ class RunFolder:
         return load_config(_config_file(path))
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a run to resume."""
+        return (self.path / CONFIG).is_file()
+
+    @property
     def finished(self) -> bool:
         """Whether the run has left its model."""
         return self.model.is_dir()

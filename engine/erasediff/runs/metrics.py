@@ -1,12 +1,12 @@
 """``metrics.jsonl``: one line of JSON per step, nothing in it that depends on the clock or the machine."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from erasediff.runs import strict_json
 from erasediff.runs.atomic import atomic_write, storage_errors
 
 Record = Mapping[str, Any]
@@ -20,7 +20,7 @@ class MetricsFile:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add one line per record and see it onto the disk. A number that is not finite is written as null."""
-        lines = "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+        lines = "".join(strict_json.dumps(record) + "\n" for record in records)
         with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
@@ -29,7 +29,7 @@ class MetricsFile:
     def cut_back(self, step: int) -> None:
         """Keep the records of steps 1 to ``step``; a last line that a kill tore apart goes too."""
         if self.path.exists():
-            kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
+            kept = [strict_json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
             atomic_write(self.path, "".join(kept))
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,3 @@ class MetricsFile:
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
-
-
-def _finite(record: Record) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

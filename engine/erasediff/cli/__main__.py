@@ -1,0 +1,3 @@
+from erasediff.cli.main import main
+
+main()

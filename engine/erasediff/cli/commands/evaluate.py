@@ -1,0 +1,29 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erasediff.cli import options
+from erasediff.cli.output import emit, loading, messages
+from erasediff.cli.tables import metrics_table
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="The diffusers folder to judge.")],
+    forget: Annotated[str, typer.Option(help="The classes that it should have forgotten, such as 3 or 3,5.")],
+    base: Annotated[Path | None, typer.Option(help="The model that it was unlearned from, to compare with.")] = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    as_json: options.Json = False,
+) -> None:
+    """Judge what a model draws, with a classifier that has only ever seen real images."""
+    full_config = options.configure(config, settings, sample__guidance_scale=guidance, seed=seed, device=device)
+    forgotten = options.class_numbers(forget) or []
+    with loading(messages):
+        from erasediff.stages.evaluation import evaluate as judge_models
+    evaluation = judge_models(full_config, model, base, forgotten, messages)
+    columns = {name: judged.metrics for name, judged in evaluation.judged.items()}
+    emit(evaluation.to_dict(), as_json=as_json, shown=metrics_table(columns))

@@ -1,0 +1,42 @@
+from typing import Annotated
+
+import typer
+
+from erasediff.cli import options
+from erasediff.cli.output import loading, messages
+from erasediff.cli.runs import carry_out, place_and_config
+
+
+def train(
+    out: options.RunOut = None,
+    exclude: Annotated[str | None, typer.Option(help="Classes to leave out, such as 3,5.")] = None,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="A model without class labels.")] = False,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model."""
+    place, full_config = place_and_config(
+        out,
+        resume,
+        config,
+        settings,
+        dry_run=dry_run,
+        data__exclude=options.class_numbers(exclude),
+        model__conditional=False if unconditional else None,
+        train__steps=steps,
+        train__batch_size=batch_size,
+        train__lr=lr,
+        seed=seed,
+        device=device,
+    )
+    with loading(messages):
+        from erasediff.stages.training import training_session
+    carry_out(training_session(full_config), place, as_json=as_json)

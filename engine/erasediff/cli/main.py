@@ -1,0 +1,48 @@
+"""Where the program begins, and where every way it can end becomes an exit code."""
+
+import shlex
+import sys
+
+import typer
+from rich.markup import escape
+
+from erasediff.cli.commands.demo import demo
+from erasediff.cli.commands.evaluate import evaluate
+from erasediff.cli.commands.info import info
+from erasediff.cli.commands.sample import sample
+from erasediff.cli.commands.train import train
+from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli.output import messages
+from erasediff.errors import UserError
+from erasediff.runs.interrupt import Interrupted
+
+app = typer.Typer(
+    help="Remove the influence of chosen data from diffusion models, and keep the rest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, train, unlearn, sample, evaluate, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C (128 + the signal)."""
+    try:
+        app()
+    except UserError as error:
+        messages.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except Interrupted as interrupted:
+        messages.print(
+            f"Stopped after step {interrupted.step}; everything is in {escape(str(interrupted.checkpoint))}."
+        )
+        messages.print(f"Continue with: [bold]{escape(resume_command(sys.argv[1:]))}[/]", soft_wrap=True)
+        sys.exit(interrupted.exit_code)
+
+
+def resume_command(arguments: list[str]) -> str:
+    """The command that continues what ``arguments`` began."""
+    resuming = any(argument.split("=")[0] == "--resume" for argument in arguments)
+    return shlex.join(["erasediff", *arguments, *([] if resuming else ["--resume", "latest"])])

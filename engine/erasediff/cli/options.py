@@ -1,0 +1,45 @@
+"""The flags that commands share, and how they become a configuration."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from erasediff.config import Config, load_config, parse_assignments
+from erasediff.errors import UserError
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win over it.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in --set train.ema_decay=0.99.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, measured on two trial steps; write nothing.")]
+Resume = Annotated[
+    str | None, typer.Option(metavar="latest|PATH", help="Continue the run at --out, or the run or checkpoint at PATH.")
+]
+RunOut = Annotated[Path | None, typer.Option("--out", help="Folder for the run.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples per step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
+
+
+def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Config:
+    """The configuration in ``file``, under ``--set``, under the flags that were given.
+
+    A flag's name is the setting's with ``__`` for the dot, as in ``train__lr``.
+    """
+    given = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+    return load_config(file, parse_assignments(settings or []) | given)
+
+
+def class_numbers(text: str | None) -> list[int] | None:
+    """``"3,5"`` as ``[3, 5]``. UserError for anything but whole numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f'Classes are whole numbers with commas between them, such as 3,5; not "{text}".') from None

@@ -1,0 +1,48 @@
+"""What ``train`` and ``unlearn`` share: where the run goes, and carrying it out or only planning it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasediff.cli.options import configure
+from erasediff.cli.output import emit, loading, messages
+from erasediff.config import Config
+
+if TYPE_CHECKING:
+    from erasediff.runs.folder import RunPlace
+    from erasediff.stages.session import Session
+
+
+def place_and_config(
+    out: Path | None,
+    resume: str | None,
+    file: Path | None,
+    settings: list[str] | None,
+    *,
+    dry_run: bool = False,
+    **flags: Any,
+) -> tuple[RunPlace | None, Config]:
+    """Where to run (None: nowhere, it is dry) and the full configuration: by default, the resumed run's own."""
+    fresh = None if resume else configure(file, settings, **flags)
+    if fresh and dry_run:
+        return None, fresh
+    with loading(messages):
+        from erasediff.runs.folder import RunPlace
+    place = RunPlace.asked_for(out, resume)
+    config = fresh or configure(file or place.stored_config, settings, **flags)
+    return None if dry_run else place, config
+
+
+def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> None:
+    """Run ``session`` at ``place`` and print its result; without a place, print the plan."""
+    if place is None:
+        from erasediff.stages.plan import plan
+
+        with messages.status("Measuring trial steps"):
+            planned = plan(session)
+        emit(asdict(planned), as_json=as_json)
+        return
+    result = session.run(place, messages)
+    emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)

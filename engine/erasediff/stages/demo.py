@@ -1,0 +1,105 @@
+"""The main job, end to end: a base model, unlearning, the controls, and one judge for all of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from erasediff.config import Config
+from erasediff.data import forget_retain_split, load_digits
+from erasediff.evaluation import Judge
+from erasediff.runs import strict_json
+from erasediff.runs.atomic import atomic_write
+from erasediff.runs.folder import RunFolder, RunPlace
+from erasediff.stages.cache import CachedTraining
+from erasediff.stages.evaluation import Evaluation, judge_model
+from erasediff.stages.loading import load_model
+from erasediff.stages.plan import Plan, plan
+from erasediff.stages.reporting import write_report
+from erasediff.stages.session import set_up_device
+from erasediff.stages.training import training_session
+from erasediff.stages.unlearning import unlearn, unlearning_session
+
+DEFAULT_FORGET = (3,)
+CONTROLS = ("finetune", "neggrad")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """``evaluation`` has the columns base, erasediff, finetune, neggrad and retrained."""
+
+    run: Path
+    report: Path
+    evaluation: Evaluation
+
+
+def demo(config: Config, place: RunPlace, console: Console, command: str) -> Demonstration:
+    """Unlearn ``config.unlearn.forget`` (by default, 3) from a base model, beside three controls, and report on all.
+
+    The base and the model retrained without the classes come from the cache, and are trained where it lacks them. The
+    controls take the same number of steps as EraseDiff and live beside it in ``controls/``. A demo that was cut short
+    goes on where it stopped. ``command`` is what the report says to repeat.
+    """
+    config = _complete(config)
+    forget = config.unlearn.forget
+    base, retrained = CachedTraining(config), CachedTraining(config, exclude=forget)
+    config = _with_unlearn(config, model=base.run.model)
+    run = place.open(config)
+
+    runs = {"base": base.obtain(console, "Training the base")}
+    runs["erasediff"] = _unlearned(config, run.path, console)
+    for method in CONTROLS:
+        runs[method] = _unlearned(_with_unlearn(config, method=method), run.path / "controls" / method, console)
+    runs["retrained"] = retrained.obtain(console, f"Training without {', '.join(map(str, forget))}")
+
+    dataset, device = load_digits(), set_up_device(config)
+    judge = Judge.fit(dataset)
+    judged = {}
+    for name, finished in runs.items():
+        model = load_model(finished.model, dataset, device)
+        judged[name] = judge_model(config, model, judge, dataset, forget, console, f"Sampling: {name}")
+    evaluation = Evaluation(judge=judge, judged=judged)
+
+    report = run.path / "report.html"
+    records = {name: list(runs[name].metrics.read()) for name in ("erasediff", *CONTROLS)}
+    atomic_write(run.path / "evaluation.json", strict_json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    with console.status("Writing the report"):
+        write_report(report, config, dataset, evaluation, records, command)
+    return Demonstration(run=run.path, report=report, evaluation=evaluation)
+
+
+def plan_demo(config: Config) -> dict[str, Plan]:
+    """What each part of ``demo`` that is not in the cache would cost, by its column's name. Writes nothing."""
+    config = _complete(config)
+    trainings = {
+        "base": CachedTraining(config),
+        "retrained": CachedTraining(config, exclude=config.unlearn.forget),
+    }
+    plans = {
+        name: plan(training_session(training.config))
+        for name, training in trainings.items()
+        if not training.run.finished
+    }
+    for method in ("erasediff", *CONTROLS):
+        untrained = training_session(config).model
+        plans[method] = plan(unlearning_session(_with_unlearn(config, method=method), untrained))
+    return plans
+
+
+def _complete(config: Config) -> Config:
+    """``config`` with a class to forget. UserError for classes that do not exist."""
+    config = _with_unlearn(config, forget=config.unlearn.forget or DEFAULT_FORGET, method="erasediff")
+    forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
+    return config
+
+
+def _unlearned(config: Config, folder: Path, console: Console) -> RunFolder:
+    """The finished unlearning run at ``folder``: one that was begun goes on, one that has ended is left alone."""
+    run = RunFolder(folder)
+    if not run.finished:
+        unlearn(config, RunPlace(folder, resuming=run.begun), console)
+    return run
+
+
+def _with_unlearn(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"unlearn": config.unlearn.model_copy(update=changes)})

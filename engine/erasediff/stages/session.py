@@ -1,0 +1,89 @@
+"""What a run needs, built but not begun: a model, a method and its batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from erasediff.config import Config
+from erasediff.errors import UserError
+from erasediff.methods import Method
+from erasediff.models import PixelModel, ema_weights
+from erasediff.runs.folder import RunPlace
+from erasediff.runs.loop import Batches, run_steps
+from erasediff.runs.schedule import LearningRate
+from erasediff_kernels import ConstrainedAdamW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run: ``model`` is a diffusers folder, ``metrics`` those of the last step."""
+
+    run: Path
+    model: Path
+    steps_taken: int
+    seconds: float
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One method, about to train one model on one stream of batches."""
+
+    title: str
+    config: Config
+    model: PixelModel
+    optimizer: ConstrainedAdamW
+    method: Method
+    rate: LearningRate
+    retain: Batches
+    forget: Batches | None = None
+
+    def run(self, place: RunPlace, console: Console) -> RunResult:
+        """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights."""
+        torch.manual_seed(self.config.seed)
+        run = place.open(self.config)
+        outcome = run_steps(
+            self.method,
+            self.model.unet,
+            run,
+            steps=self.rate.steps,
+            settings=self.config.run,
+            retain=self.retain,
+            forget=self.forget,
+            before_step=lambda step: self.rate.apply(self.optimizer, step),
+            console=console,
+            title=self.title,
+        )
+        with ema_weights(self.optimizer):
+            self.model.save(run.model, replace=True)
+        return RunResult(
+            run=run.path, model=run.model, steps_taken=outcome.steps, seconds=outcome.seconds, metrics=outcome.last
+        )
+
+    def trial_step(self, index: int) -> None:
+        """Take one step that no run folder hears of."""
+        self.rate.apply(self.optimizer, index)
+        self.method.step(self.retain.at(index), self.forget.at(index) if self.forget is not None else {})
+
+
+def set_up_device(config: Config) -> torch.device:
+    """The device that ``config`` means, set up for use. UserError for one that this machine does not have."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
+    return device
+
+
+def precision_of(config: Config) -> torch.dtype | None:
+    """What ``autocast`` should be: None in float32."""
+    return torch.bfloat16 if config.precision == "bfloat16" else None

@@ -1,0 +1,59 @@
+"""Train a diffusion model from scratch: the base model, or one that never saw the excluded classes."""
+
+from rich.console import Console
+
+from erasediff.config import Config
+from erasediff.data import GlobalBatches, forget_retain_split, load_digits
+from erasediff.methods import FineTune
+from erasediff.models import PixelModel
+from erasediff.process import Process
+from erasediff.runs.folder import RunPlace
+from erasediff.runs.schedule import LearningRate
+from erasediff.stages.session import RunResult, Session, precision_of, set_up_device
+from erasediff_kernels import ConstrainedAdamW
+
+
+def train_base(config: Config, place: RunPlace, console: Console, title: str = "Training") -> RunResult:
+    """Train the model that ``config`` describes on its data; see ``RunResult`` for what is left behind."""
+    return training_session(config, title).run(place, console)
+
+
+def training_session(config: Config, title: str = "Training") -> Session:
+    """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
+    settings = config.train
+    device = set_up_device(config)
+    dataset = load_digits()
+    images = dataset.train
+    if config.data.exclude:
+        _, images = forget_retain_split(images, config.data.exclude)
+    shape = config.model.model_dump(exclude={"conditional"})
+    classes = dataset.num_classes if config.model.conditional else None
+    model = PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
+    optimizer = ConstrainedAdamW(
+        model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+    )
+    return Session(
+        title=title,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        method=FineTune(
+            model.unet,
+            optimizer,
+            process=Process.from_scheduler(model.scheduler),
+            min_snr_gamma=settings.min_snr_gamma,
+            max_grad_norm=settings.max_grad_norm,
+            accumulation_steps=settings.accumulation_steps,
+            autocast=precision_of(config),
+            seed=config.seed,
+        ),
+        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        retain=GlobalBatches(
+            images.to(device),
+            settings.batch_size,
+            seed=config.seed,
+            conditional=config.model.conditional,
+            label_dropout=settings.label_dropout,
+            null_label=model.null_label,
+        ),
+    )

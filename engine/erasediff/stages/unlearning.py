@@ -1,0 +1,108 @@
+"""Unlearn classes from a model, with any of the methods."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from erasediff.config import Config, UnlearnConfig
+from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.errors import UserError
+from erasediff.methods import METHODS
+from erasediff.models import PixelModel
+from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
+from erasediff.process import Process
+from erasediff.runs.folder import RunPlace
+from erasediff.runs.schedule import LearningRate
+from erasediff.solver import Barrier, Cosine, Fixed, Gap, InnerSolve, Norm
+from erasediff.stages.loading import load_model
+from erasediff.stages.session import RunResult, Session, precision_of, set_up_device
+from erasediff_kernels import ConstrainedAdamW
+
+
+def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
+    """Make the model at ``config.unlearn.model`` forget ``config.unlearn.forget``."""
+    return unlearning_session(config).run(place, console)
+
+
+def unlearning_session(config: Config, model: PixelModel | None = None) -> Session:
+    """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
+
+    UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
+    """
+    settings = config.unlearn
+    device = set_up_device(config)
+    dataset = load_digits()
+    forget, retain = forget_retain_split(dataset.train, settings.forget, settings.retain)
+    if model is None:
+        if settings.model is None:
+            raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
+        model = load_model(settings.model, dataset, device)
+    optimizer = ConstrainedAdamW(
+        model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+    )
+
+    batches = partial(
+        GlobalBatches,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        conditional=model.num_classes is not None,
+        null_label=model.null_label,
+    )
+
+    return Session(
+        title=f"Unlearning ({settings.method})",
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        method=METHODS[settings.method](
+            model.unet,
+            optimizer,
+            process=Process.from_scheduler(model.scheduler),
+            min_snr_gamma=settings.min_snr_gamma,
+            antithetic=settings.antithetic,
+            max_grad_norm=settings.max_grad_norm,
+            accumulation_steps=settings.accumulation_steps,
+            autocast=precision_of(config),
+            seed=config.seed,
+            **_own_options(settings, retain, model),
+        ),
+        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
+        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
+    )
+
+
+def _own_options(settings: UnlearnConfig, retain: Images, model: PixelModel) -> dict[str, Any]:
+    """The options that only EraseDiff takes."""
+    if settings.method != "erasediff":
+        return {}
+    return {
+        "barrier": barrier_of(settings),
+        "target": target_of(settings, retain, model),
+        "inner": InnerSolve(
+            steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
+        ),
+    }
+
+
+def barrier_of(settings: UnlearnConfig) -> Barrier:
+    """The barrier by its name, with ``eta`` as its number."""
+    barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
+    return barriers[settings.barrier](settings.eta)
+
+
+def target_of(settings: UnlearnConfig, retain: Images, model: PixelModel) -> DeviationTarget:
+    """The deviated target by its name; relabelling draws from the retained classes."""
+    match settings.target:
+        case "uniform":
+            return UniformNoise()
+        case "gaussian":
+            return GaussianNoise()
+    if model.num_classes is None:
+        raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
+    teacher = copy.deepcopy(model.unet) if settings.teacher == "frozen" else None
+    return Relabel({"class_labels": torch.tensor(sorted(set(retain.class_labels.tolist())))}, teacher)
