@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erasediff_kernels._triton.language import as_double, double_bits, load_block, mask_bits
+from erasediff_kernels._triton.language import LANES, as_double, double_bits, load_block, mask_bits
 from erasediff_kernels._triton.lists import column, find_row, plan
 from erasediff_kernels._triton.reduction import sum_partials
 
 # Three fp64 accumulators of 8 elements per thread are 48 registers: room for eight programs on a multiprocessor.
 BLOCK = 1024
-WARPS = 4
+THREADS = 128
+WARPS = THREADS // LANES
 
 
 @triton.jit

@@ -17,6 +17,9 @@ from erasediff_kernels.reference import philox, rounding
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# A warp has 32 lanes on NVIDIA and 64 on AMD's data-centre GPUs.
+LANES = 64 if torch.version.hip else 32
+
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,

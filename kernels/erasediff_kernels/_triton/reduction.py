@@ -6,8 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from erasediff_kernels._triton.language import LANES
+
 BLOCK = 4096
-WARPS = 16
+THREADS = 512
+WARPS = THREADS // LANES
 
 
 @triton.jit

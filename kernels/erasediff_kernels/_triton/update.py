@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from erasediff_kernels._triton.language import (
+    LANES,
     ROUNDING_ROLE,
     as_double,
     double_bits,
@@ -26,7 +27,8 @@ from erasediff_kernels._triton.lists import column, find_row, plan
 
 # Five streams in, three out: 8 elements per thread keep 160 bytes per thread in flight within 64 registers of data.
 BLOCK = 1024
-WARPS = 4
+THREADS = 128
+WARPS = THREADS // LANES
 
 SCALARS = 9
 
