@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MODULES = {
@@ -91,10 +92,20 @@ def kernel(op: str) -> Callable[..., Any]:
     """The dispatcher entry of `op`: looks at the device of the first tensor and calls the implementation."""
 
     def run(*args: Any) -> Any:
-        return _implementation(op, _device_type(args), _forced)(*args)
+        return _implementation(op, device_of(args).type, _forced)(*args)
 
     run.__name__ = op
     return run
+
+
+def device_of(args: tuple[Any, ...]) -> torch.device:
+    """The device of the first tensor among an operator's arguments."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device
+        if isinstance(arg, list) and arg:
+            return device_of(tuple(arg[:1]))
+    raise AssertionError("every operator has a tensor argument")
 
 
 @functools.cache
@@ -116,12 +127,3 @@ def _select(device_type: str, forced: str | None) -> str:
 def _implementation(op: str, device_type: str, forced: str | None) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(load(_select(device_type, forced)), op)
     return function
-
-
-def _device_type(args: tuple[Any, ...]) -> str:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg.device.type
-        if isinstance(arg, list) and arg:
-            return _device_type(tuple(arg[:1]))
-    raise AssertionError("every operator has a tensor argument")

@@ -53,7 +53,7 @@ def test_strides_do_not_matter(device: str) -> None:
         assert torch.equal(result, expected)
 
 
-def test_gradients(device: str) -> None:
+def test_gradcheck(device: str) -> None:
     sample, alpha, sigma, ids, key = inputs((2, 5), torch.float64, device)
     noise = torch.randn_like(sample)
     leaves = [tensor.requires_grad_() for tensor in (sample, alpha, sigma, noise)]

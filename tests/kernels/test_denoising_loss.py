@@ -102,7 +102,7 @@ def test_default_weight_is_the_mean(device: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_gradient(device: str, prediction_type: str) -> None:
+def test_gradcheck(device: str, prediction_type: str) -> None:
     x = inputs((2, 5), torch.float64, device)
     prediction = x["prediction"].requires_grad_()
 

@@ -60,7 +60,7 @@ def test_strides_do_not_matter(device: str) -> None:
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_gradient(device: str, distribution: str) -> None:
+def test_gradcheck(device: str, distribution: str) -> None:
     prediction, weight, ids, key = inputs((2, 5), torch.float64, device)
 
     def loss(tensor: Tensor) -> Tensor:

@@ -225,7 +225,9 @@ def compile_case(case: Case, target: str) -> Any:
     signature = {name: case.types.get(name, "constexpr") for name in names}
     divisible = [["tt.divisibility", 16]]
     attributes = {
-        (index,): divisible for index, name in enumerate(names) if signature[name].startswith("*") or name == "N"
+        (index,): divisible
+        for index, name in enumerate(names)
+        if name in case.types and (name == "N" or signature[name].startswith("*"))
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     gpu = TARGETS[target]

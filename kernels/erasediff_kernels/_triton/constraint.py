@@ -96,7 +96,8 @@ def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
-@triton.jit
+# The bits of a double say nothing about divisibility, and a schedule changes them at every step.
+@triton.jit(do_not_specialize=["eta_bits", "max_norm_bits"])
 def constraint_multiplier_kernel(
     gram_ptr,
     gap_ptr,

@@ -61,6 +61,8 @@ class Launch:
     aligned: bool
     table: Tensor
     owners: Tensor
+    host: Tensor
+    """Where the table was copied from: a CUDA graph copies it again at each replay."""
 
     @property
     def chunks(self) -> int:
@@ -68,24 +70,33 @@ class Launch:
 
 
 _plans: OrderedDict[Any, list[Launch]] = OrderedDict()
+_captured: list[list[Launch]] = []
 
 
 def plan(columns: Sequence[Sequence[Tensor]]) -> list[Launch]:
     """The launches for lists of tensors, aligned with `columns[0]`; an empty list is a column that is absent."""
     tensors = [tensor for column in columns for tensor in column]
+    on_cuda = bool(tensors) and tensors[0].is_cuda
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph holds raw pointers to its tables, and fills them only when it is replayed: they outlive the cache, and
+        # no eager launch may find them there.
+        launches = build(columns)
+        _captured.append(launches)
+        return launches
     key = (
+        torch.cuda.current_stream().cuda_stream if on_cuda else None,
         tuple(map(len, columns)),
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(attrgetter("dtype"), tensors)),
         tuple(map(Tensor.numel, columns[0])),
     )
-    launches = _plans.get(key)
-    if launches is None:
-        launches = _plans[key] = build(columns)
-        if len(_plans) > CACHED_PLANS:
-            _plans.popitem(last=False)
-    else:
+    cached = _plans.get(key)
+    if cached is not None:
         _plans.move_to_end(key)
+        return cached
+    launches = _plans[key] = build(columns)
+    if len(_plans) > CACHED_PLANS:
+        _plans.popitem(last=False)
     return launches
 
 
@@ -106,7 +117,8 @@ def build(columns: Sequence[Sequence[Tensor]]) -> list[Launch]:
     return [Launch(dtypes, aligned, *upload(rows, device)) for (dtypes, aligned), rows in groups.items()]
 
 
-def upload(rows: Sequence[tuple[int, ...]], device: torch.device | None) -> tuple[Tensor, Tensor]:
+def upload(rows: Sequence[tuple[int, ...]], device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(table, owners, host copy of both)."""
     body = torch.tensor(rows, dtype=torch.int64)
     chunks = (body[:, :1] + CHUNK - 1) // CHUNK
     first_chunk = chunks.cumsum(dim=0) - chunks
@@ -115,4 +127,4 @@ def upload(rows: Sequence[tuple[int, ...]], device: torch.device | None) -> tupl
     if device is not None and device.type == "cuda":
         host = host.pin_memory()
     table = host.to(device, non_blocking=True)
-    return table[: -len(owners)], table[-len(owners) :]
+    return table[: -len(owners)], table[-len(owners) :], host

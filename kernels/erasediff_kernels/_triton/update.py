@@ -80,7 +80,8 @@ def write_param(
         store_block(copy_ptr, offsets, narrow(seen, copy_ptr.dtype.element_ty), inside, MASKED)
 
 
-@triton.jit
+# The bits of a double say nothing about divisibility, and a schedule changes them at every step.
+@triton.jit(do_not_specialize=["beta1_bits", "beta2_bits", "eps_bits", "weight_decay_bits", "ema_decay_bits"])
 def adamw_scalars_kernel(
     out_ptr,
     finite_ptr,
@@ -257,7 +258,7 @@ def constrained_adamw_(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["momentum_bits", "weight_decay_bits", "ema_decay_bits"])
 def sgd_scalars_kernel(out_ptr, finite_ptr, lr_ptr, step_ptr, momentum_bits, weight_decay_bits, ema_decay_bits):
     tl.store(step_ptr, tl.load(step_ptr) + tl.load(finite_ptr).to(tl.float32))
     lr = tl.load(lr_ptr).to(tl.float64)
