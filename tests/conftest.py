@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,3 +36,12 @@ def nano_folder(nano: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors of a nano model are too small to be worth more; with more, most of a test is waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -138,8 +138,9 @@ def sd_v_prediction() -> StableDiffusionPipeline:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
+    """Its text encoders differ in width, by which diffusers tells them apart in a single file."""
     unet = _unet(
-        64,
+        32 + 48,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
@@ -147,12 +148,12 @@ def sdxl() -> StableDiffusionXLPipeline:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
+        projection_class_embeddings_input_dim=6 * 8 + 48,
     )
     return StableDiffusionXLPipeline(
         vae=_vae(scaling_factor=0.13025, force_upcast=True),
         text_encoder=CLIPTextModel(_clip_config(32)),
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(32, "gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(48, "gelu")),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer("!"),
         unet=unet,

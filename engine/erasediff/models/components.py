@@ -31,6 +31,8 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
     """The component with its parameters on the meta device."""
     cls = component_class(checkpoint, component)
     config = checkpoint.config(component)
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UserError(f"The {component} of {checkpoint.path} is a {config['_class_name']}, not a {cls.__name__}.")
     try:
         with init_empty_weights(include_buffers=False):
             module: nn.Module = (
@@ -71,10 +73,14 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, d
     """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
     module: Any = check_component(checkpoint, component)
     stored = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
+    # T5's largest layers overflow in float16, and it is written to have them in float32.
+    wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     state = {}
     for name, tensor in module.state_dict().items():
         if (source := stored.get(canonical_name(name))) is not None:
-            target = dtype if source.dtype.is_floating_point else source.dtype
+            target = source.dtype
+            if source.dtype.is_floating_point:
+                target = torch.float32 if wide & set(name.split(".")) else dtype
             state[name] = source.load().reshape(tensor.shape).to(device, target, copy=True)
     module.load_state_dict(state, strict=False, assign=True)
     if hasattr(module, "tie_weights"):

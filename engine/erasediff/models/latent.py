@@ -55,8 +55,6 @@ class LatentModel(ABC):
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.scheduler = load_scheduler(checkpoint, flow=self.flow)
-        self.process = Process.from_scheduler(self.scheduler)
         self.encoder_names = [
             name for name in self.text_encoders if name not in self.optional_encoders or has(checkpoint, name)
         ]
@@ -64,6 +62,8 @@ class LatentModel(ABC):
             name: check_component(checkpoint, name).config
             for name in (self.denoiser_component, "vae", *self.encoder_names)
         }
+        self.scheduler = load_scheduler(checkpoint, flow=self.flow)
+        self.process = Process.from_scheduler(self.scheduler)
         for what, size, whose, expected in self._widths():
             if size != expected:
                 raise UserError(
@@ -145,14 +145,10 @@ class LatentModel(ABC):
         if self._encoders is None:
             self._encoders = {}
             for name in ("vae", *self.encoder_names):
-                module = load_component(self.checkpoint, name, self._encoder_dtype(name), self.device)
+                dtype = torch.float32 if name == "vae" else self.dtype
+                module = load_component(self.checkpoint, name, dtype, self.device)
                 self._encoders[name] = module.requires_grad_(False)
         return self._encoders
-
-    def _encoder_dtype(self, name: str) -> torch.dtype:
-        # T5's activations are beyond float16, too.
-        overflows = name == "vae" or (self.checkpoint.index[name][1].startswith("T5") and self.dtype == torch.float16)
-        return torch.float32 if overflows else self.dtype
 
     def release_encoders(self) -> None:
         self._encoders = None
@@ -199,7 +195,8 @@ class LatentModel(ABC):
         was_training = self.denoiser_module.training
         self.denoiser_module.eval()
         images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
-        for ids in torch.split(torch.arange(len(prompts)), batch_size):
+        for first in range(0, len(prompts), batch_size):
+            ids = torch.arange(first, min(first + batch_size, len(prompts)))
             noise = philox_noise(ids, noise_key(seed, INITIAL_NOISE, "cpu"), int(NoiseRole.SAMPLING), shape)
             latents = pipeline(
                 prompt=[prompts[i] for i in ids.tolist()],

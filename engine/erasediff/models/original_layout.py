@@ -26,8 +26,8 @@ class Place:
     part: int = 0
 
 
-Table = Callable[[str, Mapping[str, Any]], Place | None]
-"""From a canonical name and the component's configuration; None for a weight that the original layout lacks."""
+Table = Callable[[str, Any], Place | None]
+"""From a canonical name and the module's ``config``; None for a weight that the original layout lacks."""
 
 RESNET_OF_UNET = {
     "norm1": "in_layers.0",
@@ -47,7 +47,7 @@ OUTSIDE_OF_OPEN_CLIP = {
 }
 
 
-def _unet(name: str, config: Mapping[str, Any]) -> Place | None:
+def _unet(name: str, config: Any) -> Place | None:
     """A stage of n layers is n + 1 blocks in a row; its change of resolution is the last one, or the end of it."""
     stride = config["layers_per_block"] + 1
     match name.split("."):
@@ -78,7 +78,7 @@ def _unet(name: str, config: Mapping[str, Any]) -> Place | None:
     return Place(_joined("model.diffusion_model", block, rest, RESNET_OF_UNET))
 
 
-def _vae(name: str, config: Mapping[str, Any]) -> Place | None:
+def _vae(name: str, config: Any) -> Place | None:
     """The original counts the decoder's stages from the image inwards, diffusers from the latent outwards."""
     last = len(config["block_out_channels"]) - 1
     form: Literal["same", "conv"] = "same"
@@ -102,11 +102,11 @@ def _vae(name: str, config: Mapping[str, Any]) -> Place | None:
     return Place(_joined("first_stage_model", block, rest, {"conv_shortcut": "nin_shortcut"}), form)
 
 
-def _clip(prefix: str, name: str, config: Mapping[str, Any]) -> Place | None:
+def _clip(prefix: str, name: str, config: Any) -> Place | None:
     return Place(f"{prefix}.text_model.{name}")
 
 
-def _open_clip(prefix: str, name: str, config: Mapping[str, Any]) -> Place | None:
+def _open_clip(prefix: str, name: str, config: Any) -> Place | None:
     if name in OUTSIDE_OF_OPEN_CLIP:
         return Place(f"{prefix}.{OUTSIDE_OF_OPEN_CLIP[name]}")
     match name.split("."):
@@ -141,9 +141,7 @@ LAYOUTS: dict[str, dict[str, Table]] = {
 """The layouts of single files, and where each component's weights lie in them."""
 
 
-def to_original(
-    table: Table, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> dict[str, StoredTensor]:
+def to_original(table: Table, tensors: Mapping[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
     """A component's weights, named as in diffusers, under their original keys."""
     found: dict[str, StoredTensor] = {}
     joined: dict[str, dict[int, StoredTensor]] = {}
@@ -164,7 +162,7 @@ def to_original(
 
 
 def from_original(
-    table: Table, original: Mapping[str, StoredTensor], names: Iterable[str], config: Mapping[str, Any]
+    table: Table, original: Mapping[str, StoredTensor], names: Iterable[str], config: Any
 ) -> dict[str, StoredTensor]:
     """Those of ``names``, a component's weights in diffusers, that ``original`` has; the inverse of ``to_original``."""
     found = {}

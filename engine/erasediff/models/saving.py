@@ -12,6 +12,7 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint import Checkpoint, read_json, weighted_components
+from erasediff.models.components import empty_module
 from erasediff.models.names import canonical_name
 from erasediff.models.original_layout import LAYOUTS, to_original
 from erasediff.models.tensor_file import StoredTensor, shards, write_tensor_file
@@ -64,7 +65,7 @@ def save_single_file(
     tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
     for name, weights in _components(checkpoint, trained, dtype).items():
         if table := LAYOUTS[layout].get(name):
-            tensors |= to_original(table, weights, checkpoint.config(name))
+            tensors |= to_original(table, weights, empty_module(checkpoint, name).config)
     with atomic_file(path) as partial:
         write_tensor_file(partial, tensors | dict(markers), metadata)
 

@@ -86,11 +86,12 @@ class SingleFile:
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         if component not in self._tensors:
-            names: Iterable[str] = empty_module(self, component).state_dict()
+            module = empty_module(self, component)
+            names: Iterable[str] = module.state_dict()
             if component.startswith("text_encoder"):
                 names = map(_on_disk, names)
             table = LAYOUTS[self.layout][component]
-            self._tensors[component] = from_original(table, self.original, names, self.config(component))
+            self._tensors[component] = from_original(table, self.original, names, module.config)
         return self._tensors[component]
 
     def tokenizer(self, component: str) -> Any:
@@ -122,7 +123,7 @@ def _layout(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
         raise UserError(f"{path} is the refiner of SDXL: only its base model can be unlearned here.")
     if any(key.startswith("model.diffusion_model.") for key in tensors):
         raise UserError(
-            f"{path} holds a denoiser, but no text encoder of SD 1.x, SD 2.x or SDXL: give a diffusers folder."
+            f"{path} holds a denoiser without a text encoder of SD 1.x, 2.x or SDXL: give a diffusers folder."
         )
     raise UserError(f"{path} is not a single file of SD 1.x, SD 2.x or SDXL: give a diffusers folder.")
 

@@ -29,6 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+ALIGNMENT = 64
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -109,8 +110,8 @@ def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor], metadata:
 
     Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors without gaps.
     """
-    # The widest first: every tensor then begins at a multiple of its element's size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    # Tensors of odd sizes last: all others then begin at a multiple of ALIGNMENT, for readers that map the file.
+    ordered = sorted(tensors.items(), key=lambda item: _place_in_file(*item))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0
     for name, tensor in ordered:
@@ -118,12 +119,16 @@ def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor], metadata:
         header[name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
         begin = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for _, tensor in ordered:
             file.write(tensor_bytes(tensor.load()))
+
+
+def _place_in_file(name: str, tensor: StoredTensor) -> tuple[bool, int, str]:
+    return tensor.nbytes % ALIGNMENT > 0, -tensor.dtype.itemsize, name
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

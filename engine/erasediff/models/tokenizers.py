@@ -18,7 +18,8 @@ def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) 
     """A pipeline folder's tokenizer. UserError if it is missing or damaged."""
     library, name = index.get(component) or (None, None)
     cls = getattr(transformers, name, None) if library == "transformers" and name else None
-    if cls is None or not (path / component).is_dir():
+    vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
+    if cls is None or not any((path / component / name).is_file() for name in vocabularies):
         raise UserError(f"The checkpoint {path} is incomplete: it has no {component}.")
     try:
         return cls.from_pretrained(path / component, local_files_only=True)
