@@ -1,7 +1,8 @@
 """`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -19,13 +20,13 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 class Bucket:
     """Lists for one call of the operator: parameters of one group, of one kind and on one device."""
 
-    params: list[Tensor] = field(default_factory=list)
-    retain: list[Tensor] = field(default_factory=list)
-    forget: list[Tensor] = field(default_factory=list)
-    states: list[dict[str, Tensor]] = field(default_factory=list)
+    params: list[Tensor]
+    retain: list[Tensor]
+    forget: list[Tensor]
+    states: list[dict[str, Tensor]]
 
     def state(self, name: str) -> list[Tensor]:
-        return [local(state[name]) for state in self.states]
+        return shards([state[name] for state in self.states])
 
 
 class ConstrainedOptimizer(torch.optim.Optimizer):
@@ -111,7 +112,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if packed is None:
             self.state[param].pop("mask", None)
         else:
-            self.state[param]["mask"] = packed.to(local(param).device)
+            self.state[param]["mask"] = packed.to(param.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but each state tensor keeps its dtype: fp32 moments and masters of half parameters, bit masks."""
@@ -126,19 +127,21 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             if group["params"]:
                 group["step"] = group["step"].to(group["params"][0].device)
 
-    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of one parameter; a mask may be there already."""
-        state = cast(dict[str, Tensor], self.state[p])
-        if group["master_weights"] and p.dtype in HALF_DTYPES and "master" not in state:
-            state["master"] = p.detach().float()
-        # Half-precision moments lose small updates; fp32 ones cost less than they save.
-        dtype = torch.float32 if p.dtype in HALF_DTYPES else p.dtype
-        for name in self._moments(group):
-            if name not in state:
-                state[name] = torch.zeros_like(p, dtype=dtype)
-        if group["ema_decay"] is not None and "ema" not in state:
-            state["ema"] = p.detach().to(dtype, copy=True)
-        return state
+    def _states(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """The state of each parameter, made where it is not there yet; a mask may be there first."""
+        needed = set(self._moments(group)) | ({"ema"} if group["ema_decay"] is not None else set())
+        needed_by_halves = needed | ({"master"} if group["master_weights"] else set())
+        states = []
+        for p in params:
+            state = cast(dict[str, Tensor], self.state[p])
+            is_half = p.dtype in HALF_DTYPES
+            for name in (needed_by_halves if is_half else needed) - state.keys():
+                # Half-precision moments lose small updates; fp32 ones cost less than they save.
+                dtype = torch.float32 if is_half else p.dtype
+                from_param = name in ("ema", "master")
+                state[name] = p.detach().to(dtype, copy=True) if from_param else torch.zeros_like(p, dtype=dtype)
+            states.append(state)
+        return states
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.MOMENTS
@@ -152,23 +155,24 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         constraint: Constraint,
     ) -> None:
         group = self.param_groups[group_index]
-        buckets: dict[Any, Bucket] = {}
-        for index, p in enumerate(params):
-            state = self._init_state(p, group)
-            bucket = buckets.setdefault((p.dtype, p.device, "master" in state, "mask" in state), Bucket())
-            bucket.params.append(local(p))
-            bucket.states.append(state)
-            bucket.retain.append(local(retain[index]))
-            if forget:
-                bucket.forget.append(local(forget[index]))
+        states = self._states(params, group)
+        places: dict[Any, list[int]] = defaultdict(list)
+        for place, (p, state) in enumerate(zip(params, states, strict=True)):
+            places[p.dtype, p.device, "master" in state, "mask" in state].append(place)
 
         step: Tensor = group["step"]
-        for bucket_index, ((dtype, device, has_master, has_mask), bucket) in enumerate(buckets.items()):
+        for bucket_index, ((dtype, device, has_master, has_mask), chosen) in enumerate(places.items()):
+            bucket = Bucket(
+                params=shards([params[place] for place in chosen]),
+                retain=shards([retain[place] for place in chosen]),
+                forget=shards([forget[place] for place in chosen]) if forget else [],
+                states=[states[place] for place in chosen],
+            )
             rounding_key = None
             if group["stochastic_rounding"] and dtype in HALF_DTYPES:
                 rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
             # The operator advances the step that it is given, and the step of a group advances once.
-            is_last = bucket_index == len(buckets) - 1
+            is_last = bucket_index == len(places) - 1
             self._run(
                 group,
                 bucket,
@@ -331,6 +335,8 @@ class ConstrainedSGD(ConstrainedOptimizer):
         )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a distributed tensor; any other tensor itself."""
-    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+def shards(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's shards of distributed tensors; other tensors themselves."""
+    if set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}:
+        return tensors
+    return [cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor for tensor in tensors]

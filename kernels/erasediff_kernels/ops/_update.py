@@ -43,6 +43,8 @@ def check_update(
         check_dtypes(name, tensors, DATA_DTYPES)
         check_layout(name, tensors, "params", params)
     for name, tensors in moments.items():
+        if {tensor.dtype for tensor in tensors} <= {torch.float32}:
+            continue
         for index, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
             if tensor.dtype is not torch.float32 and tensor.dtype is not p.dtype:
                 raise ValueError(
