@@ -1,10 +1,13 @@
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from erasediff_kernels import (
     ConstrainedAdamW,
@@ -322,3 +325,30 @@ def test_bad_arguments() -> None:
         optimizer.constrained_step(gradients, gradients[:2], constraint)
     with pytest.raises(ValueError, match="retain"):
         optimizer.constrained_step(gradients[::-1], gradients, constraint)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of one process, enough to make distributed tensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_distributed_tensors_are_updated_through_their_shards(mesh: DeviceMesh) -> None:
+    plain = parameters("cpu")
+    params = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+    optimizer, other = adamw(params, ema_decay=0.9), adamw(plain, ema_decay=0.9)
+    for seed in range(2):
+        constraint = constrained(other, seed)
+        torch.manual_seed(seed)
+        retain, forget = ([distribute_tensor(t, mesh, [Shard(0)]) for t in like(plain)] for _ in range(2))
+        optimizer.constrained_step(retain, forget, constraint)
+    same([p.full_tensor() for p in params], plain)
+    assert isinstance(optimizer.state[params[0]]["exp_avg"], DTensor)
+    restored = adamw(copy.deepcopy(params), ema_decay=0.9)
+    restored.load_state_dict(optimizer.state_dict())
+    for (p, average), (q, other_average) in zip(optimizer.ema_parameters(), restored.ema_parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q.full_tensor())
+        assert torch.equal(average.full_tensor(), other_average.full_tensor())
