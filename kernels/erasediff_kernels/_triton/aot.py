@@ -2,7 +2,8 @@
 """Compile every Triton kernel for GPUs that are not here, and check what the compilers made of it.
 
 `python -m erasediff_kernels._triton.aot` prints a table and exits with 1 on a violation: registers spilled, local
-memory used, full blocks that are not read and written 16 bytes at a time, products and sums fused where noise is drawn.
+memory used, full blocks that are not read and written 16 bytes at a time, offsets of 32 bits, or products and sums
+fused where noise is drawn.
 """
 
 import os
@@ -283,6 +284,8 @@ def examine(case: Case, target: str) -> Report:
         examine_nvidia(report, compiled)
     else:
         examine_amd(report, compiled)
+    if re.search(r"tt\.addptr .*tensor<\d+xi32>", compiled.asm["ttir"]):
+        report.violations.append("32-bit offsets")
     if report.spills:
         report.violations.append(f"{report.spills} spills")
     if report.local_bytes:

@@ -19,7 +19,7 @@ def sum_partials_kernel(partials_ptr, out_ptr, n, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + row * n + offsets, mask=offsets < n, other=0.0)
+        total += tl.load(partials_ptr + (row * n + offsets), mask=offsets < n, other=0.0)
     tl.store(out_ptr + row, tl.sum(total).to(out_ptr.dtype.element_ty))
 
 
