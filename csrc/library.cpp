@@ -4,7 +4,8 @@
 STABLE_TORCH_LIBRARY(erasediff_C, m) {
   m.def("philox_bits(Tensor sample_ids, Tensor key, int role, int words) -> Tensor");
   m.def(
-      "philox_noise(Tensor sample_ids, Tensor key, int role, int[] shape, str distribution, ScalarType dtype) -> Tensor");
+      "philox_noise(Tensor sample_ids, Tensor key, int role, int[] shape, str distribution, ScalarType dtype) -> "
+      "Tensor");
   m.def(
       "add_noise(Tensor sample, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? sample_ids, Tensor? key, int role) "
       "-> Tensor");

@@ -28,13 +28,14 @@ class Chunks {
 
   int64_t count() const { return first_chunk_.back(); }
 
-  // Calls f(chunk, tensor, first, size) for every chunk: elements first .. first + size - 1 of the tensor. A chunk goes to the
-  // thread whose share of all elements holds its first one.
+  // Calls f(chunk, tensor, first, size) for every chunk: elements first .. first + size - 1 of the tensor. A chunk goes
+  // to the thread whose share of all elements holds its first one.
   template <class F>
   void for_each(const F& f) const {
     const int64_t total = first_element_.back();
     torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-      int64_t tensor = std::upper_bound(first_element_.begin(), first_element_.end(), begin) - first_element_.begin() - 1;
+      int64_t tensor =
+          std::upper_bound(first_element_.begin(), first_element_.end(), begin) - first_element_.begin() - 1;
       int64_t local = (begin - first_element_[tensor] + kChunk - 1) / kChunk;
       for (; first_element_[tensor] < end && begin < total; ++tensor, local = 0) {
         const int64_t size = first_element_[tensor + 1] - first_element_[tensor];

@@ -18,7 +18,8 @@ void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Ten
   applied += 1.0f;
   constrained_update(make_items(params, {&exp_avgs, &exp_avg_sqs}, retain, forget, ema, copies, masks), params,
                      make_step(multiplier, clip_scale, ema_decay, rounding_key), [&](auto zero) {
-                       return AdamW<decltype(zero)>::make(read_value(Flat(lr), 0), applied, beta1, beta2, eps, weight_decay);
+                       return AdamW<decltype(zero)>::make(read_value(Flat(lr), 0), applied, beta1, beta2, eps,
+                                                          weight_decay);
                      });
 }
 

@@ -17,13 +17,15 @@ void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tenso
   const Step scalars = make_step(multiplier, clip_scale, ema_decay, rounding_key);
   const auto update = [&](auto states, const std::vector<Item>& items) {
     constrained_update(items, params, scalars, [&](auto zero) {
-      return Sgd<decltype(zero), decltype(states)::value>::make(read_value(Flat(lr), 0), momentum, nesterov, weight_decay);
+      return Sgd<decltype(zero), decltype(states)::value>::make(read_value(Flat(lr), 0), momentum, nesterov,
+                                                                weight_decay);
     });
   };
   if (momentum_buffers.empty()) {
     update(std::integral_constant<int, 0>(), make_items(params, {}, retain, forget, ema, copies, masks));
   } else {
-    update(std::integral_constant<int, 1>(), make_items(params, {&momentum_buffers}, retain, forget, ema, copies, masks));
+    update(std::integral_constant<int, 1>(),
+           make_items(params, {&momentum_buffers}, retain, forget, ema, copies, masks));
   }
 }
 

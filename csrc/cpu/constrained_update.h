@@ -58,8 +58,8 @@ ERASEDIFF_FN void update_tile(const Rule& rule, T* p, T* state0, T* state1, cons
   }
 }
 
-// Writes parameters of a half type with stochastic rounding. Values that the type holds already, frozen ones among them,
-// stay as they are.
+// Writes parameters of a half type with stochastic rounding. Values that the type holds already, frozen ones among
+// them, stay as they are.
 template <class Stored, class T>
 ERASEDIFF_FN void store_stochastically(const Step& step, int64_t tensor, int64_t first, int64_t n, const T* p,
                                        Stored* stored) {
@@ -133,7 +133,8 @@ void constrained_update(const std::vector<Item>& items, const std::vector<Tensor
 }
 
 // `states` holds as many lists as the rule has states; `forget`, `ema`, `copies` and `masks` may be empty.
-inline std::vector<Item> make_items(const std::vector<Tensor>& params, const std::vector<const std::vector<Tensor>*>& states,
+inline std::vector<Item> make_items(const std::vector<Tensor>& params,
+                                    const std::vector<const std::vector<Tensor>*>& states,
                                     const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
                                     const std::vector<Tensor>& ema, const std::vector<Tensor>& copies,
                                     const std::vector<Tensor>& masks) {
@@ -153,7 +154,12 @@ inline std::vector<Item> make_items(const std::vector<Tensor>& params, const std
 
 inline Step make_step(const Tensor& multiplier, const Tensor& clip_scale, double ema_decay,
                       const std::optional<Tensor>& rounding_key) {
-  Step step{read_value(Flat(multiplier), 0), read_value(Flat(clip_scale), 0), 1.0 - ema_decay, rounding_key.has_value(), 0, 0};
+  Step step{read_value(Flat(multiplier), 0),
+            read_value(Flat(clip_scale), 0),
+            1.0 - ema_decay,
+            rounding_key.has_value(),
+            0,
+            0};
   if (rounding_key) {
     const int64_t* key = static_cast<const int64_t*>(rounding_key->data_ptr());
     step.seed = key[0];

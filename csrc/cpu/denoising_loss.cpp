@@ -27,8 +27,10 @@ struct Denoising {
     const T* x = load(sample, index * numel + first, n, sample_buffer);
     const T* epsilon = noise.read(index, numel, first, n, buffer);
     const T a = T(read_value(alpha, index)), s = T(read_value(sigma, index));
-    if (type == PredictionType::v_prediction) fill<PredictionType::v_prediction>(x, epsilon, a, s, n, buffer);
-    else fill<PredictionType::flow_prediction>(x, epsilon, a, s, n, buffer);
+    if (type == PredictionType::v_prediction)
+      fill<PredictionType::v_prediction>(x, epsilon, a, s, n, buffer);
+    else
+      fill<PredictionType::flow_prediction>(x, epsilon, a, s, n, buffer);
     return buffer;
   }
 };

@@ -7,9 +7,9 @@ namespace erasediff::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> deviation_loss(const Tensor& prediction_any, const Tensor& weight,
-                                          const std::optional<Tensor>& target,
-                                          const std::optional<Tensor>& sample_ids, const std::optional<Tensor>& key,
-                                          int64_t role, const std::string& distribution) {
+                                          const std::optional<Tensor>& target, const std::optional<Tensor>& sample_ids,
+                                          const std::optional<Tensor>& key, int64_t role,
+                                          const std::string& distribution) {
   const Tensor prediction = torch::stable::contiguous(prediction_any);
   const std::optional<Tensor> given = contiguous(target), ids = contiguous(sample_ids), seed = contiguous(key);
   const Noise noise(given, ids, seed, role, distribution == "normal");

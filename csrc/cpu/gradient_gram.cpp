@@ -1,5 +1,5 @@
-// (rr, rf, ff) in one read of both gradients. Products are exact in fp64 for every type but fp64 itself, and are added up
-// in fp64: per lane, then per chunk, then over the chunks in order.
+// (rr, rf, ff) in one read of both gradients. Products are exact in fp64 for every type but fp64 itself, and are added
+// up in fp64: per lane, then per chunk, then over the chunks in order.
 #include <torch/csrc/stable/library.h>
 
 #include "capability.h"

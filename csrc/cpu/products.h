@@ -1,7 +1,8 @@
-// Sums of products in fp64 over a number of lanes that does not depend on the instruction set, so neither do their bits.
+// Sums of products in fp64 over a number of lanes that does not depend on the instruction set, so neither do their
+// bits.
 //
-// Compilers do not vectorise this reduction well (GCC 12 leaves half of the lanes scalar), hence the intrinsics. They must
-// be compiled for their instruction set in the first place; inlining comes too late for vector types.
+// Compilers do not vectorise this reduction well (GCC 12 leaves half of the lanes scalar), hence the intrinsics. They
+// must be compiled for their instruction set in the first place; inlining comes too late for vector types.
 #pragma once
 
 #if defined(__x86_64__)

@@ -52,14 +52,17 @@ std::tuple<Tensor, Tensor> squared_error(const Tensor& prediction, const Tensor&
     if (wide) {
       squared_error_of_chunk(from, to, 2.0 * w / double(numel), find_double, sample, numel, first, size, products);
     } else {
-      squared_error_of_chunk(from, to, 2.0f * float(w) / float(numel), find_float, sample, numel, first, size, products);
+      squared_error_of_chunk(from, to, 2.0f * float(w) / float(numel), find_float, sample, numel, first, size,
+                             products);
     }
     losses[chunk] = Products::sum(products.xx) * (w / double(numel));
   });
   double total = 0.0;
   for (const double part : losses) total += part;
-  if (wide) *loss_flat.at<double>(0) = total;
-  else *loss_flat.at<float>(0) = float(total);
+  if (wide)
+    *loss_flat.at<double>(0) = total;
+  else
+    *loss_flat.at<float>(0) = float(total);
   return {loss, grad};
 }
 

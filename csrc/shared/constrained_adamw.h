@@ -5,6 +5,16 @@
 
 namespace erasediff {
 
+// base^exponent for whole exponents >= 0, with the same bits on every device.
+ERASEDIFF_FN double power(double base, double exponent) {
+  double result = 1.0;
+  for (uint64_t n = uint64_t(exponent); n > 0; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
 template <class T>
 struct AdamW {
   static constexpr int kStates = 2;
@@ -18,12 +28,12 @@ struct AdamW {
             T(1.0 - beta1),
             T(beta2),
             T(1.0 - beta2),
-            T(lr / (1.0 - pow(beta1, step))),
-            T(1.0 / sqrt(1.0 - pow(beta2, step))),
+            T(lr / (1.0 - power(beta1, step))),
+            T(1.0 / sqrt(1.0 - power(beta2, step))),
             T(eps)};
   }
 
-  ERASEDIFF_FN void operator()(T& p, T (&state)[2], T delta) const {
+  ERASEDIFF_FN void operator()(T& p, T* state, T delta) const {
     T& m = state[0];
     T& v = state[1];
     m = beta1 * m + one_minus_beta1 * delta;

@@ -15,7 +15,7 @@ struct Sgd {
     return {T(1.0 - lr * weight_decay), T(lr), T(momentum), nesterov ? T(momentum) : T(0)};
   }
 
-  ERASEDIFF_FN void operator()(T& p, T (&state)[States > 0 ? States : 1], T delta) const {
+  ERASEDIFF_FN void operator()(T& p, T* state, T delta) const {
     T direction = delta;
     if constexpr (States > 0) {
       state[0] = momentum * state[0] + delta;

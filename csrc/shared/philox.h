@@ -8,6 +8,12 @@ namespace erasediff {
 
 struct Words {
   uint32_t word[4];
+
+  // By selection, not by address: an index that is not a constant would send the words to memory.
+  ERASEDIFF_FN uint32_t at(int64_t element) const {
+    const uint32_t low = element & 1 ? word[1] : word[0], high = element & 1 ? word[3] : word[2];
+    return element & 2 ? high : low;
+  }
 };
 
 // The stream of one sample: everything of key and counter but the block.
@@ -24,7 +30,7 @@ struct Philox {
   // The words of elements 4 block .. 4 block + 3.
   ERASEDIFF_FN Words block(uint32_t block) const {
     uint32_t c0 = block, c1 = counter1, c2 = counter2, c3 = counter3, k0 = key0, k1 = key1;
-#pragma GCC unroll 10
+    ERASEDIFF_UNROLL
     for (int round = 0; round < 10; ++round) {
       const uint64_t product0 = uint64_t(0xD2511F53u) * c0;
       const uint64_t product1 = uint64_t(0xCD9E8D57u) * c2;

@@ -8,8 +8,10 @@
 // Everything in shared/ is inlined into its caller, and so is compiled for the caller's instruction set.
 #if defined(__CUDACC__)
 #define ERASEDIFF_FN __host__ __device__ __forceinline__
+#define ERASEDIFF_UNROLL _Pragma("unroll")
 #else
 #define ERASEDIFF_FN inline __attribute__((always_inline))
+#define ERASEDIFF_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace erasediff {

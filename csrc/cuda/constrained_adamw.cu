@@ -1,0 +1,38 @@
+#include <torch/csrc/stable/library.h>
+
+#include "../shared/constrained_adamw.h"
+#include "constrained_update.cuh"
+
+namespace erasediff::cuda {
+namespace {
+
+struct MakeAdamW {
+  Scalar lr;
+  const float* applied;
+  double beta1, beta2, eps, weight_decay;
+
+  template <class T>
+  __device__ AdamW<T> operator()(T) const {
+    return AdamW<T>::make(lr.read(), *applied, beta1, beta2, eps, weight_decay);
+  }
+};
+
+void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
+                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& retain,
+                        const std::vector<Tensor>& forget, const std::vector<Tensor>& ema,
+                        const std::vector<Tensor>& copies, const std::vector<Tensor>& masks, const Tensor& multiplier,
+                        const Tensor& clip_scale, const Tensor& finite, const Tensor& lr, const Tensor& step,
+                        double beta1, double beta2, double eps, double weight_decay, double ema_decay,
+                        const std::optional<Tensor>& rounding_key) {
+  const MakeAdamW make{Scalar(lr), static_cast<const float*>(step.data_ptr()), beta1, beta2, eps, weight_decay};
+  constrained_update<AdamW>({params, {&exp_avgs, &exp_avg_sqs}, retain, forget, ema, copies, masks}, make, multiplier,
+                            clip_scale, finite, step, ema_decay, rounding_key);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+  m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_));
+}
+
+}  // namespace erasediff::cuda
