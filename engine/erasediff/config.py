@@ -115,12 +115,13 @@ class Config(Section):
     """All settings.
 
     ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
-    (None: one per core); sums in another number of threads round differently.
+    (None: one per core): the digits' convolutions are too small for more than one, and sums in another number of
+    threads round differently.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
-    threads: Count | None = None
+    threads: Count | None = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

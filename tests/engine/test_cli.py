@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,10 +200,14 @@ def test_demo_from_nothing_and_from_the_cache(run: Run, here: Path, monkeypatch:
     assert again["run"] == "runs/demo-2"
     assert {name: again[name] for name in columns} == {name: told[name] for name in columns}
 
+    shutil.rmtree("runs/demo-2/controls/neggrad/model")
+    Path("runs/demo-2/report.html").unlink()
     resumed = run("demo", "--resume", "latest", "--json")
     assert resumed.code == 0, resumed.errors
-    assert "Unlearning" not in resumed.errors
-    assert json.loads(resumed.output)["run"] == "runs/demo-2"
+    assert "Unlearning (neggrad)" in resumed.errors
+    assert "Unlearning (erasediff)" not in resumed.errors
+    assert json.loads(resumed.output) == again
+    assert Path("runs/demo-2/report.html").exists()
 
 
 UNLEARN = ("unlearn", "--model", "base/model", "--out", "out", "--config", "tiny.yaml")
@@ -243,6 +248,7 @@ UNLEARN = ("unlearn", "--model", "base/model", "--out", "out", "--config", "tiny
         (("evaluate", "--model", "base/model", "--forget", "10"), "no class 10"),
         (("evaluate", "--model", "base/model", "--base", "plain/model", "--forget", "3"), "cannot be compared"),
         (("demo", "--forget", "10", "--out", "out"), "no class 10"),
+        (("demo", "--resume", "latest"), "no run to resume"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(

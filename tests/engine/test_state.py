@@ -57,6 +57,13 @@ def test_plain_values_keep_their_kinds(tmp_path: Path) -> None:
     assert type(back["bools"][0]) is bool
 
 
+def test_equal_states_are_equal_files(tmp_path: Path) -> None:
+    a, b = torch.randn(3), torch.randn(2)
+    save_state({"a": a, "b": {"c": 1, "d": b}}, tmp_path / "one")
+    save_state({"b": {"d": b.clone(), "c": 1}, "a": a.clone()}, tmp_path / "other")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
 def test_a_tensor_met_twice_stays_one(tmp_path: Path) -> None:
     shared = torch.randn(4)
     back = round_trip([shared, {"again": shared}], tmp_path)

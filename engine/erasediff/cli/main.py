@@ -35,9 +35,8 @@ def main() -> None:
         messages.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except Interrupted as interrupted:
-        messages.print(
-            f"Stopped after step {interrupted.step}; everything is in {escape(str(interrupted.checkpoint))}."
-        )
+        where = escape(str(interrupted.checkpoint))
+        messages.print(f"Stopped after step {interrupted.step}; everything is in {where}.", soft_wrap=True)
         messages.print(f"Continue with: [bold]{escape(resume_command(sys.argv[1:]))}[/]", soft_wrap=True)
         sys.exit(interrupted.exit_code)
 

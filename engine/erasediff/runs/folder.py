@@ -51,7 +51,6 @@ class RunFolder:
         run = cls(path, start)
         if run.finished and start is None:
             raise UserError(f"The run in {path} has finished and kept no checkpoint: its model is {run.model}.")
-        run.metrics.cut_back(start.step if start else 0)
         return run
 
     @staticmethod
@@ -116,11 +115,9 @@ class RunPlace:
 
     def open(self, config: Config) -> RunFolder:
         """Begin or resume the run; see ``RunFolder``."""
-        return (
-            RunFolder.resume(self.path, config, self.checkpoint)
-            if self.resuming
-            else RunFolder.create(self.path, config)
-        )
+        if self.resuming:
+            return RunFolder.resume(self.path, config, self.checkpoint)
+        return RunFolder.create(self.path, config)
 
 
 def _config_file(run: Path) -> Path:

@@ -41,6 +41,7 @@ def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if request:
+            notify("Stopped at once; --resume latest continues from the last checkpoint.")
             raise KeyboardInterrupt
         request.signal_number = number
         notify("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")

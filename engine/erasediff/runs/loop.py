@@ -58,6 +58,7 @@ def run_steps(
     device = next(model.parameters()).device
     if (state := run.load_checkpoint(device)) is not None:
         _restore(state, method, model)
+    run.metrics.cut_back(method.iteration)
     start, began = method.iteration, time.monotonic()
     readout = Readout()
     last: dict[str, Any] = {}

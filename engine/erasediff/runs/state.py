@@ -1,7 +1,8 @@
 """A tree of tensors and plain values as one safetensors file, bit for bit, without pickle.
 
 The tensors are the file's tensors; the tree around them is JSON in its header, where ``{"$tensor": name}`` stands for a
-tensor. Lists, tuples, dicts with keys of any plain kind, None, bool, int, float and str come back as they were.
+tensor. Lists, tuples, dicts with keys of any plain kind, None, bool, int, float and str come back as they were, except
+that a dict's text keys come back sorted: equal states are equal files, in whatever order they were put together.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 
-# The one entry of the metadata: safetensors writes several in random order, and equal states should be equal files.
+# The one entry of the metadata: safetensors writes several in random order.
 FORMAT = "erasediff-state-1"
 
 
@@ -62,7 +63,7 @@ class _Encoder:
             case tuple():
                 return {"$tuple": [self.encode(item) for item in value]}
             case dict() if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {key: self.encode(item) for key, item in value.items()}
+                return {key: self.encode(value[key]) for key in sorted(value)}
             case dict():
                 return {"$items": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
         raise ValueError(f"a state holds tensors and plain values, not {type(value).__name__}")

@@ -37,6 +37,7 @@ class CachedTraining:
         self.config = Config(
             seed=config.seed,
             device=set_up_device(config).type,
+            threads=config.threads,
             precision=config.precision,
             model=config.model,
             data=config.data.model_copy(update={"exclude": tuple(sorted(exclude))}),

@@ -15,6 +15,7 @@ from erasediff.runs.folder import RunPlace
 from erasediff.runs.loop import Batches, run_steps
 from erasediff.runs.schedule import LearningRate
 from erasediff_kernels import ConstrainedAdamW
+from erasediff_kernels._dispatch import selected as selected_backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,10 @@ class Session:
 
 
 def set_up_device(config: Config) -> torch.device:
-    """The device that ``config`` means, set up for use. UserError for one that this machine does not have."""
+    """The device that ``config`` means, set up for use.
+
+    UserError for one that this machine does not have, and for operators forced to a backend that cannot serve it.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     name = config.device
@@ -81,6 +85,10 @@ def set_up_device(config: Config) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
+    try:
+        selected_backend(device.type)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
     return device
 
 

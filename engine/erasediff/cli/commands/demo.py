@@ -61,7 +61,7 @@ def demo(
 
 
 def numbered_folder(*, again: bool) -> Path:
-    """``runs/demo-N`` with the first N not yet taken, or with the last one that is."""
-    numbers = [int(path.name[5:]) for path in Path("runs").glob("demo-*") if path.name[5:].isdecimal()]
-    last = max(numbers, default=0)
+    """``runs/demo-N`` with the first N after all that are taken, or with the last one that is."""
+    taken = [path.name.removeprefix("demo-") for path in Path("runs").glob("demo-*")]
+    last = max((int(number) for number in taken if number.isdecimal()), default=0)
     return Path("runs", f"demo-{last if again else last + 1}")
