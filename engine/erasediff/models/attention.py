@@ -1,0 +1,151 @@
+"""Attention by diffusers' dispatcher, with a backend that has been seen to run on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from torch import Tensor, nn
+
+from erasediff.errors import UserError
+
+BACKENDS = ("flash", "xformers", "native")
+"""What "auto" tries, in this order."""
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """``backend`` is set; ``refused`` says for each one that was tried before it why it cannot run."""
+
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def set_attention(module: nn.Module, choice: str = "auto", *, dtype: torch.dtype | None = None) -> AttentionChoice:
+    """Let all attention of a denoiser run by ``choice``: "native" (torch), "xformers", "flash" (flash-attn) or "auto".
+
+    A backend is probed on the module's device, forward and backward, with each of its head sizes in ``dtype``: that of
+    autocast if there is one, None for the weights' own. UserError for an explicit choice that cannot run.
+    """
+    if choice not in ("auto", *BACKENDS):
+        raise UserError(f"There is no attention {choice!r}: give auto, {', '.join(BACKENDS)}.")
+    weight = next(module.parameters())
+    heads = sorted({(attention.heads, attention.inner_dim // attention.heads) for attention in _attentions(module)})
+    refused: dict[str, str] = {}
+    for backend in BACKENDS if choice == "auto" else (choice,):
+        reason = _probe(backend, heads, weight.device, dtype or weight.dtype)
+        if reason is None:
+            use_backend(module, backend)
+            return AttentionChoice(backend, refused)
+        refused[backend] = reason
+    tried = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
+    raise UserError(f"Attention cannot run this way on {weight.device}: {tried}.")
+
+
+def use_backend(module: nn.Module, backend: str) -> None:
+    """Set the backend without a probe.
+
+    diffusers' own ``set_attention_backend`` passes by UNets and SD3, whose processors call torch directly, and changes
+    what every other model in the process uses.
+    """
+    for attention in _attentions(module):
+        if type(attention.processor) in DISPATCHED:
+            attention.set_processor(DISPATCHED[type(attention.processor)]())
+        attention.processor._attention_backend = AttentionBackendName(backend)
+
+
+def _attentions(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        if hasattr(part, "processor") and hasattr(part, "heads"):
+            yield part
+
+
+def _probe(backend: str, heads: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot run; None if it can."""
+    try:
+        for count, size in heads:
+            inputs = [
+                torch.ones(1, PROBE_TOKENS, count, size, device=device, dtype=dtype, requires_grad=True) for _ in "qkv"
+            ]
+            output = dispatch_attention_fn(*inputs, backend=AttentionBackendName(backend))
+            output.sum().backward()
+            if not bool(output.isfinite().all()):
+                return "its result is not finite"
+    except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    return None
+
+
+class DispatchedAttention:
+    """The call of diffusers' ``AttnProcessor2_0`` within a UNet's transformer block, through the dispatcher."""
+
+    _attention_backend: AttentionBackendName | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = _projected(attn, hidden_states, context)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], hidden_states.shape[0])
+            attention_mask = attention_mask.unflatten(0, (hidden_states.shape[0], attn.heads))
+        mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend)
+        return _out(attn, mixed.flatten(2).to(query.dtype))
+
+
+class DispatchedJointAttention:
+    """The call of diffusers' ``JointAttnProcessor2_0``, SD3's: image and text tokens attend to each other."""
+
+    _attention_backend: AttentionBackendName | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        query, key, value = _projected(attn, hidden_states, hidden_states)
+        if encoder_hidden_states is not None:
+            text = [
+                projection(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
+                for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            ]
+            text[0] = text[0] if attn.norm_added_q is None else attn.norm_added_q(text[0])
+            text[1] = text[1] if attn.norm_added_k is None else attn.norm_added_k(text[1])
+            query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), text, strict=True))
+        mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend).flatten(2).to(query.dtype)
+        if encoder_hidden_states is None:
+            return _out(attn, mixed)
+        image, words = mixed.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        return _out(attn, image), words if attn.context_pre_only else attn.to_add_out(words)
+
+
+def _projected(attn: Any, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, tokens, heads, size], key and value, the layout of the dispatcher."""
+    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+    key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
+    value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    return query, key, value
+
+
+def _out(attn: Any, mixed: Tensor) -> Tensor:
+    projection, dropout = attn.to_out
+    result: Tensor = dropout(projection(mixed))
+    return result
+
+
+DISPATCHED = {AttnProcessor2_0: DispatchedAttention, JointAttnProcessor2_0: DispatchedJointAttention}
+"""diffusers' processors that call torch directly, and what stands in for them."""
