@@ -5,9 +5,13 @@
 >>> report = unlearner.step(retain_batch, forget_batch)
 """
 
-from erasediff.objectives import GaussianNoise, Relabel, UniformNoise
-from erasediff.process import Process
-from erasediff.solver import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, StepReport
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erasediff.objectives import GaussianNoise, Relabel, UniformNoise
+    from erasediff.process import Process
+    from erasediff.solver import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, StepReport
 
 __all__ = [
     "Cosine",
@@ -22,3 +26,14 @@ __all__ = [
     "StepReport",
     "UniformNoise",
 ]
+
+_HOMES = {"GaussianNoise": "objectives", "Relabel": "objectives", "UniformNoise": "objectives", "Process": "process"}
+
+
+def __getattr__(name: str) -> object:
+    # Looked up when first used, so that the command line answers --help without waiting for torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'solver')}"), name)
+    globals()[name] = value
+    return value

@@ -129,13 +129,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def _states(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[dict[str, Tensor]]:
         """The state of each parameter, made where it is not there yet; a mask may be there first."""
-        needed = set(self._moments(group)) | ({"ema"} if group["ema_decay"] is not None else set())
-        needed_by_halves = needed | ({"master"} if group["master_weights"] else set())
+        # In a fixed order, so that equal states are equal files.
+        needed = [*self._moments(group), *(["ema"] if group["ema_decay"] is not None else [])]
+        needed_by_halves = [*needed, *(["master"] if group["master_weights"] else [])]
         states = []
         for p in params:
             state = cast(dict[str, Tensor], self.state[p])
             is_half = p.dtype in HALF_DTYPES
-            for name in (needed_by_halves if is_half else needed) - state.keys():
+            for name in needed_by_halves if is_half else needed:
+                if name in state:
+                    continue
                 # Half-precision moments lose small updates; fp32 ones cost less than they save.
                 dtype = torch.float32 if is_half else p.dtype
                 from_param = name in ("ema", "master")

@@ -318,7 +318,6 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
     assert (here / "own/metrics.jsonl").read_bytes() == (here / "base/metrics.jsonl").read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="erasediff/__init__.py imports the solver, and torch with it")
 def test_help_waits_for_no_heavy_import() -> None:
     code = """
 import sys
