@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
+from erasediff.models.tokenizers import clip_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
@@ -55,13 +56,28 @@ def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> str:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("erasediff.models.load.snapshot_download", offline)
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", offline)
     refused("some-one/some-model", "neither in the cache of the Hugging Face hub nor can it be downloaded")
 
 
 def test_hub_id_loads_from_what_was_downloaded(monkeypatch: pytest.MonkeyPatch, nano_folder: Folder) -> None:
-    monkeypatch.setattr("erasediff.models.load.snapshot_download", lambda *_, **__: str(nano_folder("sd")))
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", lambda *_, **__: str(nano_folder("sd")))
     assert load_text_to_image("some-one/some-model").family == "sd"
+
+
+def test_single_file_takes_its_tokenizer_from_the_hub(monkeypatch: pytest.MonkeyPatch, nano_folder: Folder) -> None:
+    tokenizer = str(nano_folder("sd") / "tokenizer")
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", lambda *_, **__: tokenizer)
+    openai, openclip = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
+    assert openai("a", padding="max_length").input_ids[-1] == openai.eos_token_id
+    assert openclip("a", padding="max_length").input_ids[-1] == openclip.convert_tokens_to_ids("!")
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", offline)
+    with pytest.raises(UserError, match=r"comes without its tokenizer, .*: give a diffusers folder"):
+        clip_tokenizer("!")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint import HOW_TO_CONVERT, PICKLES, Checkpoint
 from erasediff.models.family import TextToImageModel
 from erasediff.models.flux import Flux
 from erasediff.models.folder import DiffusersFolder
+from erasediff.models.hub import downloaded
 from erasediff.models.latent import LatentModel
 from erasediff.models.sd import StableDiffusion
 from erasediff.models.sd3 import StableDiffusion3
@@ -69,15 +68,5 @@ def _checkpoint(source: str | Path, config: Path | None, prediction_type: str | 
     if path.exists():
         raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
     if HUB_ID.fullmatch(str(source)):
-        return DiffusersFolder(_downloaded(str(source)))
+        return DiffusersFolder(downloaded(str(source), FILES, VARIANTS))
     raise UserError(f"{source} does not exist.")
-
-
-def _downloaded(repository: str) -> Path:
-    try:
-        return Path(snapshot_download(repository, allow_patterns=FILES, ignore_patterns=VARIANTS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{repository} is no folder here, and it is neither in the cache of the Hugging Face hub nor can it be "
-            "downloaded: check the name, the connection, and whether the model asks for a login."
-        ) from error
