@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import Checkpoint, has
+from erasediff.models.checkpoint import Checkpoint, has, weighted_components
 from erasediff.models.components import check_component, load_component
 from erasediff.models.family import Layout
 from erasediff.models.modelspec import STABILITY_AI, modelspec
@@ -62,6 +62,9 @@ class LatentModel(ABC):
             name: check_component(checkpoint, name).config
             for name in (self.denoiser_component, "vae", *self.encoder_names)
         }
+        for name in weighted_components(checkpoint):
+            # Also those that only a save will read: it must not fail when the work is done.
+            checkpoint.tensors(name)
         self.scheduler = load_scheduler(checkpoint, flow=self.flow)
         self.process = Process.from_scheduler(self.scheduler)
         for what, size, whose, expected in self._widths():

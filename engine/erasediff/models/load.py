@@ -50,14 +50,20 @@ def load_text_to_image(
     Nothing is unpickled. UserError, before any weight is read, for a source that is missing, incomplete, damaged, a
     pickle, of no known family, or whose parts contradict each other.
     """
-    checkpoint = _checkpoint(source, config, prediction_type)
+    checkpoint = open_checkpoint(source, config=config, prediction_type=prediction_type)
     name = checkpoint.index.get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{source} is a {name}, which is not among the families known here: {', '.join(PIPELINES)}.")
     return PIPELINES[name](checkpoint, dtype=dtype, device=device)
 
 
-def _checkpoint(source: str | Path, config: Path | None, prediction_type: str | None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, config: Path | None = None, prediction_type: str | None = None
+) -> Checkpoint:
+    """The checkpoint in ``source``, of whose weights nothing but names and shapes is read; arguments as above.
+
+    ``components.empty_module`` makes its modules on the meta device, to count what training would take.
+    """
     path = Path(source)
     if path.suffix in PICKLES and (path.is_file() or not path.exists()):
         raise UserError(f"{source} is a pickle, which can run code when it is opened: {HOW_TO_CONVERT}")
