@@ -234,6 +234,9 @@ def test_single_file_and_configuration_that_contradict_each_other(nano_folder: F
 
 def test_nothing_is_written_when_a_save_fails(nano_folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    model = load_text_to_image(nano_folder("sd"))
     with pytest.raises(UserError, match="exists already"):
-        load_text_to_image(nano_folder("sd")).save(tmp_path / "out")
+        model.save(tmp_path / "out")
+    with pytest.raises(UserError, match="is where the model came from"):
+        model.save(nano_folder("sd"), replace=True)
     assert list((tmp_path / "out").iterdir()) == []

@@ -82,9 +82,13 @@ def _current(checkpoint: Checkpoint, component: str, state: Mapping[str, Tensor]
     if state is None:
         return stored
     weights = {canonical_name(name): tensor for name, tensor in state.items()}
-    if not weights.keys() >= {canonical_name(name) for name in stored}:
+    if weights.keys() - {canonical_name(name) for name in stored}:
         raise ValueError(f"the {component} has other weights than it was loaded with: merge its LoRA before saving it")
-    return {name: tensor.updated(weights[canonical_name(name)]) for name, tensor in stored.items()}
+    # A file may hold more than the module takes, such as buffers of older releases.
+    return {
+        name: tensor.updated(weights[canonical_name(name)]) if canonical_name(name) in weights else tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mapping[str, str], max_bytes: int) -> None:
