@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
@@ -105,7 +105,7 @@ def test_damaged_weights(copied: Folder, component: str) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     refused(folder, "cannot be read as safetensors")
     path.write_bytes(whole)
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     name = next(key for key, value in tensors.items() if value.ndim == 2)
     save_file({key: value for key, value in tensors.items() if key != name}, path, {"format": "pt"})
     refused(folder, f"{component} .* is incomplete: it has no weight")
@@ -212,7 +212,7 @@ def test_single_file_of_another_size_than_its_configuration(nano: Any, nano_fold
     path = tmp_path / "model.safetensors"
     load_text_to_image(nano_folder("sd")).save(path, layout="single-file")
     refused(path, "does not fit its configuration")
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     save_file({key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}, path)
     refused(path, "vae .* is incomplete", config=nano_folder("sd"))
 
@@ -220,7 +220,7 @@ def test_single_file_of_another_size_than_its_configuration(nano: Any, nano_fold
 def test_single_file_that_does_not_say_what_it_predicts(nano_folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     load_text_to_image(nano_folder("sd_v_prediction")).save(path, layout="single-file")
-    save_file(load_file(path), path)
+    save_file(load(path.read_bytes()), path)
     refused(path, "does not say if it predicts epsilon")
     refused(path, "makes the last timestep|does not fit its configuration", prediction_type="v_prediction")
 
