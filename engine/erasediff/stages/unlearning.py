@@ -33,14 +33,17 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
 
     UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
     """
-    settings = config.unlearn
     device = set_up_device(config)
     dataset = load_digits()
-    forget, retain = forget_retain_split(dataset.train, settings.forget, settings.retain)
+    forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     if model is None:
-        if settings.model is None:
+        if config.unlearn.model is None:
             raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
-        model = load_model(settings.model, dataset, device)
+        model = load_model(config.unlearn.model, dataset, device)
+    config = resolved(config, conditional=model.num_classes is not None, retain=retain)
+    settings = config.unlearn
+    assert settings.steps is not None
+    assert settings.lr is not None
     optimizer = ConstrainedAdamW(
         model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
     )
@@ -68,7 +71,7 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
             accumulation_steps=settings.accumulation_steps,
             autocast=precision_of(config),
             seed=config.seed,
-            **_own_options(settings, retain, model),
+            **_own_options(settings, model),
         ),
         rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
         retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
@@ -76,13 +79,25 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
     )
 
 
-def _own_options(settings: UnlearnConfig, retain: Images, model: PixelModel) -> dict[str, Any]:
+def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
+    """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
+    retained = sorted(set(retain.class_labels.tolist()))
+    settings = config.unlearn.resolved(conditional=conditional, retained=retained)
+    unknown = set(settings.relabel_to or ()) - set(retained)
+    if unknown:
+        raise UserError(
+            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained one."
+        )
+    return config.model_copy(update={"unlearn": settings})
+
+
+def _own_options(settings: UnlearnConfig, model: PixelModel) -> dict[str, Any]:
     """The options that only EraseDiff takes."""
     if settings.method != "erasediff":
         return {}
     return {
         "barrier": barrier_of(settings),
-        "target": target_of(settings, retain, model),
+        "target": target_of(settings, model),
         "inner": InnerSolve(
             steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
         ),
@@ -91,12 +106,13 @@ def _own_options(settings: UnlearnConfig, retain: Images, model: PixelModel) -> 
 
 def barrier_of(settings: UnlearnConfig) -> Barrier:
     """The barrier by its name, with ``eta`` as its number."""
+    assert settings.eta is not None
     barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
     return barriers[settings.barrier](settings.eta)
 
 
-def target_of(settings: UnlearnConfig, retain: Images, model: PixelModel) -> DeviationTarget:
-    """The deviated target by its name; relabelling draws from the retained classes."""
+def target_of(settings: UnlearnConfig, model: PixelModel) -> DeviationTarget:
+    """The deviated target by its name."""
     match settings.target:
         case "uniform":
             return UniformNoise()
@@ -105,4 +121,4 @@ def target_of(settings: UnlearnConfig, retain: Images, model: PixelModel) -> Dev
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
     teacher = copy.deepcopy(model.unet) if settings.teacher == "frozen" else None
-    return Relabel({"class_labels": torch.tensor(sorted(set(retain.class_labels.tolist())))}, teacher)
+    return Relabel({"class_labels": torch.tensor(settings.relabel_to)}, teacher)
