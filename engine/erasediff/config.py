@@ -100,7 +100,7 @@ class UnlearnConfig(Section):
         """
         target = self.target or ("relabel" if conditional else "gaussian")
         if self.barrier == "norm":
-            eta = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}[target] if conditional else 0.01
+            eta = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}[target] if conditional else 0.03
         else:
             eta = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}[self.barrier]
         first = self.forget[0] if self.forget else 0
@@ -110,7 +110,7 @@ class UnlearnConfig(Section):
             "relabel_to": (following,) if target == "relabel" else (),
             "eta": eta,
             "steps": 100 if conditional else 200,
-            "lr": 3e-4 if conditional else 2e-4,
+            "lr": 3e-4,
         }
         return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
 
