@@ -6,6 +6,7 @@ input's, and appends seconds and peak memory to ``results/full_size.jsonl``.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -107,6 +108,7 @@ def round_trip(
         "what": "round trip",
         "model": folder.name,
         "gib": round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**30, 2),
+        "load": round(os.getloadavg()[0], 1),
         "versions": {library: version(library) for library in ("torch", "diffusers", "transformers")},
     }
     with tempfile.TemporaryDirectory(dir=scratch) as temporary, PeakMemory() as peak:
