@@ -12,7 +12,7 @@ from torch import Tensor
 from erasediff.config import Config
 from erasediff.data import load_digits
 from erasediff.errors import UserError
-from erasediff.evaluation.sampling import sample_images
+from erasediff.evaluation.sampling import USUAL_GUIDANCE, sample_images
 from erasediff.models import PixelModel
 from erasediff.runs.atomic import atomic_directory, atomic_file
 from erasediff.runs.progress import progress_bar
@@ -77,7 +77,7 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
             model,
             labels,
             total,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=USUAL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             seed=config.seed,
             batch_size=settings.batch_size,

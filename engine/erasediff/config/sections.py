@@ -1,0 +1,103 @@
+"""The settings of training, unlearning, sampling and judging."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
+
+
+class ModelConfig(Section):
+    """The diffusion model that ``train`` builds."""
+
+    conditional: bool = True
+    block_out_channels: tuple[Count, ...] = (16, 32, 64)
+    layers_per_block: Count = 1
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    num_train_timesteps: Count = 1000
+
+
+class DataConfig(Section):
+    """Which images, and how many of them are held out of every training."""
+
+    name: Literal["digits"] = "digits"
+    exclude: tuple[ClassNumber, ...] = ()
+
+
+class TrainConfig(Section):
+    """Training of the base model, and of the model retrained without the forgotten classes."""
+
+    steps: Count = 400
+    batch_size: Count = 128
+    lr: Positive = 2e-3
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: NonNegative = 0.0
+    ema_decay: Fraction | None = 0.98
+    label_dropout: Fraction = 0.1
+    min_snr_gamma: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    accumulation_steps: Count = 1
+
+
+class UnlearnConfig(Section):
+    """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them.
+
+    ``forget`` and ``retain`` are classes of the digits; a text-to-image model is told by ``images``, and label dropout
+    is then that of captions.
+    """
+
+    model: Path | None = None
+    forget: tuple[ClassNumber, ...] = ()
+    retain: tuple[ClassNumber, ...] | None = None
+    method: Literal["erasediff", "finetune", "neggrad"] = "erasediff"
+    steps: Count = 100
+    batch_size: Count = 64
+    lr: Positive = 5e-4
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    ema_decay: Fraction | None = 0.9
+    retain_label_dropout: Fraction = 0.1
+    forget_label_dropout: Fraction = 0.1
+    min_snr_gamma: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    accumulation_steps: Count = 1
+    target: Literal["uniform", "gaussian", "relabel"] = "uniform"
+    teacher: Literal["current", "frozen"] = "frozen"
+    barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
+    eta: Positive = 0.1
+    inner_steps: Count = 3
+    inner_lr: Positive = 1e-3
+    inner_refresh_every: Count = 1
+    antithetic: bool = False
+
+
+class SampleConfig(Section):
+    """How images are drawn from a model.
+
+    ``guidance_scale`` None is the model's usual one; ``negative_prompt`` is for text-to-image models.
+    """
+
+    guidance_scale: NonNegative | None = None
+    negative_prompt: str = ""
+    num_inference_steps: Count = 10
+    batch_size: Count = 256
+
+
+class EvaluateConfig(Section):
+    """How many images the judge sees: per class, and in all from an unconditional model."""
+
+    per_class: Count = 40
+    forgotten: Count = 400
+    unconditional: Count = 1000
+
+
+class RunConfig(Section):
+    """What a run leaves behind while it goes on."""
+
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    log_every: Count = 20
