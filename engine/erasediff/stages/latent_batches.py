@@ -1,0 +1,80 @@
+"""The batches of a text-to-image run, from the cache of latents; or, to rehearse it, from noise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config
+from erasediff.data import Buckets, CachedBatches, LatentCache, Stream, check_disjoint
+from erasediff.models.family import TextToImageModel
+from erasediff.runs.loop import Batches
+from erasediff.stages.cache import cache_folder
+from erasediff.stages.image_sets import image_sets, listed_images
+
+
+def latent_batches(config: Config, model: TextToImageModel, console: Console) -> tuple[Batches, Batches]:
+    """(retain, forget), after whatever the cache lacks of them was computed.
+
+    UserError for the images' mistakes, a size that the model does not have, and sets that share an image.
+    """
+    settings, hyper = config.images, config.unlearn
+    buckets = buckets_of(config, model)
+    sets = image_sets(config, model, console)
+    fill = partial(
+        LatentCache(cache_folder()).fill,
+        model=model,
+        buckets=buckets,
+        console=console,
+        mirror=settings.mirror,
+        skip_broken=settings.skip_broken,
+        batch_size=settings.encode_batch_size,
+    )
+    forget, retain = fill(sets.forget), fill(sets.retain)
+    check_disjoint(forget.ids, retain.ids)
+    batches = partial(CachedBatches, batch_size=hyper.batch_size, seed=config.seed, device=model.device)
+    return (
+        batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
+        batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
+    )
+
+
+def image_size(config: Config, model: TextToImageModel) -> tuple[int, int]:
+    """(height, width) in pixels: the configuration's, and where it has none, the checkpoint's."""
+    height, width = model.default_size
+    return config.images.height or height, config.images.width or width
+
+
+def buckets_of(config: Config, model: TextToImageModel) -> Buckets:
+    """The sizes that images are brought to. UserError for one that the model does not have."""
+    height, width = image_size(config, model)
+    step = config.images.bucket_step
+    buckets = Buckets.only(height, width) if step is None else Buckets.around(height, width, step)
+    for size in buckets.sizes:
+        model.latent_shape(*size)
+    return buckets
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseBatches:
+    """The same batch at every step."""
+
+    batch: Mapping[str, Tensor]
+
+    def at(self, step: int) -> Mapping[str, Tensor]:
+        return self.batch
+
+
+def rehearsal_batches(config: Config, model: TextToImageModel) -> tuple[Batches, Batches]:
+    """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above."""
+    listed_images(config.images)
+    buckets_of(config, model)
+    size, count = image_size(config, model), config.unlearn.batch_size
+    condition = model.encode_prompts([""]) | model.size_condition(size, (0, 0), size, 1)
+    batch = {name: tensor.repeat_interleave(count, 0) for name, tensor in condition.items()}
+    sample = torch.randn(count, *model.latent_shape(*size), generator=torch.Generator().manual_seed(config.seed))
+    batches = NoiseBatches({**batch, "sample": sample.to(model.device)})
+    return batches, batches
