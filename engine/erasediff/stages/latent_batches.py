@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erasediff.config import Config
 from erasediff.data import Buckets, CachedBatches, LatentCache, Stream, check_disjoint
+from erasediff.data.survey import Broken, content_ids, survey
 from erasediff.models.family import TextToImageModel
 from erasediff.runs.loop import Batches
 from erasediff.stages.cache import cache_folder
@@ -23,22 +24,21 @@ def latent_batches(config: Config, model: TextToImageModel, console: Console) ->
     """
     settings, hyper = config.images, config.unlearn
     buckets = buckets_of(config, model)
-    sets = image_sets(config, model, console)
-    fill = partial(
-        LatentCache(cache_folder()).fill,
+    broken = Broken(console, skip=settings.skip_broken)
+    forget, retain = (survey(images, buckets, broken, console) for images in image_sets(config, model, console))
+    check_disjoint(content_ids(forget), content_ids(retain))
+    encode = partial(
+        LatentCache(cache_folder()).encode,
         model=model,
-        buckets=buckets,
+        broken=broken,
         console=console,
         mirror=settings.mirror,
-        skip_broken=settings.skip_broken,
         batch_size=settings.encode_batch_size,
     )
-    forget, retain = fill(sets.forget), fill(sets.retain)
-    check_disjoint(forget.ids, retain.ids)
     batches = partial(CachedBatches, batch_size=hyper.batch_size, seed=config.seed, device=model.device)
     return (
-        batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
-        batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
+        batches(encode(retain), stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
+        batches(encode(forget), stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
     )
 
 

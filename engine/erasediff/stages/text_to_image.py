@@ -23,6 +23,7 @@ from erasediff.stages.trained_weights import (
     keep_to_the_salient,
     output_name,
     save_unlearned,
+    selected_weights,
     trained_parameters,
 )
 from erasediff_kernels import ConstrainedAdamW
@@ -43,9 +44,10 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     model = load_checkpoint(config, source, set_up_device(config))
     check_output(config, model)
     _prepare(config, model, console)
-    # Before the weights become trainable ones: images for prompts are the original model's.
+    selected = selected_weights(config, model.denoiser_module)
+    # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
-    parameters = trained_parameters(config, model.denoiser_module)
+    parameters = trained_parameters(config, model.denoiser_module, selected)
     optimizer = ConstrainedAdamW(
         parameters,
         settings.lr,

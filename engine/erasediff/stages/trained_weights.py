@@ -20,13 +20,18 @@ from erasediff_kernels import ConstrainedAdamW
 ADAPTERS = "lora.safetensors"
 
 
-def trained_parameters(config: Config, network: nn.Module) -> list[nn.Parameter]:
-    """The parameters to train, all others frozen. UserError for a selection that matches nothing."""
+def selected_weights(config: Config, network: nn.Module) -> list[str]:
+    """Names of the weights that are trained, or that a LoRA is to adapt. UserError for a selection of nothing."""
     settings = config.text_to_image
-    if settings.train == "lora":
-        targets = select(network, settings.lora_targets)
-        return lora.add(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=config.seed)
-    return train_only(network, select(network, settings.train))
+    return select(network, settings.lora_targets if settings.train == "lora" else settings.train)
+
+
+def trained_parameters(config: Config, network: nn.Module, selected: list[str]) -> list[nn.Parameter]:
+    """The parameters to train, those ``selected`` or adapters of theirs; all others are frozen."""
+    settings = config.text_to_image
+    if settings.train != "lora":
+        return train_only(network, selected)
+    return lora.add(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=selected, seed=config.seed)
 
 
 def keep_to_the_salient(
