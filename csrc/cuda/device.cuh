@@ -73,8 +73,23 @@ void with_dtype(ScalarType dtype, const F& f) {
 template <class Stored>
 using Compute = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 
-// n values as they are moved: in words of up to 16 bytes. The words are spelled out, since a struct of values is stored
-// one by one where branches (a square root has some) come between them.
+// Words that values are moved in. Plain assignments of uint4 get split where branches come near them (a square root has
+// some); the intrinsics do not. They bypass the first-level cache, which is of no use here.
+template <class Word>
+__device__ __forceinline__ Word read_word(const Word* word) {
+  if constexpr (std::is_same_v<Word, uint4> || std::is_same_v<Word, uint2>) return __ldcg(word);
+  return *word;
+}
+
+template <class Word>
+__device__ __forceinline__ void write_word(Word* word, Word value) {
+  if constexpr (std::is_same_v<Word, uint4> || std::is_same_v<Word, uint2>)
+    __stcg(word, value);
+  else
+    *word = value;
+}
+
+// n values as words of up to 16 bytes.
 template <class Stored, int n>
 struct Pack {
   static constexpr int kBytes = n * sizeof(Stored);
@@ -88,9 +103,10 @@ template <int n, class Stored, class T>
 __device__ __forceinline__ void load(const Stored* data, T (&values)[n]) {
   using Packed = Pack<Stored, n>;
   Packed pack;
-  const auto* words = reinterpret_cast<const typename Packed::Word*>(data);
 #pragma unroll
-  for (int w = 0; w < Packed::kWords; ++w) pack.words[w] = words[w];
+  for (int w = 0; w < Packed::kWords; ++w) {
+    pack.words[w] = read_word(reinterpret_cast<const typename Packed::Word*>(data) + w);
+  }
   Stored stored[n];
   memcpy(stored, pack.words, sizeof stored);
 #pragma unroll
@@ -102,9 +118,10 @@ __device__ __forceinline__ void store(Stored* data, const Stored (&values)[n]) {
   using Packed = Pack<Stored, n>;
   Packed pack;
   memcpy(pack.words, values, sizeof values);
-  auto* words = reinterpret_cast<typename Packed::Word*>(data);
 #pragma unroll
-  for (int w = 0; w < Packed::kWords; ++w) words[w] = pack.words[w];
+  for (int w = 0; w < Packed::kWords; ++w) {
+    write_word(reinterpret_cast<typename Packed::Word*>(data) + w, pack.words[w]);
+  }
 }
 
 template <int n, class Stored, class T>

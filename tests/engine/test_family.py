@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler, DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasediff import EraseDiff
@@ -37,9 +38,9 @@ def batch(model: Any, prompt: str, size: int, seed: int = 0) -> dict[str, Tensor
     return {"sample": model.encode_images(pixels), **condition(model, [prompt] * COUNT, size)}
 
 
-def unlearn(model: Any, size: int, steps: int = 3) -> None:
+def unlearn(model: Any, size: int, steps: int = 3, **options: Any) -> None:
     optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), lr=1e-3)
-    unlearner = EraseDiff(model.denoiser_module, optimizer, process=model.process, denoiser=model.denoiser)
+    unlearner = EraseDiff(model.denoiser_module, optimizer, process=model.process, denoiser=model.denoiser, **options)
     retain, forget = batch(model, "a cat", size), batch(model, "a dog", size, seed=1)
     for _ in range(steps):
         assert unlearner.step(retain, forget).finite
@@ -154,12 +155,41 @@ def test_saved_in_half_precision_and_in_shards(
     assert image.float().std() > 0
 
 
-def test_safety_checker_and_licence_of_the_input_are_kept(nano_folder: Folder, tmp_path: Path) -> None:
-    shutil.copytree(nano_folder("sd"), tmp_path / "in")
-    (tmp_path / "in" / "unet" / "LICENSE").write_text("as is")
-    load_text_to_image(tmp_path / "in").save(tmp_path / "out")
+def test_what_is_not_the_models_is_kept(nano_folder: Folder, tmp_path: Path) -> None:
+    """A safety checker is never built, but it and a licence come out as they went in."""
+    source = Path(shutil.copytree(nano_folder("sd"), tmp_path / "in"))
+    (source / "unet" / "LICENSE").write_text("as is")
+    index = json.loads((source / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    checker = source / "safety_checker"
+    checker.mkdir()
+    (checker / "config.json").write_text("{}")
+    save_file({"vision_model.weight": torch.rand(3, 2).half()}, checker / "model.safetensors")
+    load_text_to_image(source).save(tmp_path / "out")
     assert (tmp_path / "out" / "unet" / "LICENSE").read_text() == "as is"
-    assert (tmp_path / "out" / "model_index.json").read_bytes() == (tmp_path / "in" / "model_index.json").read_bytes()
+    assert (tmp_path / "out" / "model_index.json").read_bytes() == (source / "model_index.json").read_bytes()
+    assert_same_bits(weights(tmp_path / "out", "safety_checker"), weights(source, "safety_checker"))
+
+    (checker / "model.safetensors").rename(checker / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safety_checker holds its weights as pickles"):
+        load_text_to_image(source)
+
+
+@every_family
+def test_gradient_checkpointing_changes_nothing_and_bfloat16_trains(name: str, nano: Any, nano_folder: Folder) -> None:
+    states = []
+    for checkpointing in (False, True):
+        model: Any = load_text_to_image(nano_folder(name))
+        if checkpointing:
+            model.denoiser_module.train().enable_gradient_checkpointing()
+        unlearn(model, nano.SIZE, steps=1)
+        states.append(model.denoiser_module.state_dict())
+    assert_same_bits(*states)
+    half: Any = load_text_to_image(nano_folder(name), dtype=torch.bfloat16)
+    unlearn(half, nano.SIZE, steps=1)
+    mixed: Any = load_text_to_image(nano_folder(name))
+    unlearn(mixed, nano.SIZE, steps=1, autocast=torch.bfloat16)
 
 
 @every_family

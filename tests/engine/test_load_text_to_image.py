@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
+from erasediff.models.tokenizers import clip_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
@@ -55,13 +56,28 @@ def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> str:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("erasediff.models.load.snapshot_download", offline)
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", offline)
     refused("some-one/some-model", "neither in the cache of the Hugging Face hub nor can it be downloaded")
 
 
 def test_hub_id_loads_from_what_was_downloaded(monkeypatch: pytest.MonkeyPatch, nano_folder: Folder) -> None:
-    monkeypatch.setattr("erasediff.models.load.snapshot_download", lambda *_, **__: str(nano_folder("sd")))
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", lambda *_, **__: str(nano_folder("sd")))
     assert load_text_to_image("some-one/some-model").family == "sd"
+
+
+def test_single_file_takes_its_tokenizer_from_the_hub(monkeypatch: pytest.MonkeyPatch, nano_folder: Folder) -> None:
+    tokenizer = str(nano_folder("sd") / "tokenizer")
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", lambda *_, **__: tokenizer)
+    openai, openclip = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
+    assert openai("a", padding="max_length").input_ids[-1] == openai.eos_token_id
+    assert openclip("a", padding="max_length").input_ids[-1] == openclip.convert_tokens_to_ids("!")
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("erasediff.models.hub.snapshot_download", offline)
+    with pytest.raises(UserError, match=r"comes without its tokenizer, .*: give a diffusers folder"):
+        clip_tokenizer("!")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -89,7 +105,7 @@ def test_damaged_weights(copied: Folder, component: str) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     refused(folder, "cannot be read as safetensors")
     path.write_bytes(whole)
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     name = next(key for key, value in tensors.items() if value.ndim == 2)
     save_file({key: value for key, value in tensors.items() if key != name}, path, {"format": "pt"})
     refused(folder, f"{component} .* is incomplete: it has no weight")
@@ -196,7 +212,7 @@ def test_single_file_of_another_size_than_its_configuration(nano: Any, nano_fold
     path = tmp_path / "model.safetensors"
     load_text_to_image(nano_folder("sd")).save(path, layout="single-file")
     refused(path, "does not fit its configuration")
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     save_file({key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}, path)
     refused(path, "vae .* is incomplete", config=nano_folder("sd"))
 
@@ -204,7 +220,7 @@ def test_single_file_of_another_size_than_its_configuration(nano: Any, nano_fold
 def test_single_file_that_does_not_say_what_it_predicts(nano_folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     load_text_to_image(nano_folder("sd_v_prediction")).save(path, layout="single-file")
-    save_file(load_file(path), path)
+    save_file(load(path.read_bytes()), path)
     refused(path, "does not say if it predicts epsilon")
     refused(path, "makes the last timestep|does not fit its configuration", prediction_type="v_prediction")
 
@@ -218,6 +234,9 @@ def test_single_file_and_configuration_that_contradict_each_other(nano_folder: F
 
 def test_nothing_is_written_when_a_save_fails(nano_folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    model = load_text_to_image(nano_folder("sd"))
     with pytest.raises(UserError, match="exists already"):
-        load_text_to_image(nano_folder("sd")).save(tmp_path / "out")
+        model.save(tmp_path / "out")
+    with pytest.raises(UserError, match="is where the model came from"):
+        model.save(nano_folder("sd"), replace=True)
     assert list((tmp_path / "out").iterdir()) == []

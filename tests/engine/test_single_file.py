@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
@@ -101,7 +101,7 @@ def test_unlearned_file_keeps_what_it_held_but_no_older_average(name: str, nano_
     load_text_to_image(source).save(single, layout="single-file", dtype=torch.float16)
     extra = {"alphas_cumprod": torch.rand(10), "cond_stage_model.model.logit_scale": torch.tensor(4.6)}
     average = {"model_ema.diffusion_modelout2weight": torch.ones(3)}
-    save_file({**load_file(single), **extra, **average}, single, metadata={"modelspec.author": "someone"})
+    save_file({**load(single.read_bytes()), **extra, **average}, single, metadata={"modelspec.author": "someone"})
     model: Any = load_text_to_image(single, config=source)
     with torch.no_grad():
         model.denoiser_module.conv_out.weight.add_(1.0)
@@ -141,7 +141,7 @@ def test_what_sdxl_predicts_is_marked_as_other_tools_read_it(nano_folder: Folder
     load_text_to_image(tmp_path / "v").save(tmp_path / "v.safetensors", layout="single-file")
     assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "v.safetensors").keys()
     pipeline.scheduler = nano.sdxl().scheduler
-    save_file(load_file(tmp_path / "v.safetensors"), tmp_path / "v.safetensors")
+    save_file(load((tmp_path / "v.safetensors").read_bytes()), tmp_path / "v.safetensors")
     read: Any = load_text_to_image(tmp_path / "v.safetensors", config=nano_folder("sdxl"))
     assert read.process.prediction_type == "v_prediction"
     assert read.scheduler.config.rescale_betas_zero_snr

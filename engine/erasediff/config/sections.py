@@ -1,7 +1,8 @@
 """The settings of training, unlearning, sampling and judging."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -42,20 +43,28 @@ class TrainConfig(Section):
     accumulation_steps: Count = 1
 
 
+BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
+NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
+"""Of the barrier "norm", by target."""
+
+
 class UnlearnConfig(Section):
     """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them.
 
-    ``forget`` and ``retain`` are classes of the digits; a text-to-image model is told by ``images``, and label dropout
-    is then that of captions.
+    None for ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit the kind of model:
+    see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it took.
+
+    ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
+    ``images``, and label dropout is then that of captions.
     """
 
     model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
     method: Literal["erasediff", "finetune", "neggrad"] = "erasediff"
-    steps: Count = 100
+    steps: Count | None = None
     batch_size: Count = 64
-    lr: Positive = 5e-4
+    lr: Positive | None = None
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegative = 0.0
@@ -65,14 +74,39 @@ class UnlearnConfig(Section):
     min_snr_gamma: Positive | None = None
     max_grad_norm: Positive | None = 1.0
     accumulation_steps: Count = 1
-    target: Literal["uniform", "gaussian", "relabel"] = "uniform"
+    target: Literal["uniform", "gaussian", "relabel"] | None = None
+    relabel_to: tuple[ClassNumber, ...] | None = None
     teacher: Literal["current", "frozen"] = "frozen"
     barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
-    eta: Positive = 0.1
+    eta: Positive | None = None
     inner_steps: Count = 3
     inner_lr: Positive = 1e-3
     inner_refresh_every: Count = 1
     antithetic: bool = False
+
+    def resolved(self, *, conditional: bool, retained: Sequence[int]) -> Self:
+        """These settings with each None filled in; ``retained`` are the classes to retain.
+
+        With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
+        mean over several that the loss settles for is a blur. Without labels there is nothing to relabel; small steps
+        under a weak barrier take the forgotten images away before the others suffer.
+        """
+        target = self.target or ("relabel" if conditional else "gaussian")
+        first = self.forget[0] if self.forget else 0
+        following = min(retained, key=lambda label: (label < first, label))
+        suited = {
+            "target": target,
+            "relabel_to": (following,) if target == "relabel" else (),
+            "eta": 0.03 if self.barrier == "norm" and not conditional else usual_eta(self.barrier, target),
+            "steps": 100 if conditional else 200,
+            "lr": 3e-4,
+        }
+        return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
+
+
+def usual_eta(barrier: str, target: str) -> float:
+    """What was found to suit a conditional model."""
+    return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS[barrier]
 
 
 class SampleConfig(Section):

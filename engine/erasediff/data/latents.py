@@ -191,11 +191,11 @@ def _stacked(
 ) -> Iterator[tuple[list[tuple[str, Surveyed]], Tensor]]:
     """Images of one size and their pixels [B, 3, H, W], read ahead in threads."""
 
-    def load(keyed: tuple[str, Surveyed]) -> tuple[tuple[str, Surveyed], Tensor | BrokenImage]:
+    def load(one: tuple[str, Surveyed]) -> tuple[tuple[str, Surveyed], Tensor | BrokenImage]:
         try:
-            return keyed, to_pixels(keyed[1].picture())
+            return one, to_pixels(one[1].picture())
         except BrokenImage as error:
-            return keyed, error
+            return one, error
 
     def whole() -> Iterator[tuple[tuple[str, Surveyed], Tensor]]:
         for one, pixels in ahead(load, keyed):

@@ -71,6 +71,25 @@ def weighted_components(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """``copy_small_files`` of a checkpoint that is no folder: configurations and tokenizers as diffusers saves them."""
+    write_json(folder / "model_index.json", checkpoint.index)
+    for name in checkpoint.index:
+        if name.startswith("_") or not has(checkpoint, name):
+            continue
+        if name.startswith("tokenizer"):
+            checkpoint.tokenizer(name).save_pretrained(folder / name)
+        else:
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            write_json(folder / name / file, checkpoint.config(name))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """With the folder that it is in, if need be."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """UserError for a file that is missing, cut short, or no JSON object."""
     try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -14,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import Checkpoint, has
+from erasediff.models.checkpoint import Checkpoint, has, weighted_components
 from erasediff.models.components import check_component, load_component
 from erasediff.models.family import Layout
+from erasediff.models.fingerprint import fingerprint
 from erasediff.models.modelspec import STABILITY_AI, modelspec
 from erasediff.models.names import canonical_name
 from erasediff.models.saving import save_folder, save_single_file
 from erasediff.models.scheduler import load_scheduler
-from erasediff.models.tensor_file import StoredTensor, tensor_bytes
+from erasediff.models.tensor_file import StoredTensor
 from erasediff.objectives import Batch
 from erasediff.process import NoiseRole, Process, noise_key
 from erasediff_kernels import philox_bits, philox_noise
@@ -62,6 +62,9 @@ class LatentModel(ABC):
             name: check_component(checkpoint, name).config
             for name in (self.denoiser_component, "vae", *self.encoder_names)
         }
+        for name in weighted_components(checkpoint):
+            # Also those that only a save will read: it must not fail when the work is done.
+            checkpoint.tensors(name)
         self.scheduler = load_scheduler(checkpoint, flow=self.flow)
         self.process = Process.from_scheduler(self.scheduler)
         for what, size, whose, expected in self._widths():
@@ -235,21 +238,20 @@ class LatentModel(ABC):
 
     @cached_property
     def hash(self) -> str:
-        digest = hashlib.sha256()
         vae = self.configs["vae"]
-        lengths = [(tokenizer.pad_token, tokenizer.model_max_length) for tokenizer in self.tokenizers.values()]
-        digest.update(repr((str(self.dtype), vae.scaling_factor, self._shift, lengths)).encode())
+        tokenizers = [(tokenizer.pad_token, tokenizer.model_max_length) for tokenizer in self.tokenizers.values()]
+        modules = [check_component(self.checkpoint, name) for name in self.encoder_names]
+        described = (str(self.dtype), vae.scaling_factor, self._shift, tokenizers, modules)
+        return fingerprint(described, self._stored_encoders())
+
+    def _stored_encoders(self) -> Iterator[tuple[str, Tensor]]:
         for component in ("vae", *self.encoder_names):
-            digest.update(repr(check_component(self.checkpoint, component)).encode())
             stored = self.checkpoint.tensors(component)
-            named = sorted((canonical_name(name), tensor) for name, tensor in stored.items())
-            _update(digest, component, ((name, tensor.load()) for name, tensor in named))
-        return digest.hexdigest()
+            for name, tensor in sorted(((canonical_name(n), t) for n, t in stored.items()), key=lambda item: item[0]):
+                yield f"{component}.{name}", tensor.load()
 
     def denoiser_hash(self) -> str:
-        digest = hashlib.sha256()
-        _update(digest, self.denoiser_component, sorted(self.denoiser_module.state_dict().items()))
-        return digest.hexdigest()
+        return fingerprint(self.denoiser_component, sorted(self.denoiser_module.state_dict().items()))
 
     def save(
         self,
@@ -260,6 +262,8 @@ class LatentModel(ABC):
         max_shard_size: int = 10_000_000_000,
         replace: bool = False,
     ) -> None:
+        if path.resolve() == self.checkpoint.path.resolve():
+            raise UserError(f"{path} is where the model came from, and is still read from: save it under another name.")
         metadata = modelspec(
             self.checkpoint.metadata,
             architecture=self.architecture,
@@ -316,9 +320,3 @@ def _generators(ids: Tensor, seed: int) -> list[torch.Generator]:
     """For samplers that draw noise at every step: one generator per image, on the host so that devices agree."""
     words = philox_bits(ids, noise_key(seed, SAMPLER_SEED, "cpu"), int(NoiseRole.SAMPLING), 1)[:, 0]
     return [torch.Generator().manual_seed(word) for word in words.tolist()]
-
-
-def _update(digest: Any, component: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    for name, tensor in tensors:
-        digest.update(repr((component, name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor_bytes(tensor))

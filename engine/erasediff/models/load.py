@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint import HOW_TO_CONVERT, PICKLES, Checkpoint
 from erasediff.models.family import TextToImageModel
 from erasediff.models.flux import Flux
 from erasediff.models.folder import DiffusersFolder
+from erasediff.models.hub import downloaded
 from erasediff.models.latent import LatentModel
 from erasediff.models.sd import StableDiffusion
 from erasediff.models.sd3 import StableDiffusion3
@@ -51,14 +50,20 @@ def load_text_to_image(
     Nothing is unpickled. UserError, before any weight is read, for a source that is missing, incomplete, damaged, a
     pickle, of no known family, or whose parts contradict each other.
     """
-    checkpoint = _checkpoint(source, config, prediction_type)
+    checkpoint = open_checkpoint(source, config=config, prediction_type=prediction_type)
     name = checkpoint.index.get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{source} is a {name}, which is not among the families known here: {', '.join(PIPELINES)}.")
     return PIPELINES[name](checkpoint, dtype=dtype, device=device)
 
 
-def _checkpoint(source: str | Path, config: Path | None, prediction_type: str | None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, config: Path | None = None, prediction_type: str | None = None
+) -> Checkpoint:
+    """The checkpoint in ``source``, of whose weights nothing but names and shapes is read; arguments as above.
+
+    ``components.empty_module`` makes its modules on the meta device, to count what training would take.
+    """
     path = Path(source)
     if path.suffix in PICKLES and (path.is_file() or not path.exists()):
         raise UserError(f"{source} is a pickle, which can run code when it is opened: {HOW_TO_CONVERT}")
@@ -69,15 +74,5 @@ def _checkpoint(source: str | Path, config: Path | None, prediction_type: str | 
     if path.exists():
         raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
     if HUB_ID.fullmatch(str(source)):
-        return DiffusersFolder(_downloaded(str(source)))
+        return DiffusersFolder(downloaded(str(source), FILES, VARIANTS))
     raise UserError(f"{source} does not exist.")
-
-
-def _downloaded(repository: str) -> Path:
-    try:
-        return Path(snapshot_download(repository, allow_patterns=FILES, ignore_patterns=VARIANTS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{repository} is no folder here, and it is neither in the cache of the Hugging Face hub nor can it be "
-            "downloaded: check the name, the connection, and whether the model asks for a login."
-        ) from error

@@ -14,8 +14,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 def modelspec(
     source: Mapping[str, str], *, architecture: str, implementation: str, prediction_type: str, size: tuple[int, int]
 ) -> dict[str, str]:
-    """The metadata of an unlearned model: the source's own, its hash left out, with what this tool knows filled in."""
-    kept = {name: value for name, value in source.items() if not name.startswith(("modelspec.hash", "modelspec.date"))}
+    """The metadata of an unlearned model: the source's, hashes and date left out, with what is known here filled in."""
+    kept = {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
     known = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import Checkpoint, read_json, weighted_components
+from erasediff.models.checkpoint import Checkpoint, read_json, weighted_components, write_json
 from erasediff.models.components import empty_module
 from erasediff.models.names import canonical_name
 from erasediff.models.original_layout import LAYOUTS, to_original
@@ -84,9 +82,13 @@ def _current(checkpoint: Checkpoint, component: str, state: Mapping[str, Tensor]
     if state is None:
         return stored
     weights = {canonical_name(name): tensor for name, tensor in state.items()}
-    if not weights.keys() >= {canonical_name(name) for name in stored}:
+    if weights.keys() - {canonical_name(name) for name in stored}:
         raise ValueError(f"the {component} has other weights than it was loaded with: merge its LoRA before saving it")
-    return {name: tensor.updated(weights[canonical_name(name)]) for name, tensor in stored.items()}
+    # A file may hold more than the module takes, such as buffers of older releases.
+    return {
+        name: tensor.updated(weights[canonical_name(name)]) if canonical_name(name) in weights else tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mapping[str, str], max_bytes: int) -> None:
@@ -101,9 +103,7 @@ def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mappin
         write_tensor_file(folder / name, group, metadata)
         weight_map.update(dict.fromkeys(group, name))
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -111,8 +111,4 @@ def _record_dtype(path: Path, dtype: torch.dtype) -> None:
     config = read_json(path)
     for name in {"dtype", "torch_dtype"} & config.keys():
         config[name] = str(dtype).removeprefix("torch.")
-    _write_json(path, config)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)

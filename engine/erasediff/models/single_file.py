@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import diffusers
 
 from erasediff.errors import UserError
+from erasediff.models.checkpoint import write_small_files
 from erasediff.models.components import empty_module
 from erasediff.models.folder import DiffusersFolder
 from erasediff.models.known_configs import KNOWN_CONFIGS
@@ -101,12 +101,7 @@ class SingleFile:
         return clip_tokenizer("<|endoftext|>" if openai else "!")
 
     def copy_small_files(self, folder: Path) -> None:
-        _write(folder / "model_index.json", self.index)
-        _write(folder / "scheduler" / "scheduler_config.json", self._scheduler)
-        for component in LAYOUTS[self.layout]:
-            _write(folder / component / "config.json", self.config(component))
-        for component in _tokenizers(LAYOUTS[self.layout]):
-            self.tokenizer(component).save_pretrained(folder / component)
+        write_small_files(self, folder)
 
 
 def _tokenizers(components: Iterable[str]) -> list[str]:
@@ -131,8 +126,3 @@ def _layout(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
 def _on_disk(name: str) -> str:
     """A text encoder's weight as every release of transformers reads it."""
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

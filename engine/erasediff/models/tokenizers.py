@@ -10,6 +10,7 @@ import transformers
 from transformers import CLIPTokenizer
 
 from erasediff.errors import UserError
+from erasediff.models.hub import downloaded
 
 CLIP = "openai/clip-vit-large-patch14"
 
@@ -34,9 +35,10 @@ def clip_tokenizer(pad_token: str) -> Any:
     ``pad_token`` is "<|endoftext|>" for OpenAI's text encoder, "!" for OpenCLIP's. UserError if it is in neither.
     """
     try:
-        return CLIPTokenizer.from_pretrained(CLIP, pad_token=pad_token)
-    except (OSError, ValueError) as error:
+        folder = downloaded(CLIP, ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"))
+    except UserError as error:
         raise UserError(
-            f"A single file comes without its tokenizer, and {CLIP} is neither in the cache of the hub nor can it be "
-            "reached: give a diffusers folder of the same family as config."
+            f"A single file comes without its tokenizer, and {CLIP} is neither in the cache of the Hugging Face hub "
+            "nor can it be downloaded: give a diffusers folder of the same family as config."
         ) from error
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token=pad_token)

@@ -70,7 +70,8 @@ class Relabel:
 
     choices: for each entry of the condition that is replaced, a tensor [n, ...] of alternatives; each sample takes one
              row, the same in every entry, drawn per sample. An integer entry such as ``class_labels`` [n] is never
-             replaced by the sample's own value. Leave the forgotten classes out of the choices.
+             replaced by the sample's own value. Leave the forgotten classes out of the choices. One alternative is
+             learnt sharply; of several, the squared error learns the mean, a blur.
     teacher: the frozen model that predicts under the new condition; None is the model being trained, whose target
              drifts with its weights.
 

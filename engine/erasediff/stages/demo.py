@@ -18,7 +18,7 @@ from erasediff.stages.plan import Plan, plan
 from erasediff.stages.reporting import write_report
 from erasediff.stages.session import set_up_device
 from erasediff.stages.training import training_session, untrained_model
-from erasediff.stages.unlearning import unlearn, unlearning_session
+from erasediff.stages.unlearning import resolved, unlearn, unlearning_session
 
 DEFAULT_FORGET = (3,)
 CONTROLS = ("finetune", "neggrad")
@@ -87,10 +87,10 @@ def plan_demo(config: Config) -> dict[str, Plan]:
 
 
 def _complete(config: Config) -> Config:
-    """``config`` with a class to forget. UserError for classes that do not exist."""
+    """``config`` with nothing left open. UserError for classes that do not exist."""
     config = _with_unlearn(config, forget=config.unlearn.forget or DEFAULT_FORGET, method="erasediff")
-    forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
-    return config
+    _, retain = forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
+    return resolved(config, conditional=config.model.conditional, retain=retain)
 
 
 def _unlearned(config: Config, folder: Path, console: Console) -> RunFolder:

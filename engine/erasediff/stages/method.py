@@ -7,8 +7,9 @@ from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.methods import METHODS, Method
-from erasediff.objectives import Denoiser, DeviationTarget, diffusers_denoiser
+from erasediff.objectives import Denoiser, DeviationTarget, GaussianNoise, Relabel, UniformNoise, diffusers_denoiser
 from erasediff.process import Process
+from erasediff.runs.schedule import LearningRate
 from erasediff.solver import Barrier, Cosine, Fixed, Gap, InnerSolve, Norm
 from erasediff.stages.session import precision_of
 from erasediff_kernels import ConstrainedAdamW
@@ -20,10 +21,10 @@ def unlearning_method(
     optimizer: ConstrainedAdamW,
     *,
     process: Process,
-    target: Callable[[], DeviationTarget],
+    relabel: Callable[[], Relabel],
     denoiser: Denoiser = diffusers_denoiser,
 ) -> Method:
-    """``config.unlearn.method`` about to train ``network``; ``target`` is made for the one method that has any."""
+    """``config.unlearn.method`` about to train ``network``; ``relabel`` makes the target of that name."""
     settings = config.unlearn
     return METHODS[settings.method](
         network,
@@ -36,15 +37,22 @@ def unlearning_method(
         accumulation_steps=settings.accumulation_steps,
         autocast=precision_of(config),
         seed=config.seed,
-        **(_own_options(settings, target()) if settings.method == "erasediff" else {}),
+        **(_own_options(settings, relabel) if settings.method == "erasediff" else {}),
     )
 
 
-def _own_options(settings: UnlearnConfig, target: DeviationTarget) -> dict[str, Any]:
+def learning_rate(settings: UnlearnConfig) -> LearningRate:
+    """The learning rate at every step."""
+    assert settings.lr is not None
+    assert settings.steps is not None
+    return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
+
+
+def _own_options(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> dict[str, Any]:
     """The options that only EraseDiff takes."""
     return {
         "barrier": barrier_of(settings),
-        "target": target,
+        "target": _target_of(settings, relabel),
         "inner": InnerSolve(
             steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
         ),
@@ -53,5 +61,16 @@ def _own_options(settings: UnlearnConfig, target: DeviationTarget) -> dict[str, 
 
 def barrier_of(settings: UnlearnConfig) -> Barrier:
     """The barrier by its name, with ``eta`` as its number."""
+    assert settings.eta is not None
     barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
     return barriers[settings.barrier](settings.eta)
+
+
+def _target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> DeviationTarget:
+    match settings.target:
+        case "uniform":
+            return UniformNoise()
+        case "gaussian":
+            return GaussianNoise()
+        case _:
+            return relabel()

@@ -57,10 +57,13 @@ def _rows(evaluation: Evaluation, judged: Judged) -> Tensor:
 def _summaries(config: Config) -> dict[str, tuple[str, str]]:
     """Title and summary of each column of a demo."""
     unlearn, trained = config.unlearn, f"{config.train.steps} steps"
+    target = (
+        f"relabel to {', '.join(map(str, unlearn.relabel_to))}" if unlearn.relabel_to else f"{unlearn.target} target"
+    )
     forgotten = ", ".join(map(str, unlearn.forget))
     return {
         "base": ("Base", f"trained on all classes, {trained}"),
-        "erasediff": ("EraseDiff", f"{unlearn.steps} steps, {unlearn.barrier} barrier, {unlearn.target} target"),
+        "erasediff": ("EraseDiff", f"{unlearn.steps} steps, {unlearn.barrier} barrier, {target}"),
         "finetune": ("Fine-tuning", f"{unlearn.steps} steps on the other classes"),
         "neggrad": ("Negative gradient", f"{unlearn.steps} steps of ascent on {forgotten}"),
         "retrained": ("Retrained", f"trained without {forgotten}, {trained}"),

@@ -12,11 +12,10 @@ from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
 from erasediff.models.attention import set_attention
 from erasediff.models.family import TextToImageModel
-from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
-from erasediff.runs.schedule import LearningRate
+from erasediff.objectives import Relabel
 from erasediff.stages.latent_batches import latent_batches, rehearsal_batches
 from erasediff.stages.loading import load_checkpoint
-from erasediff.stages.method import unlearning_method
+from erasediff.stages.method import learning_rate, unlearning_method
 from erasediff.stages.session import Session, precision_of, set_up_device
 from erasediff.stages.trained_weights import (
     check_output,
@@ -48,9 +47,10 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
     parameters = trained_parameters(config, model.denoiser_module, selected)
+    rate = learning_rate(settings)
     optimizer = ConstrainedAdamW(
         parameters,
-        settings.lr,
+        rate.peak,
         weight_decay=settings.weight_decay,
         ema_decay=settings.ema_decay,
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
@@ -62,7 +62,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         optimizer,
         process=model.process,
         denoiser=model.denoiser,
-        target=partial(target_of, config, model),
+        relabel=partial(relabelling, config, model),
     )
     model.release_encoders()
     batches = map(forget.at, range(config.text_to_image.saliency_batches))
@@ -75,7 +75,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         saved_as=output_name(config),
         optimizer=optimizer,
         method=method,
-        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        rate=rate,
         retain=retain,
         forget=forget,
     )
@@ -86,7 +86,7 @@ def _checked(config: Config) -> Path:
     settings = config.unlearn
     if settings.model is None:
         raise UserError("Say with --model which model to unlearn from.")
-    if settings.forget or settings.retain:
+    if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
     if settings.target == "relabel" and not config.text_to_image.anchor_prompts:
         raise UserError("The target relabel needs prompts to put in the place of what is forgotten: --anchor-prompts.")
@@ -103,13 +103,8 @@ def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
         network.enable_gradient_checkpointing()
 
 
-def target_of(config: Config, model: TextToImageModel) -> DeviationTarget:
-    """The deviated target by its name; relabelling draws from the anchor prompts."""
-    match config.unlearn.target:
-        case "uniform":
-            return UniformNoise()
-        case "gaussian":
-            return GaussianNoise()
+def relabelling(config: Config, model: TextToImageModel) -> Relabel:
+    """The target that asks for the anchor prompts."""
     anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
     teacher = copy.deepcopy(model.denoiser_module) if config.unlearn.teacher == "frozen" else None

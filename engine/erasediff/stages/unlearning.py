@@ -10,12 +10,11 @@ from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
-from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
+from erasediff.objectives import Relabel
 from erasediff.process import Process
 from erasediff.runs.folder import RunPlace
-from erasediff.runs.schedule import LearningRate
 from erasediff.stages.loading import load_model
-from erasediff.stages.method import unlearning_method
+from erasediff.stages.method import learning_rate, unlearning_method
 from erasediff.stages.session import RunResult, Session, set_up_device
 from erasediff_kernels import ConstrainedAdamW
 
@@ -30,16 +29,18 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
 
     UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
     """
-    settings = config.unlearn
     device = set_up_device(config)
     dataset = load_digits()
-    forget, retain = forget_retain_split(dataset.train, settings.forget, settings.retain)
+    forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     if model is None:
-        if settings.model is None:
+        if config.unlearn.model is None:
             raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
-        model = load_model(settings.model, dataset, device)
+        model = load_model(config.unlearn.model, dataset, device)
+    config = resolved(config, conditional=model.num_classes is not None, retain=retain)
+    settings = config.unlearn
+    rate = learning_rate(settings)
     optimizer = ConstrainedAdamW(
-        model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+        model.unet.parameters(), rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
     )
 
     batches = partial(
@@ -61,22 +62,29 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
             model.unet,
             optimizer,
             process=Process.from_scheduler(model.scheduler),
-            target=partial(target_of, settings, retain, model),
+            relabel=partial(relabelling, settings, model),
         ),
-        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        rate=rate,
         retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
         forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
 
 
-def target_of(settings: UnlearnConfig, retain: Images, model: PixelModel) -> DeviationTarget:
-    """The deviated target by its name; relabelling draws from the retained classes."""
-    match settings.target:
-        case "uniform":
-            return UniformNoise()
-        case "gaussian":
-            return GaussianNoise()
+def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
+    """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
+    retained = sorted(set(retain.class_labels.tolist()))
+    settings = config.unlearn.resolved(conditional=conditional, retained=retained)
+    unknown = set(settings.relabel_to or ()) - set(retained)
+    if unknown:
+        raise UserError(
+            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained one."
+        )
+    return config.model_copy(update={"unlearn": settings})
+
+
+def relabelling(settings: UnlearnConfig, model: PixelModel) -> Relabel:
+    """The target that asks for another class. UserError for a model without classes."""
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
     teacher = copy.deepcopy(model.unet) if settings.teacher == "frozen" else None
-    return Relabel({"class_labels": torch.tensor(sorted(set(retain.class_labels.tolist())))}, teacher)
+    return Relabel({"class_labels": torch.tensor(settings.relabel_to)}, teacher)

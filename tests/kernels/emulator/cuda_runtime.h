@@ -1,6 +1,8 @@
-// Stands in for CUDA's header when csrc/cuda/*.cu are compiled as plain C++: kernels run on the CPU, one block after the
-// other, each thread of a block as a fiber. Barriers and shuffles hand over to the next fiber, so all threads of a block
-// must reach them, as on a GPU. It shows what kernels compute, not how fast, and no races between blocks.
+// Stands in for CUDA's header when csrc/cuda/*.cu are compiled as plain C++:
+// kernels run on the CPU, one block after the other, each thread of a block as
+// a fiber. Barriers and shuffles hand over to the next fiber, so all threads of
+// a block must reach them, as on a GPU. It shows what kernels compute, not how
+// fast, and no races between blocks.
 #pragma once
 
 #include <ucontext.h>
@@ -15,7 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct uint2 {
@@ -52,13 +54,15 @@ inline void enter() {
   yield();
 }
 
-inline void run(int64_t blocks, unsigned threads, const std::function<void()>& body) {
+inline void run(int64_t blocks, unsigned threads,
+                const std::function<void()> &body) {
   kernel = body;
-  if (fibers.size() < threads) fibers.resize(threads);
+  if (fibers.size() < threads)
+    fibers.resize(threads);
   for (int64_t index = 0; index < blocks; ++index) {
     block.x = unsigned(index);
     for (unsigned thread = 0; thread < threads; ++thread) {
-      Fiber& fiber = fibers[thread];
+      Fiber &fiber = fibers[thread];
       fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -68,7 +72,8 @@ inline void run(int64_t blocks, unsigned threads, const std::function<void()>& b
     for (bool any = true; any;) {
       any = false;
       for (running = 0; running < threads; ++running) {
-        if (fibers[running].done) continue;
+        if (fibers[running].done)
+          continue;
         any = true;
         swapcontext(&scheduler, &fibers[running].context);
       }
@@ -76,10 +81,13 @@ inline void run(int64_t blocks, unsigned threads, const std::function<void()>& b
   }
 }
 
-}  // namespace emulator
+} // namespace emulator
 
 #define threadIdx (emulator::Index{emulator::running})
 #define blockIdx (emulator::block)
+
+template <class Word> Word __ldcg(const Word *word) { return *word; }
+template <class Word> void __stcg(Word *word, Word value) { *word = value; }
 
 inline void __syncthreads() { emulator::yield(); }
 
@@ -87,7 +95,8 @@ inline double __shfl_down_sync(unsigned, double value, unsigned offset) {
   const unsigned thread = emulator::running;
   emulator::exchanged[thread] = value;
   emulator::yield();
-  const double other = thread % 32 + offset < 32 ? emulator::exchanged[thread + offset] : value;
+  const double other =
+      thread % 32 + offset < 32 ? emulator::exchanged[thread + offset] : value;
   emulator::yield();
   return other;
 }

@@ -1,0 +1,108 @@
+"""Measure a checkpoint: how often the judge sees what the prompt says, and how far its images are from real ones.
+
+``python benchmarks/nano_sd/measure.py MODEL`` prints one JSON object; ``--grid FILE.png`` draws a row per class.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from fashion import CLASSES, DEBIAN_FOLDER, load, prompt
+from judge import Judge
+from PIL import Image
+from pixels import as_grey
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.models.load import load_text_to_image
+from erasediff.runs.atomic import atomic_file
+from erasediff.runs.progress import progress_bar
+from erasediff.stages.cache import cache_folder
+
+GUIDANCE_SCALE = 3.0
+INFERENCE_STEPS = 25
+CACHE = cache_folder() / "nano-sd"
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A checkpoint with this text encoder, in any layout.")] = CACHE
+    / "model",
+    count: Annotated[int, typer.Option(help="Images per class.")] = 40,
+    grid: Annotated[Path | None, typer.Option(help="Draw the first ten of each class here.")] = None,
+    judge: Annotated[Path, typer.Option(help="The classifier that train.py left.")] = CACHE / "judge",
+    data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST.")] = DEBIAN_FOLDER,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+) -> None:
+    print(json.dumps(measure(model, Judge.load(judge), data, count, seed, grid, Console(stderr=True)), indent=1))
+
+
+def measure(
+    path: Path, judge: Judge, data: Path, count: int, seed: int, grid: Path | None, console: Console
+) -> dict[str, Any]:
+    """Draws ``count`` images of each class from the checkpoint at ``path``.
+
+    ``recognised`` maps each class to the share of its images in which the judge sees it; ``fid`` and ``kid`` compare
+    the judge's features of all images with those of the 10,000 test images.
+    """
+    model = load_text_to_image(path)
+    labels = torch.arange(len(CLASSES)).repeat_interleave(count)
+    with progress_bar(console, "Sampling", len(labels)) as bar:
+        drawn = model.sample(
+            [prompt(label) for label in labels.tolist()],
+            guidance_scale=GUIDANCE_SCALE,
+            num_inference_steps=INFERENCE_STEPS,
+            seed=seed,
+            batch_size=100,
+            progress=bar.advance,
+        )
+    images = as_grey(drawn)
+    answers, features = judge.answer(images)
+    _, real = judge.answer(load(data, "t10k").images)
+    if grid is not None:
+        _draw(images.reshape(len(CLASSES), count, *images.shape[1:])[:, :10], grid)
+    return {
+        "judge_accuracy": judge.accuracy,
+        "images_per_class": count,
+        "mean_recognised": (answers == labels).double().mean().item(),
+        "recognised": {
+            name: (answers[labels == label] == label).double().mean().item() for label, name in enumerate(CLASSES)
+        },
+        "fid": frechet_distance(features, real),
+        "kid": kernel_distance(features, real),
+    }
+
+
+def frechet_distance(features: Tensor, real: Tensor) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the features' means and covariances (Heusel et al. 2017)."""
+    (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (features, real))
+    root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
+    return float((m - n).square().sum() + c.trace() + d.trace() - 2 * root)
+
+
+def kernel_distance(features: Tensor, real: Tensor) -> float:
+    """The unbiased squared MMD in the kernel (x.y / dimensions + 1)^3 (Binkowski et al. 2018) over all images."""
+    x, y = features.double(), real.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_off_diagonal(k: Tensor) -> Tensor:
+        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+    return float(mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
+
+
+def _draw(rows: Tensor, path: Path) -> None:
+    """A picture of uint8 [rows, columns, H, W], each pixel twice as wide."""
+    sheet = rows.permute(0, 2, 1, 3).reshape(rows.shape[0] * rows.shape[2], -1)
+    picture = Image.fromarray(sheet.numpy())
+    with atomic_file(path) as partial:
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(partial, format="PNG")
+
+
+if __name__ == "__main__":
+    typer.run(main)
