@@ -188,6 +188,26 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
     assert "retain_prompts:\n  - a dog\n  - a bird" in Path("out/config.yaml").read_text()
 
 
+def test_a_data_set_is_forgotten_by_its_labels(nano_folder: Folder, here: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "text": datasets.Value("string"),
+        }
+    )
+    rows = {
+        "image": [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")],
+        "label": [0, 1, 1],
+        "text": ["a cat", "a dog", "another dog"],
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(here / "pets")
+    chosen = ("--data", here / "pets", "--forget-class", "cat")
+    run("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", "--config", "nano.yaml")
+    assert changed(weights(nano_folder("sd")), weights(here / "out/model"))
+
+
 def test_prompts_alone_suffice_and_the_cache_serves_the_next_run(
     nano_folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,7 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         (("unlearn", "--model", "digits", "--out", "out", "--forget", "3", "--data", "photos"), "images.data"),
         (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "leave the prompts away"),
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
+        (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--classes", "3", "--out", "out"), "--prompts"),
     ],
 )

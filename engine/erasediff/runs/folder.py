@@ -57,7 +57,7 @@ class RunFolder:
         start = start or (checkpoints[-1] if checkpoints else None)
         run = cls(path, start)
         if run.finished and start is None:
-            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model is {run.model}.")
+            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model lies there.")
         return run
 
     @staticmethod

@@ -6,9 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from erasediff.config import Config, for_text_to_image
+from erasediff.runs.atomic import check_new
 from erasediff.runs.progress import progress_bar
 from erasediff.stages.loading import load_checkpoint
-from erasediff.stages.sampling import Drawn, write_images
+from erasediff.stages.sampling import Drawn, is_picture, write_images
 from erasediff.stages.session import set_up_device
 
 
@@ -16,6 +17,8 @@ def sample_prompts(
     config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
 ) -> Drawn:
     """Draw ``count`` images of each prompt; ``out`` as in ``sample``. UserError as in ``load_checkpoint``."""
+    if not is_picture(out):
+        check_new(out)
     config = for_text_to_image(config)
     settings = config.sample
     model = load_checkpoint(config, model_path, set_up_device(config))

@@ -49,14 +49,19 @@ def sample(
 
 def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: int, scale: int) -> None:
     """Write ``images`` [N, C, H, W] in [-1, 1] as one grid, or as single images called ``names``; see ``sample``."""
-    image_format = Image.registered_extensions().get(out.suffix.lower())
-    if image_format is not None:
+    if is_picture(out):
         with atomic_file(out) as partial:
-            grid(images, min(columns, 25), scale).save(partial, format=image_format)
+            sheet = grid(images, min(columns, 25), scale)
+            sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
         return
     with atomic_directory(out) as folder:
         for name, image in zip(names, images, strict=True):
             picture(image).save(folder / f"{name}.png")
+
+
+def is_picture(out: Path) -> bool:
+    """Whether ``out`` has the ending of an image."""
+    return out.suffix.lower() in Image.registered_extensions()
 
 
 def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, count: int) -> Tensor | None:
