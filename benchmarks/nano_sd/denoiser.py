@@ -80,7 +80,8 @@ def train_denoiser(
         read_images(str(images)), model, Buckets.only(*model.default_size), console, batch_size=100
     )
     model.release_encoders()
-    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), LEARNING_RATE, ema_decay=0.998)
+    # Averaged over about the last tenth of the training, however long it is.
+    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), LEARNING_RATE, ema_decay=max(0.0, 1 - 10 / steps))
     method = FineTune(
         model.denoiser_module,
         optimizer,

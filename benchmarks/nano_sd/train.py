@@ -39,8 +39,8 @@ class Settings:
 
     judge: int = 1800
     text_encoder: int = 400
-    vae: int = 1000
-    denoiser: int = 6000
+    vae: int = 1200
+    denoiser: int = 5000
     seed: int = 0
 
     def scaled(self, effort: float) -> Settings:

@@ -36,7 +36,7 @@ class TrainConfig(Section):
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     weight_decay: NonNegative = 0.0
-    ema_decay: Fraction | None = 0.98
+    ema_decay: Fraction | None = 0.99
     label_dropout: Fraction = 0.1
     min_snr_gamma: Positive | None = None
     max_grad_norm: Positive | None = 1.0
@@ -124,7 +124,7 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """How many images the judge sees: per class, and in all from an unconditional model."""
 
-    per_class: Count = 40
+    per_class: Count = 100
     forgotten: Count = 400
     unconditional: Count = 1000
 

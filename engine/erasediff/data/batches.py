@@ -11,9 +11,6 @@ from erasediff.data.images import Images
 from erasediff.process import NoiseRole, noise_key
 from erasediff_kernels import philox_bits
 
-ORDER_ROLE = 64
-"""Philox role of the epochs' permutations, apart from every ``NoiseRole``."""
-
 
 class Stream(IntEnum):
     """Batches that a run draws side by side; each has an order and a label dropout of its own."""
@@ -88,7 +85,7 @@ class GlobalBatches:
     def _permutation(self, epoch: int) -> Tensor:
         """int64 [N]: the order of the images in ``epoch``."""
         device = self.images.sample.device
-        words = self._words(torch.arange(len(self.images), device=device), epoch, ORDER_ROLE)
+        words = self._words(torch.arange(len(self.images), device=device), epoch, NoiseRole.ORDER)
         return words.argsort(stable=True)
 
     def _dropped(self, class_labels: Tensor, slots: Tensor, step: int) -> Tensor:

@@ -11,9 +11,6 @@ from erasediff.data.order import BucketOrder
 from erasediff.process import NoiseRole, noise_key
 from erasediff_kernels import philox_bits
 
-FLIP_ROLE = 66
-"""Philox role of the horizontal flips, apart from every ``NoiseRole`` and the roles of ``order.py``."""
-
 
 class CachedBatches:
     """The batches of one stream, a function of (seed, stream, step) alone, each of images of one size.
@@ -60,7 +57,7 @@ class CachedBatches:
         ``"sample"`` [B, C, h, w], ``"sample_ids"`` int64 [B], the slots in the global batch, and the condition tensors
         of the model's ``encode_prompts`` and ``size_condition``, a row for each sample.
         """
-        flipped = self._drawn(step, FLIP_ROLE, 0.5 if self.images.mirrored else 0.0)
+        flipped = self._drawn(step, NoiseRole.FLIP, 0.5 if self.images.mirrored else 0.0)
         dropped = self._drawn(step, NoiseRole.LABEL_DROPOUT, self.caption_dropout)
         numbers = self._order.at(step)[self.slots].tolist()
         rows = [self._row(*row) for row in zip(numbers, flipped, dropped, strict=True)]

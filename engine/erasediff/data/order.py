@@ -7,12 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from erasediff.data.batches import ORDER_ROLE, Stream
-from erasediff.process import noise_key
+from erasediff.data.batches import Stream
+from erasediff.process import NoiseRole, noise_key
 from erasediff_kernels import philox_bits
-
-BUCKET_ROLE = 65
-"""Philox role of the order of the buckets, apart from every ``NoiseRole`` and from ``ORDER_ROLE``."""
 
 
 class BucketOrder:
@@ -48,7 +45,7 @@ class BucketOrder:
         size = len(self._buckets)
         number, place = divmod(step, size)
         if self._round is None or self._round[0] != number:
-            order = self._buckets[self._words(torch.arange(size), number, BUCKET_ROLE).argsort(stable=True)]
+            order = self._buckets[self._words(torch.arange(size), number, NoiseRole.BUCKET_ORDER).argsort(stable=True)]
             earlier = torch.empty_like(order)
             for bucket, members in enumerate(self._members):
                 earlier[order == bucket] = torch.arange(len(members))
@@ -59,7 +56,7 @@ class BucketOrder:
 
     def _permutation_of(self, bucket: int, epoch: int) -> Tensor:
         members = self._members[bucket]
-        return members[self._words(members, epoch, ORDER_ROLE).argsort(stable=True)]
+        return members[self._words(members, epoch, NoiseRole.ORDER).argsort(stable=True)]
 
     def _words(self, ids: Tensor, step: int, role: int) -> Tensor:
         """int64 [B]: this stream's Philox word for each id."""

@@ -16,15 +16,13 @@ from torch import Tensor
 from erasediff.data.captions import CaptionedImage, read_captioned_images
 from erasediff.data.metadata import FILE_COLUMN
 from erasediff.errors import UserError
-from erasediff.process import noise_key
+from erasediff.process import NoiseRole, noise_key
 from erasediff.runs.atomic import atomic_file, atomic_write
 from erasediff.runs.progress import progress_bar
 from erasediff_kernels import philox_bits
 
 FORMAT = 1
 CHUNK = 16
-SEED_ROLE = 67
-"""Philox role of the seeds of chunks, apart from every other role."""
 
 
 class Painter(Protocol):
@@ -132,6 +130,6 @@ def synthesise(
 
 def _seeds(seed: int, count: int) -> list[int]:
     """A seed for each chunk, so that a chunk can be drawn again without those before it."""
-    words = philox_bits(torch.arange(count), noise_key(seed, 0, "cpu"), SEED_ROLE, 1)[:, 0]
+    words = philox_bits(torch.arange(count), noise_key(seed, 0, "cpu"), NoiseRole.SYNTHESIS_SEED, 1)[:, 0]
     seeds: list[int] = words.tolist()
     return seeds

@@ -25,6 +25,10 @@ class NoiseRole(IntEnum):
     RELABEL = 5
     LABEL_DROPOUT = 6
     SAMPLING = 7
+    ORDER = 64
+    BUCKET_ORDER = 65
+    FLIP = 66
+    SYNTHESIS_SEED = 67
     ROUNDING = 255
 
 
