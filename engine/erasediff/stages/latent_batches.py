@@ -69,12 +69,16 @@ class NoiseBatches:
 
 
 def rehearsal_batches(config: Config, model: TextToImageModel) -> tuple[Batches, Batches]:
-    """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above."""
+    """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above.
+
+    Encoding takes its share of the peak memory, so it is rehearsed too.
+    """
     listed_images(config.images)
     buckets_of(config, model)
-    size, count = image_size(config, model), config.unlearn.batch_size
-    condition = model.encode_prompts([""]) | model.size_condition(size, (0, 0), size, 1)
-    batch = {name: tensor.repeat_interleave(count, 0) for name, tensor in condition.items()}
-    sample = torch.randn(count, *model.latent_shape(*size), generator=torch.Generator().manual_seed(config.seed))
-    batches = NoiseBatches({**batch, "sample": sample.to(model.device)})
+    size, at_once = image_size(config, model), config.images.encode_batch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    latents = model.encode_images(torch.rand(at_once, 3, *size, generator=generator) * 2 - 1)
+    condition = model.encode_prompts([""] * at_once) | model.size_condition(size, (0, 0), size, at_once)
+    rows = torch.arange(config.unlearn.batch_size, device=model.device) % at_once
+    batches = NoiseBatches({name: tensor[rows] for name, tensor in {"sample": latents, **condition}.items()})
     return batches, batches
