@@ -19,8 +19,8 @@ class ImagesConfig(Section):
     makes the images, ``images_per_prompt`` of each.
 
     Sizes are in pixels; without ``height`` and ``width``, the checkpoint's own. Images of other shapes come to buckets
-    of about that area in multiples of ``bucket_step``, or without one are cut to that size. ``mirror`` flips every
-    other image.
+    of about that area in multiples of ``bucket_step``, or without one are cut to that size. ``mirror`` flips about
+    half of them.
     """
 
     data: str | None = None
