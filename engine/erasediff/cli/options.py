@@ -23,6 +23,7 @@ RunOut = Annotated[Path | None, typer.Option("--out", help="Folder for the run."
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Lora = Annotated[Path | None, typer.Option(help="Text-to-image: a LoRA to merge into the model first.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
 
 
@@ -33,6 +34,20 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
     """
     given = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
     return load_config(file, parse_assignments(settings or []) | given)
+
+
+def prompts(text: str | None) -> list[str] | None:
+    """``"a cat;a dog"``, or a ``.txt`` file of a prompt a line, as ``["a cat", "a dog"]``. UserError for neither."""
+    if text is None:
+        return None
+    if text.endswith(".txt"):
+        from erasediff.data import read_prompts
+
+        return read_prompts(Path(text))
+    listed = [part.strip() for part in text.split(";") if part.strip()]
+    if not listed:
+        raise UserError("There is no prompt: give some with semicolons between them, such as 'a cat;a dog'.")
+    return listed
 
 
 def class_numbers(text: str | None) -> list[int] | None:

@@ -18,7 +18,7 @@ from erasediff.data.buckets import Buckets, Size
 from erasediff.data.captions import CaptionedImage
 from erasediff.data.pictures import BrokenImage, to_pixels
 from erasediff.data.shards import ShardStore
-from erasediff.data.survey import Broken, Surveyed, ahead, survey
+from erasediff.data.survey import Broken, Surveyed, ahead, content_ids, survey
 from erasediff.errors import UserError
 from erasediff.runs.progress import progress_bar
 
@@ -77,8 +77,8 @@ class CachedImages:
 
     @property
     def ids(self) -> Tensor:
-        """int64 [N], 63 bits of each image's SHA-256: equal for copies, as ``check_disjoint`` needs it."""
-        return torch.tensor([int(entry.digest[:16], 16) >> 1 for entry in self.entries], dtype=torch.int64)
+        """As ``content_ids``."""
+        return content_ids(self.entries)
 
     @property
     def buckets(self) -> Tensor:
@@ -121,6 +121,19 @@ class LatentCache:
         """
         broken = Broken(console, skip=skip_broken)
         found = survey(images, buckets, broken, console)
+        return self.encode(found, model, broken, console, mirror=mirror, batch_size=batch_size)
+
+    def encode(
+        self,
+        found: Sequence[Surveyed],
+        model: Encoders,
+        broken: Broken,
+        console: Console,
+        *,
+        mirror: bool = False,
+        batch_size: int = 8,
+    ) -> CachedImages:
+        """``fill`` for images that were surveyed already."""
         keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in found]
         captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in found))}
 

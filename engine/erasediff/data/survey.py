@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from erasediff.data.buckets import Buckets, Fit, Size, fitted
 from erasediff.data.captions import CaptionedImage
@@ -37,6 +39,18 @@ class Surveyed:
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise UserError(f"The image {self.image.path} changed while it was being read: run the command again.")
         return fitted(open_picture(content, str(self.image.path)), self.fit)
+
+
+class Digested(Protocol):
+    """Anything that knows the SHA-256 of an image file's content."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+def content_ids(images: Iterable[Digested]) -> Tensor:
+    """int64 [N], 63 bits of each image's SHA-256: equal for copies, as ``check_disjoint`` needs it."""
+    return torch.tensor([int(image.digest[:16], 16) >> 1 for image in images], dtype=torch.int64)
 
 
 class Broken:

@@ -12,6 +12,8 @@ from erasediff.models.pixel import PixelModel
 from erasediff.process import NoiseRole, noise_key
 from erasediff_kernels import philox_noise
 
+USUAL_GUIDANCE = 1.5
+
 
 @torch.inference_mode()
 def sample_images(
@@ -19,7 +21,7 @@ def sample_images(
     class_labels: Tensor | None,
     count: int | None = None,
     *,
-    guidance_scale: float = 1.5,
+    guidance_scale: float = USUAL_GUIDANCE,
     num_inference_steps: int = 10,
     seed: int = 0,
     batch_size: int = 256,

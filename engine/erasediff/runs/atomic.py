@@ -17,6 +17,12 @@ TEMPORARY_SUFFIX = ".partial"
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO)
 
 
+def check_new(path: Path) -> None:
+    """UserError if ``path`` exists."""
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it or choose another name.")
+
+
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of ``path`` to fill; give it the name ``path`` once all of it is on the disk.
@@ -24,8 +30,8 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Whatever ends the block early, a full disk and Ctrl-C included, leaves ``path`` as it was. UserError if ``path``
     exists and ``replace`` is false, and for what the disk refuses.
     """
-    if path.exists() and not replace:
-        raise UserError(f"{path} exists already: remove it or choose another name.")
+    if not replace:
+        check_new(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_sibling(path)

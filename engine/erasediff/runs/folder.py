@@ -13,26 +13,33 @@ from erasediff.runs.checkpoint import PREFIX, Checkpoint
 from erasediff.runs.metrics import MetricsFile
 
 CONFIG = "config.yaml"
+MODEL = "model"
+SINGLE_FILE = "model.safetensors"
 LATEST = "latest"
 
 
 class RunFolder:
-    """``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/`` and ``model/`` under one path."""
+    """``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/`` and ``model/`` or a single file under one path."""
 
     def __init__(self, path: Path, resume_from: Checkpoint | None = None) -> None:
         self.path = path
         self.resume_from = resume_from
         self.metrics = MetricsFile(path / "metrics.jsonl")
-        self.model = path / "model"
+        self.model = path / MODEL
 
     @classmethod
     def create(cls, path: Path, config: Config) -> "RunFolder":
         """Begin a run at ``path``. UserError if something is there already."""
+        cls.check_free(path)
+        atomic_write(path / CONFIG, config.to_yaml())
+        return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """UserError if ``path`` holds something; what killed processes were still writing there is removed."""
         remove_leftovers(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is not empty: choose another --out, or continue its run with --resume latest.")
-        atomic_write(path / CONFIG, config.to_yaml())
-        return cls(path)
 
     @classmethod
     def resume(cls, path: Path, config: Config, start: Checkpoint | None = None) -> "RunFolder":
@@ -50,7 +57,7 @@ class RunFolder:
         start = start or (checkpoints[-1] if checkpoints else None)
         run = cls(path, start)
         if run.finished and start is None:
-            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model is {run.model}.")
+            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model lies there.")
         return run
 
     @staticmethod
@@ -66,7 +73,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has left its model."""
-        return self.model.is_dir()
+        return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
 
     def save_checkpoint(self, step: int, state: Any, *, keep: int) -> Checkpoint:
         """Write ``checkpoint-<step>``, then remove the oldest beyond ``keep``."""
@@ -112,6 +119,11 @@ class RunPlace:
     def stored_config(self) -> Path | None:
         """The configuration file of the run to resume. UserError if there is no such run."""
         return _config_file(self.path) if self.resuming else None
+
+    def check(self) -> None:
+        """UserError where ``open`` would refuse to begin; worth asking before long preparations."""
+        if not self.resuming:
+            RunFolder.check_free(self.path)
 
     def open(self, config: Config) -> RunFolder:
         """Begin or resume the run; see ``RunFolder``."""

@@ -51,9 +51,9 @@ def run_steps(
     """Take ``method`` to ``steps`` steps in all, from where ``run`` resumes.
 
     The device is read every ``settings.log_every`` steps and at checkpoints, never in between. A checkpoint holds
-    weights, optimizer, method and random state, so a run killed at any step and resumed ends bit for bit where the
-    uninterrupted one does, its metrics file included. A method that looks at retained data alone gets an empty forget
-    batch. Raises ``Interrupted`` after a Ctrl-C, with a checkpoint written.
+    the weights that are trained, optimizer, method and random state, so a run killed at any step and resumed ends bit
+    for bit where the uninterrupted one does, its metrics file included. A method that looks at retained data alone gets
+    an empty forget batch. Raises ``Interrupted`` after a Ctrl-C, with a checkpoint written.
     """
     device = next(model.parameters()).device
     if (state := run.load_checkpoint(device)) is not None:
@@ -94,19 +94,27 @@ def run_steps(
 
 
 def _snapshot(method: Method, model: nn.Module) -> dict[str, Any]:
+    frozen = _frozen(model)
     return {
-        "model": model.state_dict(),
+        "model": {name: tensor for name, tensor in model.state_dict().items() if name not in frozen},
         "method": {"name": method.name, "state": method.state_dict()},
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
 
 
 def _restore(state: dict[str, Any], method: Method, model: nn.Module) -> None:
-    model.load_state_dict(state["model"])
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    if unexpected or not _frozen(model).issuperset(missing):
+        raise ValueError(f"the checkpoint is of another model: {[*unexpected, *missing][:3]}")
     method.load_state_dict(state["method"]["state"])
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([generator.cpu() for generator in state["random"]["cuda"]])
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """The weights that no step changes: they are where the model was loaded from."""
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def _summary(record: dict[str, Any]) -> str:

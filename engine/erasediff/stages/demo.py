@@ -17,7 +17,7 @@ from erasediff.stages.loading import load_model
 from erasediff.stages.plan import Plan, plan
 from erasediff.stages.reporting import write_report
 from erasediff.stages.session import set_up_device
-from erasediff.stages.training import training_session
+from erasediff.stages.training import training_session, untrained_model
 from erasediff.stages.unlearning import resolved, unlearn, unlearning_session
 
 DEFAULT_FORGET = (3,)
@@ -81,8 +81,8 @@ def plan_demo(config: Config) -> dict[str, Plan]:
         if not training.run.finished
     }
     for method in ("erasediff", *CONTROLS):
-        untrained = training_session(config).model
-        plans[method] = plan(unlearning_session(_with_unlearn(config, method=method), untrained))
+        base = untrained_model(config, set_up_device(config))
+        plans[method] = plan(unlearning_session(_with_unlearn(config, method=method), base))
     return plans
 
 

@@ -1,12 +1,15 @@
-"""A model from disk, checked against the data it is to be used with."""
+"""Models from disk: one for the digits, checked against them, or a text-to-image checkpoint with what goes on top."""
 
 from pathlib import Path
 
 import torch
 
+from erasediff.config import Config
 from erasediff.data import ClassDataset
 from erasediff.errors import UserError
-from erasediff.models import PixelModel
+from erasediff.models import PixelModel, lora
+from erasediff.models.family import TextToImageModel
+from erasediff.models.load import load_text_to_image
 
 
 def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
@@ -18,6 +21,25 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
             f"The model in {path} makes {_described(model.image_shape, model.num_classes)}, "
             f"but the data are {_described(image_shape, dataset.num_classes)}."
         )
+    return model
+
+
+def load_checkpoint(config: Config, source: Path, device: torch.device) -> TextToImageModel:
+    """The text-to-image model in ``source``, the LoRA of ``config`` merged into it if there is one.
+
+    UserError for a checkpoint or a LoRA that is missing, damaged, or not for the other.
+    """
+    settings = config.text_to_image
+    model = load_text_to_image(
+        source,
+        dtype=getattr(torch, settings.weights),
+        device=device,
+        config=settings.config,
+        prediction_type=settings.prediction_type,
+    )
+    if settings.lora is not None:
+        lora.load(model.denoiser_module, settings.lora, family=model.family)
+        lora.merge(model.denoiser_module)
     return model
 
 

@@ -29,7 +29,7 @@ class Plan:
 
 def plan(session: Session) -> Plan:
     """Take a few steps of ``session`` in memory and scale them up. The session is of no use afterwards."""
-    device = next(session.model.unet.parameters()).device
+    device = next(session.network.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     session.trial_step(0)
@@ -39,7 +39,7 @@ def plan(session: Session) -> Plan:
         session.trial_step(index)
     _wait_for(device)
     seconds_per_step = (time.perf_counter() - began) / (TRIAL_STEPS - 1)
-    parameters = list(session.model.unet.parameters())
+    parameters = list(session.network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer_tensors = [
         tensor for state in session.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)

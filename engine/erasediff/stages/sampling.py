@@ -12,7 +12,7 @@ from torch import Tensor
 from erasediff.config import Config
 from erasediff.data import load_digits
 from erasediff.errors import UserError
-from erasediff.evaluation.sampling import sample_images
+from erasediff.evaluation.sampling import USUAL_GUIDANCE, sample_images
 from erasediff.models import PixelModel
 from erasediff.runs.atomic import atomic_directory, atomic_file
 from erasediff.runs.progress import progress_bar
@@ -41,16 +41,27 @@ def sample(
     model = load_model(model_path, dataset, set_up_device(config))
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
-    if out.suffix.lower() in Image.registered_extensions():
-        columns = min(count, 25)
-        with atomic_file(out) as partial:
-            grid(images, columns).save(partial, format=Image.registered_extensions()[out.suffix.lower()])
-    else:
-        with atomic_directory(out) as folder:
-            for number, image in enumerate(images):
-                prefix = "" if labels is None else f"class-{int(labels[number])}-"
-                picture(image).save(folder / f"{prefix}{number:05d}.png")
+    prefixes = [""] * len(images) if labels is None else [f"class-{label}-" for label in labels.tolist()]
+    names = [f"{prefix}{number:05d}" for number, prefix in enumerate(prefixes)]
+    write_images(images, out, names, columns=count, scale=4)
     return Drawn(images=images, labels=labels, written=out)
+
+
+def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: int, scale: int) -> None:
+    """Write ``images`` [N, C, H, W] in [-1, 1] as one grid, or as single images called ``names``; see ``sample``."""
+    if is_picture(out):
+        with atomic_file(out) as partial:
+            sheet = grid(images, min(columns, 25), scale)
+            sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
+        return
+    with atomic_directory(out) as folder:
+        for name, image in zip(names, images, strict=True):
+            picture(image).save(folder / f"{name}.png")
+
+
+def is_picture(out: Path) -> bool:
+    """Whether ``out`` has the ending of an image."""
+    return out.suffix.lower() in Image.registered_extensions()
 
 
 def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, count: int) -> Tensor | None:
@@ -77,7 +88,7 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
             model,
             labels,
             total,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=USUAL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             seed=config.seed,
             batch_size=settings.batch_size,
@@ -85,7 +96,7 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
         )
 
 
-def grid(images: Tensor, columns: int, scale: int = 4) -> Image.Image:
+def grid(images: Tensor, columns: int, scale: int) -> Image.Image:
     """One picture of ``images`` [N, C, H, W], ``columns`` to a row, a pixel apart, each pixel ``scale`` wide."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)

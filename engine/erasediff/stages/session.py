@@ -1,17 +1,19 @@
 """What a run needs, built but not begun: a model, a method and its batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from erasediff.config import Config
 from erasediff.errors import UserError
 from erasediff.methods import Method
-from erasediff.models import PixelModel, ema_weights
-from erasediff.runs.folder import RunPlace
+from erasediff.models import ema_weights
+from erasediff.runs.folder import MODEL, RunPlace
 from erasediff.runs.loop import Batches, run_steps
 from erasediff.runs.schedule import LearningRate
 from erasediff_kernels import ConstrainedAdamW
@@ -20,7 +22,7 @@ from erasediff_kernels._dispatch import selected as selected_backend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """A finished run: ``model`` is a diffusers folder, ``metrics`` those of the last step."""
+    """A finished run: ``model`` is what was saved, ``metrics`` those of the last step."""
 
     run: Path
     model: Path
@@ -31,16 +33,21 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One method, about to train one model on one stream of batches."""
+    """One method, about to train one network on one stream of batches, or two.
+
+    ``save`` writes the network, with all that belongs to it, to a path; in the run's folder, that is ``saved_as``.
+    """
 
     title: str
     config: Config
-    model: PixelModel
+    network: nn.Module
+    save: Callable[[Path], None]
     optimizer: ConstrainedAdamW
     method: Method
     rate: LearningRate
     retain: Batches
     forget: Batches | None = None
+    saved_as: str = MODEL
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights."""
@@ -48,7 +55,7 @@ class Session:
         run = place.open(self.config)
         outcome = run_steps(
             self.method,
-            self.model.unet,
+            self.network,
             run,
             steps=self.rate.steps,
             settings=self.config.run,
@@ -59,9 +66,13 @@ class Session:
             title=self.title,
         )
         with ema_weights(self.optimizer):
-            self.model.save(run.model, replace=True)
+            self.save(run.path / self.saved_as)
         return RunResult(
-            run=run.path, model=run.model, steps_taken=outcome.steps, seconds=outcome.seconds, metrics=outcome.last
+            run=run.path,
+            model=run.path / self.saved_as,
+            steps_taken=outcome.steps,
+            seconds=outcome.seconds,
+            metrics=outcome.last,
         )
 
     def trial_step(self, index: int) -> None:

@@ -1,5 +1,8 @@
 """Train a diffusion model from scratch: the base model, or one that never saw the excluded classes."""
 
+from functools import partial
+
+import torch
 from rich.console import Console
 
 from erasediff.config import Config
@@ -18,24 +21,29 @@ def train_base(config: Config, place: RunPlace, console: Console, title: str = "
     return training_session(config, title).run(place, console)
 
 
+def untrained_model(config: Config, device: torch.device) -> PixelModel:
+    """The model that ``config`` describes, as training begins with it."""
+    shape = config.model.model_dump(exclude={"conditional"})
+    classes = load_digits().num_classes if config.model.conditional else None
+    return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
+
+
 def training_session(config: Config, title: str = "Training") -> Session:
     """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
     settings = config.train
     device = set_up_device(config)
-    dataset = load_digits()
-    images = dataset.train
+    images = load_digits().train
     if config.data.exclude:
         _, images = forget_retain_split(images, config.data.exclude)
-    shape = config.model.model_dump(exclude={"conditional"})
-    classes = dataset.num_classes if config.model.conditional else None
-    model = PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
+    model = untrained_model(config, device)
     optimizer = ConstrainedAdamW(
         model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
     )
     return Session(
         title=title,
         config=config,
-        model=model,
+        network=model.unet,
+        save=partial(model.save, replace=True),
         optimizer=optimizer,
         method=FineTune(
             model.unet,

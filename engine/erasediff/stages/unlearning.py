@@ -1,9 +1,7 @@
-"""Unlearn classes from a model, with any of the methods."""
+"""Unlearn classes of the digits from a model, with any of the methods."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,15 +9,13 @@ from rich.console import Console
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
 from erasediff.errors import UserError
-from erasediff.methods import METHODS
 from erasediff.models import PixelModel
-from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
+from erasediff.objectives import Relabel
 from erasediff.process import Process
 from erasediff.runs.folder import RunPlace
-from erasediff.runs.schedule import LearningRate
-from erasediff.solver import Barrier, Cosine, Fixed, Gap, InnerSolve, Norm
 from erasediff.stages.loading import load_model
-from erasediff.stages.session import RunResult, Session, precision_of, set_up_device
+from erasediff.stages.method import learning_rate, unlearning_method
+from erasediff.stages.session import RunResult, Session, set_up_device
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -42,10 +38,9 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         model = load_model(config.unlearn.model, dataset, device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
-    assert settings.steps is not None
-    assert settings.lr is not None
+    rate = learning_rate(settings)
     optimizer = ConstrainedAdamW(
-        model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+        model.unet.parameters(), rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
     )
 
     batches = partial(
@@ -59,21 +54,17 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
     return Session(
         title=f"Unlearning ({settings.method})",
         config=config,
-        model=model,
+        network=model.unet,
+        save=partial(model.save, replace=True),
         optimizer=optimizer,
-        method=METHODS[settings.method](
+        method=unlearning_method(
+            config,
             model.unet,
             optimizer,
             process=Process.from_scheduler(model.scheduler),
-            min_snr_gamma=settings.min_snr_gamma,
-            antithetic=settings.antithetic,
-            max_grad_norm=settings.max_grad_norm,
-            accumulation_steps=settings.accumulation_steps,
-            autocast=precision_of(config),
-            seed=config.seed,
-            **_own_options(settings, model),
+            relabel=partial(relabelling, settings, model),
         ),
-        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        rate=rate,
         retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
         forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
@@ -91,33 +82,8 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     return config.model_copy(update={"unlearn": settings})
 
 
-def _own_options(settings: UnlearnConfig, model: PixelModel) -> dict[str, Any]:
-    """The options that only EraseDiff takes."""
-    if settings.method != "erasediff":
-        return {}
-    return {
-        "barrier": barrier_of(settings),
-        "target": target_of(settings, model),
-        "inner": InnerSolve(
-            steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
-        ),
-    }
-
-
-def barrier_of(settings: UnlearnConfig) -> Barrier:
-    """The barrier by its name, with ``eta`` as its number."""
-    assert settings.eta is not None
-    barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
-    return barriers[settings.barrier](settings.eta)
-
-
-def target_of(settings: UnlearnConfig, model: PixelModel) -> DeviationTarget:
-    """The deviated target by its name."""
-    match settings.target:
-        case "uniform":
-            return UniformNoise()
-        case "gaussian":
-            return GaussianNoise()
+def relabelling(settings: UnlearnConfig, model: PixelModel) -> Relabel:
+    """The target that asks for another class. UserError for a model without classes."""
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
     teacher = copy.deepcopy(model.unet) if settings.teacher == "frozen" else None

@@ -8,10 +8,14 @@ from erasediff.cli.output import emit, loading, messages
 
 
 def sample(
-    model: Annotated[Path, typer.Option(help="A diffusers folder.")],
+    model: Annotated[Path, typer.Option(help="A diffusers folder, a .safetensors file, or a hub id.")],
     out: Annotated[Path, typer.Option(help="An image such as grid.png, or a folder for single images.")],
-    classes: Annotated[str | None, typer.Option(help="Classes to draw, such as 0,1,2; by default all.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images of each class, or in all without classes.")] = 50,
+    classes: Annotated[str | None, typer.Option(help="Digits: classes to draw, such as 0,1,2; by default all.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Text-to-image: prompts to draw, 'a;b', or a .txt file.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images of each class or prompt; by default 50 digits, 1 otherwise.")
+    ] = None,
+    lora: options.Lora = None,
     guidance: options.Guidance = None,
     seed: options.Seed = None,
     device: options.Device = None,
@@ -20,9 +24,11 @@ def sample(
     as_json: options.Json = False,
 ) -> None:
     """Draw images from a model: one grid, or a folder of single images."""
-    full_config = options.configure(config, settings, sample__guidance_scale=guidance, seed=seed, device=device)
-    numbers = options.class_numbers(classes)
+    full_config = options.configure(
+        config, settings, sample__guidance_scale=guidance, text_to_image__lora=lora, seed=seed, device=device
+    )
+    numbers, texts = options.class_numbers(classes), options.prompts(prompts)
     with loading(messages):
-        from erasediff.stages import sampling
-    drawn = sampling.sample(full_config, model, out, messages, classes=numbers, count=count)
+        from erasediff.stages.any_model import draw_from
+    drawn = draw_from(full_config, model, out, messages, classes=numbers, prompts=texts, count=count)
     emit({"written": str(drawn.written), "images": len(drawn.images), "seed": full_config.seed}, as_json=as_json)

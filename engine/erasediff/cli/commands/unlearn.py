@@ -10,9 +10,37 @@ from erasediff.cli.runs import carry_out, place_and_config
 
 def unlearn(
     out: options.RunOut = None,
-    model: Annotated[Path | None, typer.Option(help="The diffusers folder to unlearn from.")] = None,
-    forget: Annotated[str | None, typer.Option(help="Classes to forget, such as 3 or 3,5.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Classes to retain; by default all others.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="What to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
+    ] = None,
+    forget: Annotated[str | None, typer.Option(help="Digits: classes to forget, such as 3 or 3,5.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Digits: classes to retain; by default all others.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Image folder or data set with captions; what is not forgotten is retained.")
+    ] = None,
+    forget_class: Annotated[
+        list[str] | None, typer.Option(help="Forget the images of --data of this class (subfolder or column).")
+    ] = None,
+    forget_phrase: Annotated[
+        list[str] | None, typer.Option(help="Forget the images of --data whose captions say this.")
+    ] = None,
+    forget_files: Annotated[Path | None, typer.Option(help="Forget the images of --data in this list.")] = None,
+    forget_data: Annotated[str | None, typer.Option(help="Forget all images of another folder or data set.")] = None,
+    forget_prompts: Annotated[
+        str | None, typer.Option(help="Forget what the model makes of prompts: 'a;b', or a .txt file.")
+    ] = None,
+    retain_prompts: Annotated[
+        str | None, typer.Option(help="Retain what the model makes of prompts: 'a;b', or a .txt file.")
+    ] = None,
+    anchor_prompts: Annotated[str | None, typer.Option(help="What --target relabel puts in the place.")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
+    ] = None,
+    lora: options.Lora = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Name broken images and go on without them.")
+    ] = False,
     method: Annotated[str | None, typer.Option(help="erasediff, finetune or neggrad.")] = None,
     barrier: Annotated[str | None, typer.Option(help="norm, gap, fixed or cosine.")] = None,
     eta: Annotated[float | None, typer.Option(help="The barrier's strength (fixed: the multiplier itself).")] = None,
@@ -28,7 +56,10 @@ def unlearn(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make a model forget classes, and save the result as a diffusers folder in OUT/model."""
+    """Make a model forget, and save the result in OUT/model as a diffusers folder.
+
+    A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
+    """
     place, full_config = place_and_config(
         out,
         resume,
@@ -38,6 +69,17 @@ def unlearn(
         unlearn__model=model,
         unlearn__forget=options.class_numbers(forget),
         unlearn__retain=options.class_numbers(retain),
+        images__data=data,
+        images__forget_classes=forget_class,
+        images__forget_phrases=forget_phrase,
+        images__forget_files=forget_files,
+        images__forget_data=forget_data,
+        images__forget_prompts=options.prompts(forget_prompts),
+        images__retain_prompts=options.prompts(retain_prompts),
+        images__skip_broken=skip_broken or None,
+        text_to_image__anchor_prompts=options.prompts(anchor_prompts),
+        text_to_image__train=train,
+        text_to_image__lora=lora,
         unlearn__method=method,
         unlearn__barrier=barrier,
         unlearn__eta=eta,
@@ -49,5 +91,7 @@ def unlearn(
         device=device,
     )
     with loading(messages):
-        from erasediff.stages.unlearning import unlearning_session
-    carry_out(unlearning_session(full_config), place, as_json=as_json)
+        from erasediff.stages.any_model import unlearning_session_of
+    if place is not None:
+        place.check()
+    carry_out(unlearning_session_of(full_config, messages, rehearse=place is None), place, as_json=as_json)

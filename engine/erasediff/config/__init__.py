@@ -1,0 +1,33 @@
+"""Every setting of every command, typed and validated: a YAML file overridden by flags."""
+
+from erasediff.config.defaults import for_text_to_image
+from erasediff.config.reading import differences, load_config, parse_assignments
+from erasediff.config.sections import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
+from erasediff.config.settings import Config
+from erasediff.config.text_to_image import ImagesConfig, OutputConfig, TextToImageConfig
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "ImagesConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TextToImageConfig",
+    "TrainConfig",
+    "UnlearnConfig",
+    "differences",
+    "for_text_to_image",
+    "load_config",
+    "parse_assignments",
+]

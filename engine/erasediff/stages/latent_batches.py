@@ -1,0 +1,84 @@
+"""The batches of a text-to-image run, from the cache of latents; or, to rehearse it, from noise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config
+from erasediff.data import Buckets, CachedBatches, LatentCache, Stream, check_disjoint
+from erasediff.data.survey import Broken, content_ids, survey
+from erasediff.models.family import TextToImageModel
+from erasediff.runs.loop import Batches
+from erasediff.stages.cache import cache_folder
+from erasediff.stages.image_sets import image_sets, listed_images
+
+
+def latent_batches(config: Config, model: TextToImageModel, console: Console) -> tuple[Batches, Batches]:
+    """(retain, forget), after whatever the cache lacks of them was computed.
+
+    UserError for the images' mistakes, a size that the model does not have, and sets that share an image.
+    """
+    settings, hyper = config.images, config.unlearn
+    buckets = buckets_of(config, model)
+    broken = Broken(console, skip=settings.skip_broken)
+    forget, retain = (survey(images, buckets, broken, console) for images in image_sets(config, model, console))
+    check_disjoint(content_ids(forget), content_ids(retain))
+    encode = partial(
+        LatentCache(cache_folder()).encode,
+        model=model,
+        broken=broken,
+        console=console,
+        mirror=settings.mirror,
+        batch_size=settings.encode_batch_size,
+    )
+    batches = partial(CachedBatches, batch_size=hyper.batch_size, seed=config.seed, device=model.device)
+    return (
+        batches(encode(retain), stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
+        batches(encode(forget), stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
+    )
+
+
+def image_size(config: Config, model: TextToImageModel) -> tuple[int, int]:
+    """(height, width) in pixels: the configuration's, and where it has none, the checkpoint's."""
+    height, width = model.default_size
+    return config.images.height or height, config.images.width or width
+
+
+def buckets_of(config: Config, model: TextToImageModel) -> Buckets:
+    """The sizes that images are brought to. UserError for one that the model does not have."""
+    height, width = image_size(config, model)
+    step = config.images.bucket_step
+    buckets = Buckets.only(height, width) if step is None else Buckets.around(height, width, step)
+    for size in buckets.sizes:
+        model.latent_shape(*size)
+    return buckets
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseBatches:
+    """The same batch at every step."""
+
+    batch: Mapping[str, Tensor]
+
+    def at(self, step: int) -> Mapping[str, Tensor]:
+        return self.batch
+
+
+def rehearsal_batches(config: Config, model: TextToImageModel) -> tuple[Batches, Batches]:
+    """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above.
+
+    Encoding takes its share of the peak memory, so it is rehearsed too.
+    """
+    listed_images(config.images)
+    buckets_of(config, model)
+    size, at_once = image_size(config, model), config.images.encode_batch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    latents = model.encode_images(torch.rand(at_once, 3, *size, generator=generator) * 2 - 1)
+    condition = model.encode_prompts([""] * at_once) | model.size_condition(size, (0, 0), size, at_once)
+    rows = torch.arange(config.unlearn.batch_size, device=model.device) % at_once
+    batches = NoiseBatches({name: tensor[rows] for name, tensor in {"sample": latents, **condition}.items()})
+    return batches, batches

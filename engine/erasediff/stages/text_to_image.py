@@ -1,0 +1,111 @@
+"""Unlearn images or concepts from a text-to-image model, with any of the methods."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from erasediff.config import Config, for_text_to_image
+from erasediff.errors import UserError
+from erasediff.models.attention import set_attention
+from erasediff.models.family import TextToImageModel
+from erasediff.objectives import Relabel
+from erasediff.stages.latent_batches import latent_batches, rehearsal_batches
+from erasediff.stages.loading import load_checkpoint
+from erasediff.stages.method import learning_rate, unlearning_method
+from erasediff.stages.session import Session, precision_of, set_up_device
+from erasediff.stages.trained_weights import (
+    check_output,
+    keep_to_the_salient,
+    output_name,
+    save_unlearned,
+    selected_weights,
+    trained_parameters,
+)
+from erasediff_kernels import ConstrainedAdamW
+
+
+def text_to_image_session(config: Config, console: Console, *, rehearse: bool = False) -> Session:
+    """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
+
+    What nobody has set takes the values that are usual for text-to-image models. Latents and embeddings are computed
+    and cached under progress bars on ``console``; then text encoders and VAE leave memory. ``rehearse`` builds a run to
+    be measured instead, on noise, and writes nothing.
+
+    UserError for every mistake in checkpoint, images and settings, before anything is written but caches.
+    """
+    config = for_text_to_image(config)
+    settings = config.unlearn
+    source = _checked(config)
+    model = load_checkpoint(config, source, set_up_device(config))
+    check_output(config, model)
+    _prepare(config, model, console)
+    selected = selected_weights(config, model.denoiser_module)
+    # Before a LoRA is added: images for prompts are the original model's.
+    retain, forget = rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
+    parameters = trained_parameters(config, model.denoiser_module, selected)
+    rate = learning_rate(settings)
+    optimizer = ConstrainedAdamW(
+        parameters,
+        rate.peak,
+        weight_decay=settings.weight_decay,
+        ema_decay=settings.ema_decay,
+        stochastic_rounding=config.text_to_image.weights == "bfloat16",
+        seed=config.seed,
+    )
+    method = unlearning_method(
+        config,
+        model.denoiser_module,
+        optimizer,
+        process=model.process,
+        denoiser=model.denoiser,
+        relabel=partial(relabelling, config, model),
+    )
+    model.release_encoders()
+    batches = map(forget.at, range(config.text_to_image.saliency_batches))
+    keep_to_the_salient(config, model, optimizer, parameters, batches)
+    return Session(
+        title=f"Unlearning ({settings.method})",
+        config=config,
+        network=model.denoiser_module,
+        save=partial(save_unlearned, config, model),
+        saved_as=output_name(config),
+        optimizer=optimizer,
+        method=method,
+        rate=rate,
+        retain=retain,
+        forget=forget,
+    )
+
+
+def _checked(config: Config) -> Path:
+    """The checkpoint to unlearn from. UserError for what needs no checkpoint to be seen."""
+    settings = config.unlearn
+    if settings.model is None:
+        raise UserError("Say with --model which model to unlearn from.")
+    if settings.forget or settings.retain or settings.relabel_to:
+        raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
+    if settings.target == "relabel" and not config.text_to_image.anchor_prompts:
+        raise UserError("The target relabel needs prompts to put in the place of what is forgotten: --anchor-prompts.")
+    return settings.model
+
+
+def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
+    """Attention and memory as asked. UserError for an attention that cannot run here."""
+    settings = config.text_to_image
+    network: Any = model.denoiser_module
+    chosen = set_attention(network, settings.attention, dtype=precision_of(config))
+    console.print(f"Attention: {chosen.backend}.")
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+
+def relabelling(config: Config, model: TextToImageModel) -> Relabel:
+    """The target that asks for the anchor prompts."""
+    anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
+    choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
+    teacher = copy.deepcopy(model.denoiser_module) if config.unlearn.teacher == "frozen" else None
+    return Relabel(choices, teacher)
