@@ -26,13 +26,19 @@ def main(
 ) -> None:
     name = "digits-unconditional" if unconditional else "digits"
     results = RESULTS / f"{name}.jsonl"
-    if not table:
-        lines = [run(int(digit), unconditional, runs) for digit in digits.split(",")]
+    for digit in () if table else digits.split(","):
+        line = run(int(digit), unconditional, runs)
+        others = [other for other in read(results) if other["digit"] != line["digit"]]
+        lines = sorted([*others, line], key=lambda line: line["digit"])
         results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = read(results)
     markdown = unconditional_table(lines) if unconditional else conditional_table(lines)
     results.with_suffix(".md").write_text(markdown)
     print(markdown)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def run(digit: int, unconditional: bool, runs: Path) -> dict[str, Any]:
