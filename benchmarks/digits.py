@@ -113,12 +113,12 @@ def unconditional_table(lines: list[dict[str, Any]]) -> str:
 
 def preamble(lines: list[dict[str, Any]], images: str) -> str:
     judge = lines[0]["judge"]
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
     return (
         f"Shares of {images} in which the judge sees the digit, in percent; one unlearning run per row, each model "
         f"sampled with the same seeds. The judge never saw a generated image and is right on "
         f"{percent(judge['accuracy'])}% of the held-out real ones. Discrepancy: of the other digits' images from the "
-        f"real ones, 0 is best.\n\nCommit {lines[0]['commit']}, torch {lines[0]['versions']['torch']}, "
-        f"{sum(line['seconds'] for line in lines) / len(lines):.0f} s per row.\n\n"
+        f"real ones, 0 is best.\n\nCommit {commits}, torch {lines[0]['versions']['torch']}.\n\n"
     )
 
 
