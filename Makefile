@@ -36,6 +36,9 @@ format: install
 type: install
 	$(BIN)/mypy
 
+bench: install
+	$(BIN)/python benchmarks/kernels/run.py $(ARGS)
+
 # What compilers make of the GPU kernels, on a machine without a GPU: no spills, no local memory, 128-bit accesses.
 kernels-aot: install
 	$(BIN)/python -m erasediff_kernels._triton.aot
