@@ -32,14 +32,13 @@ class Problem:
 
 
 def problem(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> Problem:
-    def random(scale: float, dtype: torch.dtype = dtype) -> list[Tensor]:
+    def random(scale: float) -> list[Tensor]:
         return [torch.randn(shape, device=device).mul_(scale).to(dtype) for shape in shapes]
 
-    moments = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     return Problem(
         params=[torch.nn.Parameter(t) for t in random(1.0)],
-        exp_avgs=random(1e-3, moments),
-        exp_avg_sqs=[t.square_() for t in random(1e-3, moments)],
+        exp_avgs=random(1e-3),
+        exp_avg_sqs=[t.square_() for t in random(1e-3)],
         retain=random(1e-3),
         forget=random(1e-3),
     )
