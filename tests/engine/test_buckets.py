@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from erasediff.data.batches import Stream
 from erasediff.data.buckets import Buckets, Fit, fitted
 from erasediff.data.order import BucketOrder
+from erasediff.data.stream import Stream
 from erasediff.errors import UserError
 
 SDXL_WIDTHS = {  # Podell et al. 2023, appendix I, the portrait half and the square

@@ -1,6 +1,6 @@
 """Data sets as tensors or as captioned images, their split into forgotten and retained, and batches by step."""
 
-from erasediff.data.batches import GlobalBatches, Stream
+from erasediff.data.batches import GlobalBatches
 from erasediff.data.buckets import Buckets
 from erasediff.data.cached_batches import CachedBatches
 from erasediff.data.captions import CaptionedImage
@@ -10,6 +10,7 @@ from erasediff.data.latents import CachedImages, LatentCache
 from erasediff.data.request import Partition, forget_classes, forget_files, forget_phrases
 from erasediff.data.sources import read_images
 from erasediff.data.split import check_disjoint, forget_retain_split
+from erasediff.data.stream import Stream
 from erasediff.data.synthesis import read_prompts, synthesise
 
 __all__ = [

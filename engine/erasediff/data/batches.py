@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
 from erasediff.data.images import Images
-from erasediff.process import NoiseRole, noise_key
-from erasediff_kernels import philox_bits
-
-
-class Stream(IntEnum):
-    """Batches that a run draws side by side; each has an order and a label dropout of its own."""
-
-    RETAIN = 0
-    FORGET = 1
+from erasediff.data.stream import Stream
+from erasediff.process import NoiseRole
 
 
 class GlobalBatches:
@@ -85,15 +76,11 @@ class GlobalBatches:
     def _permutation(self, epoch: int) -> Tensor:
         """int64 [N]: the order of the images in ``epoch``."""
         device = self.images.sample.device
-        words = self._words(torch.arange(len(self.images), device=device), epoch, NoiseRole.ORDER)
-        return words.argsort(stable=True)
+        ids = torch.arange(len(self.images), device=device)
+        return self.stream.words(ids, seed=self.seed, step=epoch, role=NoiseRole.ORDER).argsort(stable=True)
 
     def _dropped(self, class_labels: Tensor, slots: Tensor, step: int) -> Tensor:
         if self.label_dropout == 0 or self.null_label is None:
             return class_labels
-        dropped = self._words(slots, step, NoiseRole.LABEL_DROPOUT) < round(self.label_dropout * 2**32)
-        return torch.where(dropped, self.null_label, class_labels)
-
-    def _words(self, ids: Tensor, step: int, role: int) -> Tensor:
-        """int64 [B]: this stream's Philox word for each id."""
-        return philox_bits(ids, noise_key(self.seed, step, ids.device), int(role), len(Stream))[:, self.stream]
+        words = self.stream.words(slots, seed=self.seed, step=step, role=NoiseRole.LABEL_DROPOUT)
+        return torch.where(words < round(self.label_dropout * 2**32), self.null_label, class_labels)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from erasediff.data.batches import Stream
 from erasediff.data.latents import LATENT, MIRRORED, CachedImages
 from erasediff.data.order import BucketOrder
-from erasediff.process import NoiseRole, noise_key
-from erasediff_kernels import philox_bits
+from erasediff.data.stream import Stream
+from erasediff.process import NoiseRole
 
 
 class CachedBatches:
@@ -74,8 +73,8 @@ class CachedBatches:
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
-    def _drawn(self, step: int, role: int, probability: float) -> list[bool]:
+    def _drawn(self, step: int, role: NoiseRole, probability: float) -> list[bool]:
         """For each slot of this rank, whether an event of this probability happens at ``step``."""
-        words = philox_bits(self.slots, noise_key(self.seed, step, "cpu"), role, len(Stream))[:, self.stream]
+        words = self.stream.words(self.slots, seed=self.seed, step=step, role=role)
         drawn: list[bool] = (words < round(probability * 2**32)).tolist()
         return drawn

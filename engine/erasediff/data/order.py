@@ -7,9 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from erasediff.data.batches import Stream
-from erasediff.process import NoiseRole, noise_key
-from erasediff_kernels import philox_bits
+from erasediff.data.stream import Stream
+from erasediff.process import NoiseRole
 
 
 class BucketOrder:
@@ -45,7 +44,7 @@ class BucketOrder:
         size = len(self._buckets)
         number, place = divmod(step, size)
         if self._round is None or self._round[0] != number:
-            order = self._buckets[self._words(torch.arange(size), number, NoiseRole.BUCKET_ORDER).argsort(stable=True)]
+            order = self._buckets[self._shuffled(torch.arange(size), number, NoiseRole.BUCKET_ORDER)]
             earlier = torch.empty_like(order)
             for bucket, members in enumerate(self._members):
                 earlier[order == bucket] = torch.arange(len(members))
@@ -56,8 +55,8 @@ class BucketOrder:
 
     def _permutation_of(self, bucket: int, epoch: int) -> Tensor:
         members = self._members[bucket]
-        return members[self._words(members, epoch, NoiseRole.ORDER).argsort(stable=True)]
+        return members[self._shuffled(members, epoch, NoiseRole.ORDER)]
 
-    def _words(self, ids: Tensor, step: int, role: int) -> Tensor:
-        """int64 [B]: this stream's Philox word for each id."""
-        return philox_bits(ids, noise_key(self.seed, step, ids.device), role, len(Stream))[:, self.stream]
+    def _shuffled(self, ids: Tensor, step: int, role: NoiseRole) -> Tensor:
+        """int64 [B]: a permutation of 0..B-1, drawn for ``ids`` [B]."""
+        return self.stream.words(ids, seed=self.seed, step=step, role=role).argsort(stable=True)

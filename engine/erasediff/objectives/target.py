@@ -40,14 +40,7 @@ class UniformNoise:
     """eps_f ~ U(0, 1) elementwise, drawn inside the kernel: the published target (arXiv 2401.05779, L_f)."""
 
     def loss(self, prediction: Tensor, *, sample_ids: Tensor, key: Tensor, weight: Tensor, **_: object) -> Tensor:
-        return deviation_loss(
-            prediction,
-            distribution="uniform",
-            weight=weight,
-            sample_ids=sample_ids,
-            key=key,
-            role=int(NoiseRole.FORGET_TARGET),
-        ).loss
+        return _loss_to_noise("uniform", prediction, sample_ids, key, weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +48,7 @@ class GaussianNoise:
     """eps_f ~ N(0, I), independent of the noise in x_t: the model is driven to predict its mean, zero."""
 
     def loss(self, prediction: Tensor, *, sample_ids: Tensor, key: Tensor, weight: Tensor, **_: object) -> Tensor:
-        return deviation_loss(
-            prediction,
-            distribution="normal",
-            weight=weight,
-            sample_ids=sample_ids,
-            key=key,
-            role=int(NoiseRole.FORGET_TARGET),
-        ).loss
+        return _loss_to_noise("normal", prediction, sample_ids, key, weight)
 
 
 class Relabel:
@@ -132,6 +118,13 @@ class Relabel:
             relabelled = self.relabelled(condition, sample_ids, key)
             target = denoiser(model if self.teacher is None else self.teacher, noisy_sample, timesteps, relabelled)
         return deviation_loss(prediction, target=target, weight=weight).loss
+
+
+def _loss_to_noise(distribution: str, prediction: Tensor, sample_ids: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    role = int(NoiseRole.FORGET_TARGET)
+    return deviation_loss(
+        prediction, distribution=distribution, weight=weight, sample_ids=sample_ids, key=key, role=role
+    ).loss
 
 
 def _is_label(alternatives: Tensor) -> bool:
