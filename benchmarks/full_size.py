@@ -2,12 +2,15 @@
 
 ``python benchmarks/full_size.py make sd15 --out DIR`` writes a diffusers folder (or, with ``--single-file``, one file).
 ``python benchmarks/full_size.py round-trip DIR`` loads it, saves it both ways, compares every tensor's bits with the
-input's, and appends seconds and peak memory to ``results/full_size.jsonl``.
+input's, and appends seconds and peak memory to ``results/full_size.jsonl``. ``... step DIR`` appends what
+``erasediff unlearn`` plans for it and, with ``--real``, what one real step takes; both are whole runs of the command.
 """
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -134,6 +138,72 @@ def round_trip(
     print(json.dumps(line, indent=2))
     if not (line["folder_identical"] and line["single_file_identical"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def step(
+    folder: Annotated[Path, typer.Argument(help="What `make` wrote as a folder.")],
+    size: Annotated[int, typer.Option(help="Pixels of each side; the latents are an eighth of it.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Retained samples, and as many forgotten ones.")] = 1,
+    weights: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    real: Annotated[bool, typer.Option("--real", help="Also take one step and save the model.")] = False,
+) -> None:
+    """Plan an unlearning of the cross-attentions, and compare a real step's peak memory with the plan's."""
+    settings = {
+        "images.height": size,
+        "images.width": size,
+        "images.bucket_step": "null",
+        "images.encode_batch_size": batch_size,
+        "text_to_image.train": "xattn",
+        "text_to_image.weights": weights,
+        "unlearn.batch_size": batch_size,
+        "unlearn.steps": 1,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        images = Path(temporary, "images")
+        for kind in ("forgotten", "retained"):
+            write_images(images / kind, kind, size, batch_size)
+        command = [sys.executable, "-m", "erasediff.cli", "unlearn", "--model", str(folder), "--data", str(images)]
+        command += ["--forget-class", "forgotten", "--json"]
+        command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        plan, _, _ = run([*command, "--dry-run"], temporary)
+        line: dict[str, Any] = {
+            "what": "step",
+            "model": folder.name,
+            "settings": settings,
+            "load": round(os.getloadavg()[0], 1),
+            "versions": {library: version(library) for library in ("torch", "diffusers", "transformers")},
+            "plan": plan,
+        }
+        if real:
+            _, line["peak_bytes"], line["seconds"] = run([*command, "--out", str(Path(temporary, "run"))], temporary)
+            line["real_to_plan"] = round(line["peak_bytes"] / plan["peak_bytes"], 4)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line, indent=2))
+
+
+def write_images(folder: Path, caption: str, size: int, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        seed = zlib.crc32(f"{caption}.{number}".encode())
+        pixels = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of the {caption}")
+
+
+def run(command: list[str], cache: str) -> tuple[dict[str, Any], int, float]:
+    """What the command printed, the most memory that it held in bytes, and its seconds."""
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "ERASEDIFF_CACHE": cache}) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise typer.Exit(process.returncode)
+    return json.loads(printed), usage.ru_maxrss * 1024, lap(begun)
 
 
 class PeakMemory:
