@@ -1,7 +1,8 @@
 """`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -29,6 +30,15 @@ class Bucket:
         return shards([state[name] for state in self.states])
 
 
+@dataclass(kw_only=True, slots=True)
+class Pending:
+    """What `step()` needs besides `p.grad` while a constraint is pending; `steps`: the counts before it, by group."""
+
+    forget: Mapping[Tensor, Tensor]
+    constraint: Constraint
+    steps: dict[int, Tensor]
+
+
 class ConstrainedOptimizer(torch.optim.Optimizer):
     """What `ConstrainedAdamW` and `ConstrainedSGD` share: groups, state, learning rates and the two kinds of step."""
 
@@ -45,11 +55,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0.0:
             raise ValueError(f"lr is {defaults['lr']}: it cannot be negative")
         self._scalars: dict[Any, tuple[float, Tensor]] = {}
+        self._pending: Pending | None = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scalars = {}
+        self._pending = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -96,10 +108,40 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group_index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                gradients = [cast(Tensor, p.grad) for p in params]
+            if not params:
+                continue
+            gradients = [cast(Tensor, p.grad) for p in params]
+            if self._pending is None:
                 self._update(group_index, params, gradients, (), self._unconstrained(params[0].device))
+                continue
+            before = self._pending.steps.setdefault(id(group), group["step"].clone())
+            group["step"].copy_(before)
+            forget = [self._pending.forget[p] for p in params] if self._pending.forget else []
+            self._update(group_index, params, gradients, forget, self._pending.constraint)
         return loss
+
+    @contextmanager
+    def pending(self, forget: Mapping[Tensor, Tensor], constraint: Constraint) -> Iterator[None]:
+        """Within the block `step()` is constrained, with `p.grad` for the retain gradient of each parameter.
+
+        For who does not call `step()` but has it called, with gradients put in place: DeepSpeed's engine, which does so
+        once for each group or part of a group. A group's count of steps advances once, however often that is.
+
+        Args:
+            forget: the forget gradient of each parameter that will have a `p.grad`; or empty.
+            constraint: from `constraint_multiplier`.
+        """
+        self._pending = Pending(forget=forget, constraint=constraint, steps={})
+        try:
+            yield
+        finally:
+            self._pending = None
+
+    @torch.no_grad()
+    def initialize_state(self) -> None:
+        """Make the state that the first step would make, so that it can be loaded into."""
+        for group in self.param_groups:
+            self._states([p for p in group["params"] if p.requires_grad], group)
 
     def ema_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, its running average) for each parameter that has one; they begin at the first step."""

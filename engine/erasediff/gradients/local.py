@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from erasediff.distributed import World
+from erasediff.gradients.naming import named
+from erasediff.gradients.protocol import Shard
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint, gradient_gram
 
 
 class LocalGradients:
-    """``Gradients`` of the parameters that ``optimizer`` updates.
+    """``Gradients`` of the parameters that ``optimizer`` updates, all of them in this process.
 
     ``ConstrainedAdamW`` and ``ConstrainedSGD`` read both gradients in one pass. For any other optimizer the combination
     is formed in the retain gradients' own storage; a non-finite step is then skipped on the device where the optimizer
     can (``fused=True``), and by reading one flag on the host where it cannot.
+
+    Raises ``ValueError`` for an optimizer without parameters that require a gradient, or with some that are not
+    ``model``'s.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    max_grad_norm: float | None = None
+    accumulation_steps: int | None = None
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None) -> None:
+        self.model = model
         self.optimizer = optimizer
-        self.parameters: list[Tensor] = [
+        self.world = World() if world is None else world
+        self.parameters: list[nn.Parameter] = [
             parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad
         ]
         if not self.parameters:
             raise ValueError("the optimizer holds no parameter that requires a gradient")
+        self.names = list(named(model, self.parameters))
+        self.device = next(model.parameters()).device
+
+    @property
+    def replicated(self) -> bool:
+        return True
+
+    @property
+    def replicas(self) -> int:
+        return self.world.size
+
+    def begin(self, calls: int) -> None:
+        pass
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
@@ -33,7 +58,8 @@ class LocalGradients:
         taken = []
         for parameter in self.parameters:
             # A parameter that this loss does not reach has gradient zero.
-            taken.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            taken.append(self._here(gradient))
             parameter.grad = None
         return taken
 
@@ -59,20 +85,78 @@ class LocalGradients:
             torch._foreach_add_(retain, forget)
         torch._foreach_mul_(retain, constraint.clip_scale)
         for parameter, delta in zip(self.parameters, retain, strict=True):
-            parameter.grad = delta
-        self._step_unless_non_finite(self.optimizer, constraint.finite)
+            parameter.grad = self._as_gradient(delta, parameter)
+        _step_unless_non_finite(self.optimizer, constraint.finite)
         for parameter in self.parameters:
             parameter.grad = None
 
-    @staticmethod
-    def _step_unless_non_finite(optimizer: Any, finite: Tensor) -> None:
-        if all(group.get("fused") for group in optimizer.param_groups):
-            # The contract between GradScaler and fused optimizers.
-            optimizer.grad_scale = None
-            optimizer.found_inf = (~finite).float()
-            try:
-                optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf
-        elif bool(finite):
+    def weights(self) -> list[Tensor]:
+        self._initialize_state()
+        states = (self.optimizer.state[parameter] for parameter in self.parameters)
+        return [
+            self._here(state.get("master", parameter.detach()))
+            for parameter, state in zip(self.parameters, states, strict=True)
+        ]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for parameter in self.parameters:
+            master = self.optimizer.state[parameter].get("master")
+            if master is not None:
+                parameter.copy_(master)
+
+    def shards(self, **aligned: list[Tensor]) -> Iterator[Shard]:
+        for index, (name, weight) in enumerate(zip(self.names, self.weights(), strict=True)):
+            parameter = self.parameters[index]
+            tensors = {"weight": weight}
+            for key, value in self.optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and key != "master":
+                    tensors[key] = self._here(value)
+            tensors.update((key, values[index]) for key, values in aligned.items())
+            flat = {key: value.view(-1) if value.is_contiguous() else value for key, value in tensors.items()}
+            yield Shard(name, self._start(parameter), flat)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return dict(self._scalars())
+
+    def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
+        for name, value in self._scalars():
+            value.copy_(scalars[name])
+
+    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
+        for index, group in enumerate(self.optimizer.param_groups):
+            if isinstance(group.get("step"), Tensor):
+                yield f"group.{index}.step", group["step"]
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key, value in self.optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.ndim == 0 and parameter.ndim != 0:
+                    yield f"{name}.{key}", value
+
+    def _initialize_state(self) -> None:
+        if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
+            self.optimizer.initialize_state()
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """This process's part of a parameter, or of something of its shape."""
+        return tensor
+
+    def _as_gradient(self, delta: Tensor, parameter: nn.Parameter) -> Tensor:
+        """What ``parameter.grad`` should be for this process's ``delta``."""
+        return delta
+
+    def _start(self, parameter: nn.Parameter) -> int:
+        """Where this process's elements begin in the flattened ``parameter``."""
+        return 0
+
+
+def _step_unless_non_finite(optimizer: Any, finite: Tensor) -> None:
+    if all(group.get("fused") for group in optimizer.param_groups):
+        # The contract between GradScaler and fused optimizers.
+        optimizer.grad_scale = None
+        optimizer.found_inf = (~finite).float()
+        try:
             optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+    elif bool(finite):
+        optimizer.step()

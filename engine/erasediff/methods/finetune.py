@@ -18,6 +18,7 @@ class FineTune(Solver):
 
     def step(self, retain: Batch, forget: Batch | None = None) -> StepReport:
         """One step on ``retain``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
-        loss = self.objective.retain_loss(self.model, retain, self._key(), self.gradients.backward)
-        constraint = self._update(self.gradients.take(), [], Fixed(0.0))
-        return StepReport(retain_loss=loss, grad_norm=constraint.norm, finite=constraint.finite, skipped=self.skipped)
+        loss, gradient = self._gradient(
+            retain, lambda backward: self.objective.retain_loss(self.model, retain, self._key(), backward)
+        )
+        return self._update(gradient, [], Fixed(0.0), retain_loss=loss)

@@ -20,14 +20,16 @@ class NegativeGradient(Solver):
 
     def step(self, retain: Batch, forget: Batch) -> StepReport:
         """One step on ``forget``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
-        loss = self.objective.true_loss(
-            self.model,
+        loss, gradient = self._gradient(
             forget,
-            self._key(),
-            self.gradients.backward,
-            noise=NoiseRole.FORGET_NOISE,
-            timestep=NoiseRole.FORGET_TIMESTEP,
-            sign=-1.0,
+            lambda backward: self.objective.true_loss(
+                self.model,
+                forget,
+                self._key(),
+                backward,
+                noise=NoiseRole.FORGET_NOISE,
+                timestep=NoiseRole.FORGET_TIMESTEP,
+                sign=-1.0,
+            ),
         )
-        constraint = self._update(self.gradients.take(), [], Fixed(0.0))
-        return StepReport(forget_loss=loss, grad_norm=constraint.norm, finite=constraint.finite, skipped=self.skipped)
+        return self._update(gradient, [], Fixed(0.0), forget_loss=loss)

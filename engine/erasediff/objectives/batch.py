@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 """``"sample"``: clean data x_0 [B, ...]. ``"sample_ids"`` (optional): int64 [B], the samples' slots in the global
-batch, from which noise and timesteps are drawn; without it, 0..B-1. Every other entry has a leading dimension B and is
+batch, from which noise and timesteps are drawn; without it, rank B + 0..B-1. Every other entry has a leading dimension B and is
 a keyword of the model's forward, such as ``"class_labels"`` or ``"encoder_hidden_states"``."""
 
 RESERVED = frozenset({"sample", "sample_ids"})
@@ -33,8 +33,8 @@ def condition_of(batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in RESERVED}
 
 
-def with_sample_ids(batch: Batch) -> dict[str, Tensor]:
-    """``batch`` with its sample ids filled in.
+def with_sample_ids(batch: Batch, rank: int = 0) -> dict[str, Tensor]:
+    """``batch``, the part of process ``rank``, with its sample ids filled in.
 
     Raises ``ValueError`` for a batch without ``"sample"`` or with entries of another leading dimension.
     """
@@ -49,7 +49,8 @@ def with_sample_ids(batch: Batch) -> dict[str, Tensor]:
             )
     ids = batch.get("sample_ids")
     if ids is None:
-        ids = torch.arange(sample.shape[0], device=sample.device)
+        # Parts of one size, one after the other: no two processes draw the same noise.
+        ids = torch.arange(sample.shape[0], device=sample.device) + rank * sample.shape[0]
     return {**batch, "sample_ids": ids}
 
 

@@ -27,6 +27,7 @@ class DenoisingObjective:
     antithetic:         timesteps in pairs t, T-1-t
     accumulation_steps: micro-batches per batch; the sum of their losses is the batch's mean
     autocast:           dtype of the forward passes (torch.bfloat16), or None
+    rank:               of this process, for batches that do not bring sample ids
     """
 
     process: Process
@@ -35,6 +36,7 @@ class DenoisingObjective:
     antithetic: bool = False
     accumulation_steps: int = 1
     autocast: torch.dtype | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
@@ -107,6 +109,11 @@ class DenoisingObjective:
 
         return self._accumulate(loss, batch, backward)
 
+    def micro_batch_count(self, batch: Batch) -> int:
+        """How often ``backward`` will be called for ``batch``."""
+        size = batch["sample"].shape[0] if "sample" in batch else 1
+        return -(-size // -(-size // self.accumulation_steps)) if size else 1
+
     def _noised(self, part: Batch, key: Tensor, noise: NoiseRole, timestep: NoiseRole) -> tuple[Tensor, Tensor]:
         """(x_t, timesteps) of a micro-batch."""
         ids = part["sample_ids"]
@@ -124,7 +131,7 @@ class DenoisingObjective:
 
     def _accumulate(self, loss: Callable[[Batch, Tensor], Tensor], batch: Batch, backward: Backward | None) -> Tensor:
         """Sum over micro-batches of ``loss(part, weight [B])``, the weights carrying the mean over the whole batch."""
-        batch = with_sample_ids(batch)
+        batch = with_sample_ids(batch, self.rank)
         sample = batch["sample"]
         weight = torch.full((sample.shape[0],), 1 / sample.shape[0], device=sample.device)
         total = torch.zeros((), device=sample.device)

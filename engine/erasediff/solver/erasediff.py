@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from erasediff.objectives import Batch, DeviationTarget, UniformNoise
+from erasediff.gradients import Shard
+from erasediff.objectives import Backward, Batch, DeviationTarget, UniformNoise
 from erasediff.process import Process
-from erasediff.solver.barrier import Barrier, Gap, Norm
+from erasediff.solver.barrier import Barrier, Norm
 from erasediff.solver.base import Solver, SolverOptions
 from erasediff.solver.inner import InnerCopy, InnerSolve
 from erasediff.solver.report import StepReport
@@ -20,8 +22,10 @@ class EraseDiff(Solver):
 
     You keep the loop, the model and the optimizer; ``step`` computes both gradients, the multiplier and the update.
 
-    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds
-    optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``
+    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds. A plain module, one
+               in DDP, one after ``fully_shard``, a DeepSpeed engine (ZeRO 0-3), or what ``accelerate`` made of them
+    optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``; an
+               engine brings its own
     process:   noise schedule and prediction type: ``Process.from_scheduler(pipeline.scheduler)``
     barrier:   ``Norm`` (default), ``Gap``, ``Fixed`` or ``Cosine``
     target:    ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``
@@ -36,7 +40,7 @@ class EraseDiff(Solver):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         process: Process,
         barrier: Barrier | None = None,
@@ -47,48 +51,54 @@ class EraseDiff(Solver):
         super().__init__(model, optimizer, process=process, **options)
         self.barrier: Barrier = Norm() if barrier is None else barrier
         self.target: DeviationTarget = UniformNoise() if target is None else target
-        self.inner = InnerCopy(model, inner or InnerSolve()) if self.barrier.needs_inner_solve else None
+        self.inner: InnerCopy | None = None
+        if self.barrier.needs_inner_solve:
+            self.inner = InnerCopy(self.gradients, inner or InnerSolve())
 
     def step(self, retain: Batch, forget: Batch) -> StepReport:
         """One constrained update from a retained and a forgotten batch (see ``erasediff.objectives.Batch``).
 
-        Nothing is read on the host: the report's values are 0-D tensors on the device. A step whose gradients are not
+        Among several processes each gives its own part, all of one size, and every report tells of the whole. Nothing
+        is read on the host: the report's values are 0-D tensors on the device. A step whose gradients are not
         finite leaves weights and optimizer state untouched and adds one to ``skipped``.
         """
         key = self._key()
         inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
-        retain_loss = self.objective.retain_loss(self.model, retain, key, self.gradients.backward)
-        retain_gradient = self.gradients.take()
-        forget_loss = self.objective.forget_loss(self.model, forget, key, self.target, self.gradients.backward)
-        forget_gradient = self.gradients.take()
-        gap = None if inner_loss is None else forget_loss - inner_loss
-        used = gap if self.barrier.name == Gap.name else None
-        constraint = self._update(retain_gradient, forget_gradient, self.barrier, used)
-        return StepReport(
+        retain_loss, retain_gradient = self._gradient(
+            retain, lambda backward: self.objective.retain_loss(self.model, retain, key, backward)
+        )
+        forget_loss, forget_gradient = self._gradient(
+            forget, lambda backward: self.objective.forget_loss(self.model, forget, key, self.target, backward)
+        )
+        return self._update(
+            retain_gradient,
+            forget_gradient,
+            self.barrier,
             retain_loss=retain_loss,
             forget_loss=forget_loss,
-            gap=gap,
-            multiplier=constraint.multiplier,
-            grad_norm=constraint.norm,
-            finite=constraint.finite,
-            skipped=self.skipped,
+            inner_loss=inner_loss,
         )
 
     def _inner_loss(self, inner: InnerCopy, forget: Batch, key: Tensor) -> Tensor:
         """L_f(phi_K) on the batch, timesteps and noise that this step's L_f(theta) uses."""
-        if self.iteration % inner.settings.refresh_every == 0:
-            inner.minimise(
-                self.model,
-                lambda model, backward: self.objective.forget_loss(model, forget, key, self.target, backward),
-            )
-        with torch.no_grad():
-            return self.objective.forget_loss(inner.model, forget, key, self.target, None)
+
+        def loss(backward: Backward | None) -> Tensor:
+            return self.objective.forget_loss(self.model, forget, key, self.target, backward)
+
+        with inner.in_place_of_the_weights():
+            if self.iteration % inner.settings.refresh_every == 0:
+                inner.minimise(lambda: self._gradient(forget, loss)[1])
+            with torch.no_grad():
+                return loss(None)
+
+    def shards(self) -> Iterator[Shard]:
+        return self.gradients.shards(**({} if self.inner is None else {"inner": self.inner.weights}))
 
     def state_dict(self) -> dict[str, Any]:
-        inner = None if self.inner is None else self.inner.state_dict()
+        inner = None if self.inner is None else self.inner.weights
         return {**super().state_dict(), "inner": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.inner is not None:
-            self.inner.load_state_dict(state["inner"])
+            self.inner.load(state["inner"])

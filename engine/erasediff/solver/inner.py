@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from erasediff.gradients import Gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,40 +29,47 @@ class InnerSolve:
 
 
 class InnerCopy:
-    """phi, the copy of the model that the inner solve moves.
+    """phi, the weights that the inner solve moves: a copy of this process's share of the trained ones.
 
-    The copy has its own optimizer and its own gradients, so nothing of the inner solve reaches theta, its optimizer's
-    moments or the global random state.
+    The model computes with phi while it stands in the place of theta, whose bits come back afterwards. Nothing of the
+    inner solve reaches the optimizer's moments or the global random state.
     """
 
-    def __init__(self, model: nn.Module, settings: InnerSolve) -> None:
+    def __init__(self, gradients: Gradients, settings: InnerSolve) -> None:
         self.settings = settings
-        self.model = copy.deepcopy(model)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.gradients = gradients
+        self.weights = [weight.clone() for weight in gradients.weights()]
+
+    @contextmanager
+    def in_place_of_the_weights(self) -> Iterator[None]:
+        """The model's weights are phi within the block, and theta again after it; phi keeps what the block makes of it.
+
+        Where they are exchanged nothing is allocated: ``weights`` holds theta within the block.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def minimise(self, gradient: Callable[[], list[Tensor]]) -> None:
+        """K steps of phi <- phi - lr grad L_f(phi), from theta; ``gradient`` is that of one batch. Within the block."""
+        phi = self.gradients.weights()
+        torch._foreach_copy_(phi, self.weights)
+        self.gradients.refresh()
+        for _ in range(self.settings.steps):
+            torch._foreach_add_(phi, gradient(), alpha=-self.settings.lr)
+            self.gradients.refresh()
 
     @torch.no_grad()
-    def restart(self, model: nn.Module) -> None:
-        """phi <- theta."""
-        torch._foreach_copy_(_values(self.model), _values(model))
+    def load(self, weights: list[Tensor]) -> None:
+        """Restores ``weights``."""
+        torch._foreach_copy_(self.weights, weights)
 
-    def minimise(self, model: nn.Module, forget_loss: Callable[[nn.Module, Callable[[Tensor], None]], Tensor]) -> None:
-        """K steps of phi <- phi - lr grad L_f(phi), from theta; ``forget_loss(model, backward)`` is on one batch."""
-        self.restart(model)
-        for _ in range(self.settings.steps):
-            forget_loss(self.model, torch.autograd.backward)
-            with torch.no_grad():
-                moved = [(p.data, p.grad) for p in self.parameters if p.grad is not None]
-                values, gradients = map(list, zip(*moved, strict=True))
-                torch._foreach_add_(values, gradients, alpha=-self.settings.lr)
-            for parameter in self.parameters:
-                parameter.grad = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(state)
-
-
-def _values(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weight, other in zip(self.gradients.weights(), self.weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(other)
+            other.copy_(kept)
+        self.gradients.refresh()

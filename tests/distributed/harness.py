@@ -1,0 +1,124 @@
+"""Groups of gloo processes that are started once for each world size and then take one job after another.
+
+Importing DeepSpeed takes seconds, and joining a process group too: a group is kept for all tests. A rank that raises or
+dies fails the job with its own traceback, and ends its group; so does a job that takes too long.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SECONDS = 120
+
+
+class RankFailed(AssertionError):
+    """A job that did not end well on every rank, with what each of them said."""
+
+
+class Group:
+    """``size`` processes with one gloo process group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, file: Path, function: str, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        """What ``function(*arguments)`` of the module ``file`` returns on each rank."""
+        for pipe in self.pipes:
+            pipe.send((file, function, arguments))
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + seconds
+        while len(answers) < self.size and all(is_good for is_good, _ in answers.values()):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(answers))} took over {seconds} s")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self.processes[rank].join()
+                    answers[rank] = False, f"died with exit code {self.processes[rank].exitcode}"
+        failures = [f"rank {rank}: {answer}" for rank, (is_good, answer) in answers.items() if not is_good]
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(failures))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+
+def load(file: Path) -> ModuleType:
+    """The module in ``file``, with ``file``'s folder to import from."""
+    name = f"distributed_tests_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+        HF_HUB_OFFLINE="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    while True:
+        try:
+            file, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = getattr(load(file), function)(*arguments)
+        except Exception:  # noqa: BLE001
+            pipe.send((False, traceback.format_exc()))
+        else:
+            pipe.send((True, result))
