@@ -61,7 +61,9 @@ class UnlearnConfig(Section):
     model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
-    method: Literal["erasediff", "finetune", "neggrad"] = "erasediff"
+    method: Literal["erasediff", "esd", "pruning", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"] = (
+        "erasediff"
+    )
     steps: Count | None = None
     batch_size: Count = 64
     lr: Positive | None = None
@@ -101,6 +103,9 @@ class UnlearnConfig(Section):
             "steps": 100 if conditional else 200,
             "lr": 3e-4,
         }
+        if self.method == "retrain":
+            # As long as the base model was trained.
+            suited |= {"steps": TrainConfig().steps, "lr": TrainConfig().lr}
         return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
 
 

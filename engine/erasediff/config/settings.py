@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field
 
 from erasediff.config.fields import Count, Section
+from erasediff.config.methods import EsdConfig, PruningConfig, SalunConfig, SelectiveAmnesiaConfig
 from erasediff.config.sections import (
     DataConfig,
     EvaluateConfig,
@@ -40,6 +41,10 @@ class Config(Section):
     images: ImagesConfig = ImagesConfig()
     text_to_image: TextToImageConfig = TextToImageConfig()
     output: OutputConfig = OutputConfig()
+    esd: EsdConfig = EsdConfig()
+    pruning: PruningConfig = PruningConfig()
+    salun: SalunConfig = SalunConfig()
+    selective_amnesia: SelectiveAmnesiaConfig = SelectiveAmnesiaConfig()
 
     def to_yaml(self) -> str:
         """This configuration as YAML that ``load_config`` reads back to an equal one."""

@@ -1,12 +1,12 @@
 """Every way to unlearn, and the baselines it is compared with, behind one protocol."""
 
-from collections.abc import Callable
-
+from erasediff.methods import erasediff, finetune, neggrad, retrain
 from erasediff.methods.finetune import FineTune
 from erasediff.methods.neggrad import NegativeGradient
-from erasediff.methods.protocol import Method
+from erasediff.methods.protocol import Materials, Method, Needs, Recipe
+from erasediff.methods.retrain import Retrain
 from erasediff.solver import EraseDiff
 
-METHODS: dict[str, Callable[..., Method]] = {method.name: method for method in (EraseDiff, FineTune, NegativeGradient)}
+RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (erasediff, finetune, neggrad, retrain)}
 
-__all__ = ["METHODS", "EraseDiff", "FineTune", "Method", "NegativeGradient"]
+__all__ = ["RECIPES", "EraseDiff", "FineTune", "Materials", "Method", "Needs", "NegativeGradient", "Recipe", "Retrain"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import Batch
 from erasediff.solver import Fixed, Solver, StepReport
 
@@ -22,3 +23,10 @@ class FineTune(Solver):
             retain, lambda backward: self.objective.retain_loss(self.model, retain, self._key(), backward)
         )
         return self._update(gradient, [], Fixed(0.0), retain_loss=loss)
+
+
+def make(materials: Materials) -> FineTune:
+    return FineTune(materials.network, materials.optimizer, process=materials.process, **materials.options)
+
+
+RECIPE = Recipe(name=FineTune.name, make=make, needs=Needs(forget=False))

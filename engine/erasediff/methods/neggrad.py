@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import Batch
 from erasediff.process import NoiseRole
 from erasediff.solver import Fixed, Solver, StepReport
@@ -33,3 +34,10 @@ class NegativeGradient(Solver):
             ),
         )
         return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
+
+
+def make(materials: Materials) -> NegativeGradient:
+    return NegativeGradient(materials.network, materials.optimizer, process=materials.process, **materials.options)
+
+
+RECIPE = Recipe(name=NegativeGradient.name, make=make, needs=Needs(retain=False))

@@ -1,11 +1,63 @@
-"""What a training loop needs of a method."""
+"""What a training loop needs of a method, and what a method asks for to be made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from erasediff.objectives import Batch
-from erasediff.solver import StepReport
+from torch import Tensor, nn
+
+from erasediff.config import Config
+from erasediff.objectives import Batch, Denoiser, Relabel
+from erasediff.process import Process
+from erasediff.solver import SolverOptions, StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a method cannot do without, so that a run can ask for no more.
+
+    retain, forget: batches of that kind; without, ``step`` gets an empty one
+    prompts:        prompts that name the concept: a text-to-image model
+    lr:             the usual learning rate on a text-to-image model, None for the common one
+    """
+
+    retain: bool = True
+    forget: bool = True
+    prompts: bool = False
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Materials:
+    """All that a method may be made of. What costs something is a function: it is called by those who need it.
+
+    options:        what every method takes: how the model is called, precision, seed, ...
+    relabel:        the target that puts another condition in the place of the forgotten one
+    teacher:        a frozen copy of the network as it is now
+    encode_prompts: condition tensors [N, ...] of prompts, sizes included; UserError for a model without prompts
+    latent_shape:   (C, h, w) of a sample, likewise
+    prompts:        what is to be forgotten, by name
+    batch_size:     of this process's part
+    forget_batches, retain_batches: the first batches, as many as are asked for
+    """
+
+    config: Config
+    network: nn.Module
+    optimizer: Any
+    process: Process
+    denoiser: Denoiser
+    options: SolverOptions
+    relabel: Callable[[], Relabel]
+    teacher: Callable[[], nn.Module]
+    encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]]
+    latent_shape: Callable[[], tuple[int, ...]]
+    prompts: Sequence[str]
+    batch_size: int
+    forget_batches: Callable[[int], Iterable[Batch]]
+    retain_batches: Callable[[int], Iterable[Batch]]
 
 
 class Method(Protocol):
@@ -22,3 +74,19 @@ class Method(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a method is made: one in the method's own file, listed in ``RECIPES``, is all that a new method takes.
+
+    make:    the method that ``materials.config`` describes, about to train ``materials.network``
+    trained: the parameters that it trains in the place of those called by the names given; None for those themselves
+    finish:  what is done to the network, and written beside the model at the path given, before the model is saved
+    """
+
+    name: str
+    make: Callable[[Materials], Method]
+    needs: Needs = Needs()
+    trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
+    finish: Callable[[nn.Module, Path], None] | None = None

@@ -1,18 +1,28 @@
 """The method that a configuration asks for, on any network."""
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from erasediff.config import Config, UnlearnConfig
-from erasediff.methods import METHODS, Method
-from erasediff.objectives import Denoiser, DeviationTarget, GaussianNoise, Relabel, UniformNoise, diffusers_denoiser
+from erasediff.errors import UserError
+from erasediff.methods import RECIPES, Materials, Method
+from erasediff.objectives import Batch, Denoiser, Relabel, diffusers_denoiser
 from erasediff.process import Process
+from erasediff.runs.loop import Batches
 from erasediff.runs.schedule import LearningRate
-from erasediff.solver import Barrier, Cosine, Fixed, Gap, InnerSolve, Norm
+from erasediff.solver import SolverOptions
 from erasediff.stages.session import precision_of
 from erasediff_kernels import ConstrainedAdamW
+
+
+def _no_prompts(prompts: Sequence[str] = ()) -> dict[str, Tensor]:
+    raise UserError("This method needs a concept's prompts: give a text-to-image model and --forget-prompts.")
+
+
+def _no_latents() -> tuple[int, ...]:
+    raise UserError("This method needs a concept's prompts: give a text-to-image model and --forget-prompts.")
 
 
 def unlearning_method(
@@ -23,22 +33,45 @@ def unlearning_method(
     process: Process,
     relabel: Callable[[], Relabel],
     denoiser: Denoiser = diffusers_denoiser,
+    retain: Batches | None = None,
+    forget: Batches | None = None,
+    encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]] = _no_prompts,
+    latent_shape: Callable[[], tuple[int, ...]] = _no_latents,
 ) -> Method:
-    """``config.unlearn.method`` about to train ``network``; ``relabel`` makes the target of that name."""
+    """``config.unlearn.method`` about to train ``network``; see ``Materials`` for what it may be made of."""
     settings = config.unlearn
-    return METHODS[settings.method](
-        network,
-        optimizer,
-        process=process,
-        denoiser=denoiser,
-        min_snr_gamma=settings.min_snr_gamma,
-        antithetic=settings.antithetic,
-        max_grad_norm=settings.max_grad_norm,
-        accumulation_steps=settings.accumulation_steps,
-        autocast=precision_of(config),
-        seed=config.seed,
-        **(_own_options(settings, relabel) if settings.method == "erasediff" else {}),
+    options: SolverOptions = {
+        "denoiser": denoiser,
+        "min_snr_gamma": settings.min_snr_gamma,
+        "antithetic": settings.antithetic,
+        "max_grad_norm": settings.max_grad_norm,
+        "accumulation_steps": settings.accumulation_steps,
+        "autocast": precision_of(config),
+        "seed": config.seed,
+    }
+    return RECIPES[settings.method].make(
+        Materials(
+            config=config,
+            network=network,
+            optimizer=optimizer,
+            process=process,
+            denoiser=denoiser,
+            options=options,
+            relabel=relabel,
+            teacher=lambda: copy.deepcopy(network).requires_grad_(False).eval(),
+            encode_prompts=encode_prompts,
+            latent_shape=latent_shape,
+            prompts=config.images.forget_prompts,
+            batch_size=settings.batch_size,
+            forget_batches=lambda count: _first(forget, count),
+            retain_batches=lambda count: _first(retain, count),
+        )
     )
+
+
+def _first(batches: Batches | None, count: int) -> Iterable[Batch]:
+    assert batches is not None
+    return map(batches.at, range(count))
 
 
 def learning_rate(settings: UnlearnConfig) -> LearningRate:
@@ -46,31 +79,3 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
     assert settings.lr is not None
     assert settings.steps is not None
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
-
-
-def _own_options(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> dict[str, Any]:
-    """The options that only EraseDiff takes."""
-    return {
-        "barrier": barrier_of(settings),
-        "target": _target_of(settings, relabel),
-        "inner": InnerSolve(
-            steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
-        ),
-    }
-
-
-def barrier_of(settings: UnlearnConfig) -> Barrier:
-    """The barrier by its name, with ``eta`` as its number."""
-    assert settings.eta is not None
-    barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
-    return barriers[settings.barrier](settings.eta)
-
-
-def _target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> DeviationTarget:
-    match settings.target:
-        case "uniform":
-            return UniformNoise()
-        case "gaussian":
-            return GaussianNoise()
-        case _:
-            return relabel()

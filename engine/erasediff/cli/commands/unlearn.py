@@ -41,7 +41,10 @@ def unlearn(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Name broken images and go on without them.")
     ] = False,
-    method: Annotated[str | None, typer.Option(help="erasediff, finetune or neggrad.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="erasediff, esd, pruning, salun, selective-amnesia, retrain, finetune or neggrad."),
+    ] = None,
     barrier: Annotated[str | None, typer.Option(help="norm, gap, fixed or cosine.")] = None,
     eta: Annotated[float | None, typer.Option(help="The barrier's strength (fixed: the multiplier itself).")] = None,
     target: Annotated[str | None, typer.Option(help="uniform, gaussian or relabel.")] = None,
