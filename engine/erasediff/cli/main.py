@@ -9,10 +9,11 @@ from rich.markup import escape
 from erasediff.cli.commands.demo import demo
 from erasediff.cli.commands.evaluate import evaluate
 from erasediff.cli.commands.info import info
+from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
-from erasediff.cli.output import messages
+from erasediff.cli.output import messages, results_alone_on_stdout
 from erasediff.errors import UserError
 from erasediff.runs.interrupt import Interrupted
 
@@ -23,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, info):
-    app.command()(command)
+for command in (demo, train, unlearn, sample, evaluate, plan, info):
+    app.command()(results_alone_on_stdout(command))
 
 
 def main() -> None:

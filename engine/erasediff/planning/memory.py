@@ -1,0 +1,188 @@
+"""Memory per rank of one EraseDiff step, item by item, for each ZeRO stage, offload and number of ranks.
+
+What is stored follows from counting (Rajbhandari et al. 2020, arXiv 1910.02054, section 5, with a second gradient);
+DeepSpeed's buffers follow its 0.19 sources. ``benchmarks/sharded/memory.py`` compares both with what processes take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from erasediff.planning.networks import Network
+from erasediff.planning.trace import Trace
+
+Precision = Literal["float32", "autocast", "bfloat16"]
+"""float32: everything; autocast: float32 weights, bfloat16 operators; bfloat16: both, with fp32 masters under ZeRO and
+stochastic rounding without."""
+
+ALLREDUCE_ELEMENTS = 500_000_000
+"""What DeepSpeed flattens at once when nothing is sharded (``buffered_allreduce_fallback``)."""
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a run is spread: ``stage`` None is one process without DeepSpeed. The other names are DeepSpeed's, with its
+    defaults; bucket sizes and thresholds count elements."""
+
+    stage: Literal[0, 1, 2, 3] | None = None
+    ranks: int = 1
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = 500_000_000
+    overlap_comm: bool = False
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or (self.stage is None and self.ranks > 1):
+            raise ValueError(f"{self.ranks} ranks do not fit stage {self.stage}")
+        if self.offload_optimizer and not self.stage:
+            raise ValueError("the optimizer can be offloaded under ZeRO stages 1, 2 and 3 only")
+        if self.offload_param and self.stage != 3:
+            raise ValueError("parameters can be offloaded under ZeRO stage 3 only")
+
+    @property
+    def label(self) -> str:
+        if self.stage is None:
+            return "one process"
+        return f"ZeRO {self.stage}" + (", offload" if self.offload_optimizer else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank; those with ``host_`` are on the CPU because they were offloaded.
+
+    gradients:   both, retain and forget, as they are kept until the update
+    buffers:     DeepSpeed's buckets, and the parameters that ZeRO-3 gathers around the module that runs
+    activations: the most alive within one pass; see ``trace.Trace``
+    peak:        of the whole step. Less than the sum: gradients come to be while activations go
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    averages: int
+    teacher: int
+    gradients: int
+    buffers: int
+    activations: int
+    peak: int
+    host_weights: int = 0
+    host_masters: int = 0
+    host_moments: int = 0
+    host_averages: int = 0
+    host_gradients: int = 0
+
+    @property
+    def host(self) -> int:
+        return self.host_weights + self.host_masters + self.host_moments + self.host_averages + self.host_gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of elements, and the bytes of one, of a network's weights; ``trained_bytes`` is that of a trained one."""
+
+    weights: int
+    trained: int
+    weight_bytes: int
+    trained_bytes: int
+    persistent: int
+    largest_module: int
+
+
+def sizes_of(network: Network, persistence_threshold: int) -> Sizes:
+    """Counted exactly. UserErrors were raised by ``network_of``; ``ValueError`` where nothing is trained."""
+    parameters = list(network.module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the network requires a gradient")
+    modules = [sum(p.numel() for p in module.parameters(recurse=False)) for module in network.module.modules()]
+    return Sizes(
+        weights=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in trained),
+        weight_bytes=parameters[0].element_size(),
+        trained_bytes=trained[0].element_size(),
+        persistent=sum(p.numel() for p in parameters if p.numel() <= persistence_threshold),
+        largest_module=max(modules),
+    )
+
+
+def rank_memory(
+    network: Network, layout: Layout, traced: Trace, *, averages: bool = False, teacher: bool = False
+) -> RankMemory:
+    """What each rank of ``layout`` holds during a step on ``traced.batch_size`` samples at a time.
+
+    averages: the optimizer keeps a running average of the trained weights
+    teacher:  a frozen copy of the network predicts the forget target
+    """
+    sizes = sizes_of(network, layout.stage3_param_persistence_threshold)
+    half = sizes.trained_bytes < FP32
+    frozen_teacher = sizes.weights * sizes.weight_bytes if teacher else 0
+    moments, average = 2 * FP32 * sizes.trained, FP32 * sizes.trained if averages else 0
+    gradient = sizes.trained * sizes.trained_bytes
+    if not layout.stage:
+        masters = FP32 * sizes.trained if layout.stage == 0 and half else 0
+        bucket = min(sizes.trained, ALLREDUCE_ELEMENTS) * sizes.trained_bytes if layout.ranks > 1 else 0
+        # DeepSpeed casts one gradient to the masters' precision before it steps.
+        cast = FP32 * sizes.trained if masters else 0
+        stored = sizes.weights * sizes.weight_bytes + masters + moments + average + frozen_teacher
+        return RankMemory(
+            weights=sizes.weights * sizes.weight_bytes,
+            masters=masters,
+            moments=moments,
+            averages=average,
+            teacher=frozen_teacher,
+            gradients=2 * gradient,
+            buffers=max(bucket, cast),
+            activations=traced.activation_bytes,
+            peak=stored + gradient + max(traced.pass_bytes, gradient + max(bucket, cast)),
+        )
+    shards = layout.ranks
+    gradient = -(-gradient // shards)
+    optimizer = {
+        # ZeRO keeps an fp32 partition even of fp32 weights.
+        "masters": -(-FP32 * sizes.trained // shards),
+        "moments": -(-moments // shards),
+        "averages": -(-average // shards),
+    }
+    bucket = layout.reduce_bucket_size * sizes.trained_bytes * (2 if layout.overlap_comm and layout.stage < 3 else 1)
+    gathered, weights = 0, sizes.weights * sizes.weight_bytes
+    if layout.stage == 3:
+        weights = -(-weights // shards)
+        at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size
+        gathered = min(sizes.weights, at_once) * sizes.weight_bytes
+    on_device = {} if layout.offload_optimizer else optimizer
+    on_host = optimizer if layout.offload_optimizer else {}
+    gradients, host_gradients = 2 * gradient, 0
+    if layout.offload_optimizer:
+        gradients, host_gradients = 0, 2 * -(-FP32 * sizes.trained // shards)
+    stored = sum(on_device.values()) + frozen_teacher + (0 if layout.offload_param else weights)
+    in_pass = gradients + bucket + gathered + traced.activation_bytes
+    # After a pass, the pieces of its gradient are laid end to end; before the update, one gradient is cast to fp32.
+    in_update = 0 if layout.offload_optimizer else 3 * gradient + (FP32 * sizes.trained // shards if half else 0)
+    return RankMemory(
+        weights=0 if layout.offload_param else weights,
+        masters=on_device.get("masters", 0),
+        moments=on_device.get("moments", 0),
+        averages=on_device.get("averages", 0),
+        teacher=frozen_teacher,
+        gradients=gradients,
+        buffers=bucket + gathered,
+        activations=traced.activation_bytes,
+        peak=stored + max(in_pass, in_update),
+        host_weights=weights if layout.offload_param else 0,
+        host_masters=on_host.get("masters", 0),
+        host_moments=on_host.get("moments", 0),
+        host_averages=on_host.get("averages", 0),
+        host_gradients=host_gradients,
+    )
+
+
+def dtype_of(precision: Precision) -> tuple[torch.dtype, torch.dtype | None]:
+    """(dtype of the weights, of autocast)."""
+    weights = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return weights, torch.bfloat16 if precision == "autocast" else None

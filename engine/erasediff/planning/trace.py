@@ -1,0 +1,172 @@
+"""One forward and backward pass on fake tensors: FLOPs and the most memory alive, without weights or arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from erasediff.planning.networks import Network
+
+aten = torch.ops.aten
+
+MARGIN = 1.03
+FIRST_COLLECTION = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Of one pass over ``batch_size`` samples. FLOPs count a multiplication and its addition as two.
+
+    forward_flops:             of a forward pass without gradients
+    pass_flops:                forward and backward, with checkpointing's second forward where it is on
+    activation_bytes:          the most alive at once beyond parameters and their gradients: what is saved for the
+                               backward pass, and temporaries
+    pass_bytes:                the same with the parameters' gradients as they come to be
+    """
+
+    batch_size: int
+    forward_flops: int
+    pass_flops: int
+    activation_bytes: int
+    pass_bytes: int
+
+
+def trace(
+    network: Network, *, batch_size: int, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False
+) -> Trace:
+    """Run ``network`` on fake tensors; its parameters' dtypes and ``requires_grad`` say how, and what is trained.
+
+    autocast:               dtype of the operators under autocast; None for the weights' own
+    gradient_checkpointing: as diffusers does it: each block keeps its input and runs again
+
+    Attention is counted as one fused operator that saves its inputs, output and row sums, as flash attention does.
+    What an allocator loses to rounding and fragmentation is not counted.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module: Any = _fake_module(network.module)
+        module.train()
+        if gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        inputs = network.inputs(batch_size, network.dtype, "cpu")
+        precision = partial(torch.autocast, "cpu", autocast) if autocast is not None else nullcontext
+        with torch.no_grad(), precision(), _flop_counter() as forward:
+            module(**inputs)
+        with _flop_counter() as both, LiveBytes() as live:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(live.note_gradient)
+            with precision():
+                (prediction,) = module(**inputs)
+            loss = prediction.float().square().mean()
+            del prediction
+            loss.backward()
+    return Trace(
+        batch_size=batch_size,
+        forward_flops=forward.get_total_flops(),
+        pass_flops=both.get_total_flops(),
+        activation_bytes=live.peak,
+        pass_bytes=live.peak_with_gradients,
+    )
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that operators made and that are still alive, gradients of parameters told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self.peak_with_gradients = 0
+        self._sizes: dict[int, int] = {}
+        self._alive = self._gradients = 0
+        self._collect_at = self._collect_all_at = FIRST_COLLECTION
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            # A view or an in-place result shares an input's storage, which may be a parameter's.
+            if isinstance(leaf, Tensor) and id_of(leaf) not in inputs and id_of(leaf) not in self._sizes:
+                self._add(leaf)
+        self._note_peaks()
+        return result
+
+    def _note_peaks(self) -> None:
+        if self._alive - self._gradients > self._collect_at or self._alive > self._collect_all_at:
+            # Checkpointing leaves reference cycles, whose fake tensors would be taken for live ones. The margin keeps
+            # collections rare, and garbage below it.
+            gc.collect()
+            self._collect_at = max(self._collect_at, int(MARGIN * (self._alive - self._gradients)))
+            self._collect_all_at = max(self._collect_all_at, int(MARGIN * self._alive))
+        self.peak = max(self.peak, self._alive - self._gradients)
+        self.peak_with_gradients = max(self.peak_with_gradients, self._alive)
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        gc.freeze()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        gc.unfreeze()
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Count the gradient of ``parameter``, which is complete, as one from now on."""
+        if parameter.grad is not None:
+            self._gradients += parameter.grad.untyped_storage().nbytes()
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id_of(tensor)
+        self._sizes[key] = storage.nbytes()
+        self._alive += storage.nbytes()
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._alive -= self._sizes.pop(key, 0)
+
+
+def id_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _fake_module(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are fake tensors on the CPU, whatever device the module is on."""
+    with unset_fake_temporarily():
+        copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(part, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return copied
+
+
+def _flop_counter() -> FlopCounterMode:
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    def attention_backward(
+        grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: attention,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        },
+    )

@@ -1,0 +1,188 @@
+"""What ``erasediff plan`` says, against real modules, real memory and published counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from erasediff.cli import main
+from erasediff.errors import UserError
+from erasediff.models.selection import select, train_only
+from erasediff.planning import Layout, Network, network_of, rank_memory, step_flops, trace
+from erasediff.planning.deepspeed_config import buckets_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "flux": 11_901_408_320}
+SMALL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SMALL_UNET))
+    return path
+
+
+@pytest.fixture
+def network(config: Path) -> Network:
+    return network_of(str(config))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_their_published_number_of_parameters(name: str) -> None:
+    module = network_of(name).module
+    assert sum(parameter.numel() for parameter in module.parameters()) == PUBLISHED[name]
+    assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_sd15_forward_costs_what_was_published() -> None:
+    """Of SD 1.5's UNet at 512 pixels, 0.8 TFLOP (402 G multiply-adds) are widely reported."""
+    network = network_of("sd15", dtype=torch.bfloat16)
+    assert trace(network, batch_size=1).forward_flops == pytest.approx(2 * 402e9, rel=0.01)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_flops_on_fake_tensors_are_those_of_the_real_pass(network: Network, gradient_checkpointing: bool) -> None:
+    traced = trace(network, batch_size=2, gradient_checkpointing=gradient_checkpointing)
+    real = UNet2DConditionModel.from_config(SMALL_UNET).train()
+    if gradient_checkpointing:
+        real.enable_gradient_checkpointing()
+    inputs = network.inputs(2, torch.float32, "cpu")
+    # Attention in plain matrix products, which torch's counter knows on every device.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            real(**inputs)
+        with FlopCounterMode(display=False) as both:
+            real(**inputs)[0].square().mean().backward()
+    assert traced.forward_flops == forward.get_total_flops()
+    # Flash attention computes the scores once more in its backward pass.
+    assert both.get_total_flops() <= traced.pass_flops <= 1.05 * both.get_total_flops()
+
+
+def test_activations_are_what_autograd_keeps(network: Network) -> None:
+    """The bytes of all distinct storages that a real forward pass saves, parameters aside, are alive at the peak."""
+    real = UNet2DConditionModel.from_config(SMALL_UNET).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    inputs = network.inputs(4, torch.float32, "cpu")
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs.values() if isinstance(tensor, torch.Tensor)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        real(**inputs)
+    held = sum(size for pointer, size in saved.items() if pointer not in given)
+    traced = trace(network, batch_size=4)
+    assert held <= traced.activation_bytes <= 1.25 * held
+    less = trace(network, batch_size=4, gradient_checkpointing=True)
+    assert less.activation_bytes < 0.7 * traced.activation_bytes
+
+
+def test_frozen_weights_keep_no_gradient_and_cost_no_flops(network: Network) -> None:
+    whole = trace(network, batch_size=2)
+    trained = train_only(network.module, select(network.module, "xattn-kv"))
+    part = trace(network, batch_size=2)
+    assert part.pass_flops < whole.pass_flops
+    assert part.forward_flops == whole.forward_flops
+    memory = rank_memory(network, Layout(), part)
+    assert memory.gradients == 2 * 4 * sum(parameter.numel() for parameter in trained)
+
+
+def test_sharding_divides_what_each_stage_says(network: Network) -> None:
+    traced = trace(network, batch_size=1)
+    elements = sum(parameter.numel() for parameter in network.module.parameters())
+    for ranks in (2, 8):
+        zero, one, two, three = (rank_memory(network, Layout(stage=stage, ranks=ranks), traced) for stage in range(4))  # type: ignore[arg-type]
+        assert zero.weights == one.weights == two.weights == 4 * elements
+        assert three.weights == -(-4 * elements // ranks)
+        assert zero.moments == 8 * elements
+        assert one.moments == two.moments == three.moments == -(-8 * elements // ranks)
+        assert two.gradients == 2 * -(-4 * elements // ranks)
+    offloaded = Layout(stage=3, ranks=2, offload_optimizer=True, offload_param=True)
+    memory = rank_memory(network, offloaded, traced)
+    assert memory.weights == memory.moments == memory.masters == memory.gradients == 0
+    assert memory.host == pytest.approx(elements * (4 + 4 + 8 + 8) / 2, rel=1e-6)
+
+
+def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None:
+    traced = trace(network, batch_size=2)
+    noise, relabel = step_flops(traced), step_flops(traced, relabel=True)
+    assert noise.total == noise.fine_tuning
+    assert relabel.total == noise.total + traced.forward_flops
+    with_teacher = rank_memory(network, Layout(), traced, teacher=True)
+    elements = sum(parameter.numel() for parameter in network.module.parameters())
+    assert with_teacher.peak == rank_memory(network, Layout(), traced).peak + 4 * elements
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_every_family_is_planned_from_its_folder(family: str, nano_folder: Any) -> None:
+    network = network_of(str(nano_folder(family)), resolution=32)
+    traced = trace(network, batch_size=1)
+    assert 2.5 < traced.pass_flops / traced.forward_flops < 3.5
+
+
+def test_checkpointing_a_transformer_keeps_only_its_blocks_inputs() -> None:
+    """Reference cycles of torch's checkpointing must not be taken for memory in use."""
+    small = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32}
+    with torch.device("meta"):
+        module = FluxTransformer2DModel(num_layers=1, num_single_layers=12, pooled_projection_dim=32, **small)
+    network = Network(name="flux", module=module, resolution=256)
+    whole, less = (trace(network, batch_size=1, gradient_checkpointing=on) for on in (False, True))
+    assert less.activation_bytes < 0.35 * whole.activation_bytes
+
+
+def test_mistakes_are_told(tmp_path: Path, config: Path) -> None:
+    with pytest.raises(UserError, match="multiples of 16"):
+        network_of(str(config), resolution=40)
+    with pytest.raises(UserError, match="does not exist"):
+        network_of("nothing-here")
+    (tmp_path / "vae.json").write_text('{"_class_name": "Nothing"}')
+    with pytest.raises(UserError, match="not a denoiser"):
+        network_of(str(tmp_path / "vae.json"))
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": "much"}}')
+    with pytest.raises(UserError, match="reduce_bucket_size"):
+        buckets_of(tmp_path / "zero.json")
+
+
+def test_the_command_prints_a_table_and_json(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1e6, "overlap_comm": true}}')
+    command = ["erasediff", "plan", "--model", str(config), "--ranks", "1,4", "--train", "lora", "--lora-rank", "2"]
+    for extra in ([], ["--json", "--target", "relabel", "--deepspeed-config", str(tmp_path / "zero.json")]):
+        monkeypatch.setattr(sys, "argv", [*command, *extra])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        if not extra:
+            assert "ZeRO 3, offload" in printed
+            assert "24 GB" in printed
+    planned = json.loads(printed)
+    assert [row["ranks"] for row in planned["rows"]] == [1] * 6 + [4] * 6
+    assert planned["flops"]["teacher"] > 0
+    assert planned["parameters_trained"] < planned["parameters"] / 10
+    assert next(row["buffers_bytes"] for row in planned["rows"] if row["stage"] == 2) == 2 * 1_000_000 * 4
