@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +34,9 @@ def nano_folder(nano: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = nano.save(name, tmp_path_factory.mktemp("nano") / name)
+            # diffusers may import DeepSpeed on the way, which has something to say on standard output.
+            with redirect_stdout(sys.stderr):
+                made[name] = nano.save(name, tmp_path_factory.mktemp("nano") / name)
         return made[name]
 
     return folder

@@ -1,7 +1,10 @@
 """Two streams: results on standard output, everything else on standard error."""
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from typing import Any, ParamSpec
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -9,6 +12,8 @@ from rich.status import Status
 from rich.table import Table
 
 from erasediff.runs import strict_json
+
+P = ParamSpec("P")
 
 messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
@@ -19,10 +24,22 @@ def loading(console: Console) -> Status:
     return console.status("Loading PyTorch and diffusers")
 
 
+def results_alone_on_stdout(command: Callable[P, None]) -> Callable[P, None]:
+    """``command``, where whatever libraries print to standard output goes to standard error instead."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        results.file = sys.stdout
+        with redirect_stdout(sys.stderr):
+            command(*args, **kwargs)
+
+    return run
+
+
 def emit(result: Mapping[str, Any], *, as_json: bool, shown: RenderableType | None = None) -> None:
     """Print ``result``: one JSON object for machines, otherwise ``shown``, by default a table of its entries."""
     if as_json:
-        print(strict_json.dumps(result, indent=2))
+        print(strict_json.dumps(result, indent=2), file=results.file)
     else:
         results.print(shown if shown is not None else as_table(result))
 

@@ -19,8 +19,8 @@ class ImagesConfig(Section):
     makes the images, ``images_per_prompt`` of each.
 
     Sizes are in pixels; without ``height`` and ``width``, the checkpoint's own. Images of other shapes come to buckets
-    of about that area in multiples of ``bucket_step``, or without one are cut to that size. ``mirror`` flips about
-    half of them.
+    of about that area in multiples of ``bucket_step`` ("auto": 64, for models no smaller than that), or without one are
+    cut to that size. ``mirror`` flips about half of them.
     """
 
     data: str | None = None
@@ -37,7 +37,7 @@ class ImagesConfig(Section):
     caption_template: str | None = None
     height: Count | None = None
     width: Count | None = None
-    bucket_step: Count | None = 64
+    bucket_step: Count | Literal["auto"] | None = "auto"
     mirror: bool = False
     skip_broken: bool = False
     encode_batch_size: Count = 4

@@ -10,6 +10,7 @@ from PIL import Image
 
 from erasediff.errors import UserError
 
+USUAL_STEP = 64
 SMALLEST_AREA = 0.9
 WIDEST = 4.0
 
@@ -42,7 +43,7 @@ class Buckets:
         return cls((Size(height, width),))
 
     @classmethod
-    def around(cls, height: int, width: int, step: int = 64) -> Buckets:
+    def around(cls, height: int, width: int, step: int = USUAL_STEP) -> Buckets:
         """All sizes in multiples of ``step`` of nine tenths to the whole of the area, no longer than 4 to 1.
 
         For 1024 x 1024 these are SDXL's 40 (Podell et al. 2023, appendix I) and 1344 x 704, whose mirror image is among

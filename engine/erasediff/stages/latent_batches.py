@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erasediff.config import Config
 from erasediff.data import Buckets, CachedBatches, LatentCache, Stream, check_disjoint
+from erasediff.data.buckets import USUAL_STEP
 from erasediff.data.survey import Broken, content_ids, survey
 from erasediff.models.family import TextToImageModel
 from erasediff.runs.loop import Batches
@@ -49,9 +50,11 @@ def image_size(config: Config, model: TextToImageModel) -> tuple[int, int]:
 
 
 def buckets_of(config: Config, model: TextToImageModel) -> Buckets:
-    """The sizes that images are brought to. UserError for one that the model does not have."""
+    """The sizes that images are brought to. UserError for one that the model does not have, and a step too large."""
     height, width = image_size(config, model)
     step = config.images.bucket_step
+    if step == "auto":
+        step = USUAL_STEP if min(height, width) >= USUAL_STEP else None
     buckets = Buckets.only(height, width) if step is None else Buckets.around(height, width, step)
     for size in buckets.sizes:
         model.latent_shape(*size)
