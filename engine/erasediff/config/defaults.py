@@ -21,7 +21,7 @@ def for_text_to_image(config: Config) -> Config:
         "unlearn": {
             "steps": 200,
             "batch_size": 4,
-            "lr": 1e-4 if config.text_to_image.train == "lora" else 1e-5,
+            "lr": _usual_lr(config),
             "ema_decay": None,
             "forget_label_dropout": 0.0,
             "target": target,
@@ -30,6 +30,12 @@ def for_text_to_image(config: Config) -> Config:
         "sample": {"num_inference_steps": 30, "batch_size": 4},
     }
     return _unless_set(config, suited)
+
+
+def _usual_lr(config: Config) -> float:
+    if config.unlearn.method == "pruning":
+        return config.pruning.lr
+    return 1e-4 if config.text_to_image.train == "lora" else 1e-5
 
 
 def _unless_set(section: SectionT, suited: Mapping[str, Any]) -> SectionT:

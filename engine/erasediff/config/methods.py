@@ -35,11 +35,13 @@ class PruningConfig(Section):
     objective:       whose loss the mask is learned with
     initial_score:   of every weight; a weight is pruned where its score falls below 0
     sparsity_weight: of the penalty on the pruned share
+    lr:              of the scores, where unlearn.lr is not set
     """
 
     objective: Literal["esd", "erasediff"] = "esd"
     initial_score: Positive = 3.0
     sparsity_weight: NonNegative = 1.0
+    lr: Positive = 0.05
 
 
 class SalunConfig(Section):

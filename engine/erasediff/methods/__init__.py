@@ -1,12 +1,26 @@
 """Every way to unlearn, and the baselines it is compared with, behind one protocol."""
 
-from erasediff.methods import erasediff, finetune, neggrad, retrain
+from erasediff.methods import erasediff, esd, finetune, neggrad, retrain
+from erasediff.methods.esd import ESD
 from erasediff.methods.finetune import FineTune
 from erasediff.methods.neggrad import NegativeGradient
 from erasediff.methods.protocol import Materials, Method, Needs, Recipe
 from erasediff.methods.retrain import Retrain
 from erasediff.solver import EraseDiff
 
-RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (erasediff, finetune, neggrad, retrain)}
+RECIPES: dict[str, Recipe] = {
+    module.RECIPE.name: module.RECIPE for module in (erasediff, esd, finetune, neggrad, retrain)
+}
 
-__all__ = ["RECIPES", "EraseDiff", "FineTune", "Materials", "Method", "Needs", "NegativeGradient", "Recipe", "Retrain"]
+__all__ = [
+    "ESD",
+    "RECIPES",
+    "EraseDiff",
+    "FineTune",
+    "Materials",
+    "Method",
+    "Needs",
+    "NegativeGradient",
+    "Recipe",
+    "Retrain",
+]

@@ -29,4 +29,4 @@ def make(materials: Materials) -> FineTune:
     return FineTune(materials.network, materials.optimizer, process=materials.process, **materials.options)
 
 
-RECIPE = Recipe(name=FineTune.name, make=make, needs=Needs(forget=False))
+RECIPE = Recipe(name=FineTune.name, make=make, needs=lambda _: Needs(forget=False))

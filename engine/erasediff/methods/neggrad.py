@@ -40,4 +40,4 @@ def make(materials: Materials) -> NegativeGradient:
     return NegativeGradient(materials.network, materials.optimizer, process=materials.process, **materials.options)
 
 
-RECIPE = Recipe(name=NegativeGradient.name, make=make, needs=Needs(retain=False))
+RECIPE = Recipe(name=NegativeGradient.name, make=make, needs=lambda _: Needs(retain=False))

@@ -17,17 +17,13 @@ from erasediff.solver import SolverOptions, StepReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a method cannot do without, so that a run can ask for no more.
+    """What a method looks at, so that a run asks for no more.
 
-    retain, forget: batches of that kind; without, ``step`` gets an empty one
-    prompts:        prompts that name the concept: a text-to-image model
-    lr:             the usual learning rate on a text-to-image model, None for the common one
+    retain, forget: batches of that kind; of a method that needs neither, both are empty
     """
 
     retain: bool = True
     forget: bool = True
-    prompts: bool = False
-    lr: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +77,13 @@ class Recipe:
     """How a method is made: one in the method's own file, listed in ``RECIPES``, is all that a new method takes.
 
     make:    the method that ``materials.config`` describes, about to train ``materials.network``
+    needs:   which batches it looks at, as the configuration asks
     trained: the parameters that it trains in the place of those called by the names given; None for those themselves
     finish:  what is done to the network, and written beside the model at the path given, before the model is saved
     """
 
     name: str
     make: Callable[[Materials], Method]
-    needs: Needs = Needs()
+    needs: Callable[[Config], Needs] = lambda _: Needs()
     trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
     finish: Callable[[nn.Module, Path], None] | None = None

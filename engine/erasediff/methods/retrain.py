@@ -41,4 +41,4 @@ def make(materials: Materials) -> Retrain:
     return Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
 
 
-RECIPE = Recipe(name=Retrain.name, make=make, needs=Needs(forget=False))
+RECIPE = Recipe(name=Retrain.name, make=make, needs=lambda _: Needs(forget=False))

@@ -13,6 +13,7 @@ from erasediff.errors import UserError
 Rule = Callable[[str], bool]
 
 _JOINT_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ESD_NAMES = {"esd-x": "xattn", "esd-x-strict": "xattn-kv", "esd-u": "noxattn", "esd-all": "full"}
 _OUTER = ("conv_norm_out.", "conv_out.", "norm_out.", "proj_out.")
 _TIME = ("time_embedding.", "add_embedding.", "time_text_embed.")
 
@@ -26,6 +27,7 @@ def select(module: nn.Module, spec: str) -> list[str]:
     noxattn:  all but cross-attention, the outermost layers and the embedding of time: ESD-u
     selfattn: self-attention
     notime:   all but the outermost layers and the embedding of time
+    esd-x, esd-x-strict, esd-u, esd-all: xattn, xattn-kv, noxattn and full by the names of ESD's authors
     re:...    the parameters whose name a regular expression finds
 
     The names were coined for UNets. SDXL's embedding of sizes counts as one of time. In the joint attention of SD3 and
@@ -89,7 +91,7 @@ def _rules(joint: bool) -> dict[str, Rule]:
     def inner(name: str) -> bool:
         return not name.startswith((*_OUTER, *_TIME))
 
-    return {
+    rules: dict[str, Rule] = {
         "full": lambda name: True,
         "xattn": cross,
         "xattn-kv": lambda name: cross(name) and key_or_value(name),
@@ -97,6 +99,7 @@ def _rules(joint: bool) -> dict[str, Rule]:
         "selfattn": of_self,
         "notime": inner,
     }
+    return rules | {alias: rules[name] for alias, name in ESD_NAMES.items()}
 
 
 def _hint(spec: str, names: list[str]) -> str:

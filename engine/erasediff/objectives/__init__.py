@@ -2,7 +2,9 @@
 
 from erasediff.objectives.batch import Batch, Denoiser, diffusers_denoiser
 from erasediff.objectives.denoising import Backward, DenoisingObjective
+from erasediff.objectives.negative_guidance import NegativeGuidance
 from erasediff.objectives.target import DeviationTarget, GaussianNoise, Relabel, UniformNoise
+from erasediff.objectives.trajectory import Trajectories
 
 __all__ = [
     "Backward",
@@ -11,7 +13,9 @@ __all__ = [
     "DenoisingObjective",
     "DeviationTarget",
     "GaussianNoise",
+    "NegativeGuidance",
     "Relabel",
+    "Trajectories",
     "UniformNoise",
     "diffusers_denoiser",
 ]

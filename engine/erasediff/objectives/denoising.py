@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from erasediff.objectives.batch import Batch, Denoiser, condition_of, diffusers_denoiser, micro_batches, with_sample_ids
 from erasediff.objectives.target import DeviationTarget
 from erasediff.process import NoiseRole, Process, draw_timesteps
-from erasediff_kernels import add_noise, denoising_loss
+from erasediff_kernels import add_noise, denoising_loss, deviation_loss
 
 Backward = Callable[[Tensor], None]
+
+GIVEN = frozenset({"timesteps", "target"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,26 @@ class DenoisingObjective:
                 )
 
         return self._accumulate(loss, batch, backward)
+
+    def given_loss(self, model: nn.Module, batch: Batch, backward: Backward | None) -> Tensor:
+        """E |target - prediction(x_t)|^2, 0-D float32, detached, of states that are given.
+
+        The batch's ``"sample"`` is x_t; ``"timesteps"`` int64 [B] and ``"target"`` (like x_t) belong to it.
+        """
+
+        def loss(part: Batch, weight: Tensor) -> Tensor:
+            timesteps = part["timesteps"]
+            condition = {name: value for name, value in condition_of(part).items() if name not in GIVEN}
+            prediction = self.prediction(model, part["sample"], timesteps, condition)
+            weight = self._weighted(timesteps, weight)
+            return deviation_loss(prediction.to(part["target"].dtype), target=part["target"], weight=weight).loss
+
+        return self._accumulate(loss, batch, backward)
+
+    def prediction(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+        """What ``model`` predicts at x_t [B, ...] and train timesteps int64 [B]."""
+        with self._precision(noisy_sample.device):
+            return self.denoiser(model, noisy_sample, self.process.conditioning[timesteps], condition)
 
     def micro_batch_count(self, batch: Batch) -> int:
         """How often ``backward`` will be called for ``batch``."""

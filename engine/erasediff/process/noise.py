@@ -25,6 +25,7 @@ class NoiseRole(IntEnum):
     RELABEL = 5
     LABEL_DROPOUT = 6
     SAMPLING = 7
+    TRAJECTORY = 8
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

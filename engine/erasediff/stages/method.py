@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from erasediff.config import Config, UnlearnConfig
+from erasediff.config import Config, UnlearnConfig, differences
 from erasediff.errors import UserError
 from erasediff.methods import RECIPES, Materials, Method
 from erasediff.objectives import Batch, Denoiser, Relabel, diffusers_denoiser
@@ -14,7 +16,35 @@ from erasediff.runs.loop import Batches
 from erasediff.runs.schedule import LearningRate
 from erasediff.solver import SolverOptions
 from erasediff.stages.session import precision_of
+from erasediff.stages.trained_weights import trained_parameters
 from erasediff_kernels import ConstrainedAdamW
+
+SECTIONS = {
+    "esd": ("esd", "pruning"),
+    "pruning": ("pruning",),
+    "salun": ("salun",),
+    "selective_amnesia": ("selective-amnesia",),
+}
+"""The methods that read a section of the configuration which not all of them read."""
+
+
+def needed_batches(config: Config) -> bool:
+    """Whether the method looks at images at all. UserError for settings that it does not read."""
+    method = config.unlearn.method
+    for name in differences(Config(), config):
+        readers = SECTIONS.get(name.partition(".")[0])
+        if readers is not None and method not in readers:
+            raise UserError(f"The setting {name} is for --method {' and '.join(readers)}, not for {method}.")
+    needs = RECIPES[method].needs(config)
+    return needs.retain or needs.forget
+
+
+@dataclass(frozen=True, slots=True)
+class NoBatches:
+    """What a method that needs no images is given."""
+
+    def at(self, step: int) -> Batch:
+        return {}
 
 
 def _no_prompts(prompts: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -79,3 +109,23 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
     assert settings.lr is not None
     assert settings.steps is not None
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
+
+
+def method_parameters(config: Config, network: nn.Module, selected: list[str]) -> list[nn.Parameter]:
+    """The parameters that the method trains, where ``selected`` are the weights that it may change."""
+    trained = RECIPES[config.unlearn.method].trained
+    if trained is None:
+        return trained_parameters(config, network, selected)
+    if config.text_to_image.train == "lora":
+        raise UserError(
+            f"The method {config.unlearn.method} has parameters of its own: choose weights with --train, not lora."
+        )
+    return trained(config, network, selected)
+
+
+def finished_and_saved(config: Config, network: nn.Module, save: Callable[[Path], None], path: Path) -> None:
+    """Write what the method leaves beside the model at ``path``, and the model with ``save``."""
+    finish = RECIPES[config.unlearn.method].finish
+    if finish is not None:
+        finish(network, path)
+    save(path)

@@ -1,21 +1,31 @@
 """Unlearn images or concepts from a text-to-image model, with any of the methods."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
 from erasediff.models.attention import set_attention
 from erasediff.models.family import TextToImageModel
 from erasediff.objectives import Relabel
-from erasediff.stages.latent_batches import latent_batches, rehearsal_batches
+from erasediff.runs.loop import Batches
+from erasediff.stages.latent_batches import image_size, latent_batches, rehearsal_batches
 from erasediff.stages.loading import load_checkpoint
-from erasediff.stages.method import learning_rate, unlearning_method
+from erasediff.stages.method import (
+    NoBatches,
+    finished_and_saved,
+    learning_rate,
+    method_parameters,
+    needed_batches,
+    unlearning_method,
+)
 from erasediff.stages.session import Session, precision_of, set_up_device
 from erasediff.stages.trained_weights import (
     check_output,
@@ -23,7 +33,6 @@ from erasediff.stages.trained_weights import (
     output_name,
     save_unlearned,
     selected_weights,
-    trained_parameters,
 )
 from erasediff_kernels import ConstrainedAdamW
 
@@ -45,8 +54,8 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     _prepare(config, model, console)
     selected = selected_weights(config, model.denoiser_module)
     # Before a LoRA is added: images for prompts are the original model's.
-    retain, forget = rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
-    parameters = trained_parameters(config, model.denoiser_module, selected)
+    retain, forget = _batches(config, model, console, rehearse=rehearse)
+    parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
     optimizer = ConstrainedAdamW(
         parameters,
@@ -63,6 +72,10 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         process=model.process,
         denoiser=model.denoiser,
         relabel=partial(relabelling, config, model),
+        retain=retain,
+        forget=forget,
+        encode_prompts=partial(prompt_condition, config, model),
+        latent_shape=partial(model.latent_shape, *image_size(config, model)),
     )
     model.release_encoders()
     batches = map(forget.at, range(config.text_to_image.saliency_batches))
@@ -71,7 +84,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         title=f"Unlearning ({settings.method})",
         config=config,
         network=model.denoiser_module,
-        save=partial(save_unlearned, config, model),
+        save=partial(finished_and_saved, config, model.denoiser_module, partial(save_unlearned, config, model)),
         saved_as=output_name(config),
         optimizer=optimizer,
         method=method,
@@ -88,9 +101,24 @@ def _checked(config: Config) -> Path:
         raise UserError("Say with --model which model to unlearn from.")
     if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
+    if settings.method == "salun" and not config.text_to_image.anchor_prompts:
+        raise UserError("SalUn relabels what is forgotten: say with --anchor-prompts what to put in its place.")
     if settings.target == "relabel" and not config.text_to_image.anchor_prompts:
         raise UserError("The target relabel needs prompts to put in the place of what is forgotten: --anchor-prompts.")
     return settings.model
+
+
+def _batches(config: Config, model: TextToImageModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
+    """(retain, forget), both empty for a method that looks at no images."""
+    if not needed_batches(config):
+        return NoBatches(), NoBatches()
+    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
+
+
+def prompt_condition(config: Config, model: TextToImageModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The condition of each prompt for an image of the configuration's size."""
+    size = image_size(config, model)
+    return model.encode_prompts(prompts) | model.size_condition(size, (0, 0), size, len(prompts))
 
 
 def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
