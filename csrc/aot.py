@@ -28,6 +28,10 @@ WIDE = {
     "sum_columns": (),
     "prepare_step": (),
     "constraint_multiplier_kernel": (),
+    "topk_encode_kernel": (),
+    "sparse_decode_kernel": ("LDG", "STG"),
+    "gather_dot_kernel": ("LDG",),
+    "scatter_outer_kernel": ("LDG", "STG"),
 }
 
 

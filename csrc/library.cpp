@@ -29,4 +29,8 @@ STABLE_TORCH_LIBRARY(erasediff_C, m) {
       "Tensor(c!)[] ema, Tensor(d!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, "
       "Tensor lr, Tensor(e!) step, float momentum, bool nesterov, float weight_decay, float ema_decay, "
       "Tensor? rounding_key) -> ()");
+  m.def("topk_encode(Tensor preactivations, int k) -> (Tensor values, Tensor indices)");
+  m.def("sparse_decode(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("gather_dot(Tensor rows, Tensor indices, Tensor weight) -> Tensor");
+  m.def("scatter_outer(Tensor values, Tensor rows, Tensor order, Tensor starts) -> Tensor");
 }

@@ -40,3 +40,7 @@ if DEVICES:
     constraint_multiplier = _ops.constraint_multiplier.default
     constrained_adamw_ = _ops.constrained_adamw_.default
     constrained_sgd_ = _ops.constrained_sgd_.default
+    topk_encode = _ops.topk_encode.default
+    sparse_decode = _ops.sparse_decode.default
+    gather_dot = _ops.gather_dot.default
+    scatter_outer = _ops.scatter_outer.default

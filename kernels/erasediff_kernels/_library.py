@@ -49,6 +49,10 @@ SCHEMAS = {
         "Tensor(e!) step, float momentum, bool nesterov, float weight_decay, float ema_decay, "
         "Tensor? rounding_key) -> ()"
     ),
+    "topk_encode": "(Tensor preactivations, int k) -> (Tensor values, Tensor indices)",
+    "sparse_decode": "(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
+    "gather_dot": "(Tensor rows, Tensor indices, Tensor weight) -> Tensor",
+    "scatter_outer": "(Tensor values, Tensor rows, Tensor order, Tensor starts) -> Tensor",
 }
 
 OPS = tuple(SCHEMAS)
@@ -88,6 +92,23 @@ def fake_update(*_: Any) -> None:
     """In place: nothing to allocate."""
 
 
+def fake_topk_encode(preactivations: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (preactivations.shape[0], k)
+    return preactivations.new_empty(shape), preactivations.new_empty(shape, dtype=torch.int32)
+
+
+def fake_sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return values.new_empty((values.shape[0], weight.shape[1]))
+
+
+def fake_gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+def fake_scatter_outer(values: Tensor, rows: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return rows.new_empty((starts.shape[0] - 1, rows.shape[1]))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "philox_bits": fake_philox_bits,
     "philox_noise": fake_philox_noise,
@@ -98,6 +119,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "constraint_multiplier": fake_constraint_multiplier,
     "constrained_adamw_": fake_update,
     "constrained_sgd_": fake_update,
+    "topk_encode": fake_topk_encode,
+    "sparse_decode": fake_sparse_decode,
+    "gather_dot": fake_gather_dot,
+    "scatter_outer": fake_scatter_outer,
 }
 
 

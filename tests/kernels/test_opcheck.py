@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from erasediff_kernels.ops.scatter_outer import group_by_latent
+
 LISTS = [(3,), (4, 5)]
 
 
@@ -28,6 +30,9 @@ def arguments(op: str, device: str, requires_grad: bool) -> list[tuple[Any, ...]
     update = (scalar(0.5), scalar(0.9), scalar(True), scalar(0.1), scalar(3.0))
     key_for_half = [torch.rand(shape, device=device).bfloat16() for shape in LISTS]
     masks = [torch.tensor([5], dtype=torch.uint8, device=device), torch.ones(3, dtype=torch.uint8, device=device)]
+    code = torch.rand(2, 3, device=device, requires_grad=requires_grad)
+    indices = torch.tensor([[0, 3, 5], [6, 3, 1]], dtype=torch.int32, device=device)
+    weight = torch.randn(7, 5, device=device, requires_grad=requires_grad)
     gram = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64, device=device)
     return {
         "philox_bits": [(ids, key, 1, 7)],
@@ -59,6 +64,13 @@ def arguments(op: str, device: str, requires_grad: bool) -> list[tuple[Any, ...]
                 *(*update, 0.9, 0.99, 1e-8, 0.1, 0.9, key),
             ),
         ],
+        "topk_encode": [(leaves[0].detach().reshape(2, 15).requires_grad_(requires_grad), 4)],
+        "sparse_decode": [
+            (code, indices, weight, None),
+            (code, indices, weight, weight[0].detach().requires_grad_(requires_grad)),
+        ],
+        "gather_dot": [(data[:, 0], indices, weight.detach())],
+        "scatter_outer": [(code.detach(), data[:, 0], *group_by_latent(indices, 7))],
         "constrained_sgd_": [
             (tensors(), [], tensors(), tensors(), [], [], [], *update, 0.0, False, 0.1, 0.0, None),
             (
@@ -82,6 +94,12 @@ def arguments(op: str, device: str, requires_grad: bool) -> list[tuple[Any, ...]
         ("deviation_loss", True),
         ("gradient_gram", False),
         ("constraint_multiplier", False),
+        ("topk_encode", False),
+        ("topk_encode", True),
+        ("sparse_decode", False),
+        ("sparse_decode", True),
+        ("gather_dot", False),
+        ("scatter_outer", False),
         ("constrained_adamw_", False),
         ("constrained_sgd_", False),
     ],

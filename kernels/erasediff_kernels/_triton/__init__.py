@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from erasediff_kernels._dispatch import device_of
-from erasediff_kernels._triton import constraint, losses, noise, update
+from erasediff_kernels._triton import constraint, losses, noise, sparse, topk, update
 from erasediff_kernels._triton.language import INTERPRETED
 
 DEVICES = frozenset({"cuda", "cpu"} if INTERPRETED else {"cuda"})
@@ -36,6 +36,10 @@ gradient_gram = on_its_device(constraint.gradient_gram)
 constraint_multiplier = on_its_device(constraint.constraint_multiplier)
 constrained_adamw_ = on_its_device(update.constrained_adamw_)
 constrained_sgd_ = on_its_device(update.constrained_sgd_)
+topk_encode = on_its_device(topk.topk_encode)
+sparse_decode = on_its_device(sparse.sparse_decode)
+gather_dot = on_its_device(sparse.gather_dot)
+scatter_outer = on_its_device(sparse.scatter_outer)
 
 __all__ = [
     "DEVICES",
@@ -45,7 +49,11 @@ __all__ = [
     "constraint_multiplier",
     "denoising_loss",
     "deviation_loss",
+    "gather_dot",
     "gradient_gram",
     "philox_bits",
     "philox_noise",
+    "scatter_outer",
+    "sparse_decode",
+    "topk_encode",
 ]

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from erasediff_kernels._triton import constraint, losses, noise, reduction, update
+from erasediff_kernels._triton import constraint, losses, noise, reduction, sparse, topk, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -182,6 +182,60 @@ def sample_cases() -> Iterator[Case]:
         )
 
 
+def sparse_cases() -> Iterator[Case]:
+    """Kernels over sparse codes, with a width divisible by 16 as that of every model's blocks."""
+    for dtype in ("fp32", "bf16"):
+        data = f"*{dtype}"
+        size = {"N": "i32", "k": "i32"}
+        yield Case(
+            name=f"topk_encode {dtype}",
+            kernel=topk.topk_encode_kernel,
+            types={"preactivations_ptr": data, "values_ptr": data, "indices_ptr": "*i32", **size},
+            constants={"KEPT": 32, "BLOCK": topk.BLOCK},
+            threads=topk.THREADS,
+        )
+        yield Case(
+            name=f"sparse_decode {dtype}",
+            kernel=sparse.sparse_decode_kernel,
+            types={
+                "values_ptr": data,
+                "indices_ptr": "*i32",
+                "weight_ptr": data,
+                "bias_ptr": data,
+                "out_ptr": data,
+                **size,
+                "blocks": "i32",
+            },
+            constants={"COMPUTE": tl.float32, "BLOCK": sparse.BLOCK},
+            threads=sparse.THREADS,
+            wide=(1, 1),
+        )
+        yield Case(
+            name=f"gather_dot {dtype}",
+            kernel=sparse.gather_dot_kernel,
+            types={"rows_ptr": data, "indices_ptr": "*i32", "weight_ptr": data, "out_ptr": data, **size},
+            constants={"COMPUTE": tl.float32, "ROWS": sparse.ROWS, "COLUMNS": sparse.COLUMNS},
+            threads=2 * sparse.THREADS,
+            wide=(1, 0),
+        )
+        yield Case(
+            name=f"scatter_outer {dtype}",
+            kernel=sparse.scatter_outer_kernel,
+            types={
+                "values_ptr": data,
+                "rows_ptr": data,
+                "order_ptr": "*i64",
+                "starts_ptr": "*i64",
+                "out_ptr": data,
+                **size,
+                "blocks": "i32",
+            },
+            constants={"COMPUTE": tl.float32, "BLOCK": sparse.BLOCK},
+            threads=sparse.THREADS,
+            wide=(1, 1),
+        )
+
+
 def scalar_cases() -> Iterator[Case]:
     """Kernels of a single program."""
     yield Case(
@@ -216,7 +270,7 @@ def scalar_cases() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*list_cases(), *sample_cases(), *scalar_cases()]
+    return [*list_cases(), *sample_cases(), *sparse_cases(), *scalar_cases()]
 
 
 def compile_case(case: Case, target: str) -> Any:

@@ -89,6 +89,13 @@ inline void run(int64_t blocks, unsigned threads,
 template <class Word> Word __ldcg(const Word *word) { return *word; }
 template <class Word> void __stcg(Word *word, Word value) { *word = value; }
 
+// One block at a time, one thread at a time.
+inline int atomicAdd(int *address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}
+
 inline void __syncthreads() { emulator::yield(); }
 
 inline double __shfl_down_sync(unsigned, double value, unsigned offset) {
