@@ -98,7 +98,7 @@ def test_a_pool_state_is_the_trajectory_sampled_alone(model: nn.Module, process:
     for _ in range(13):
         method.step()
     pool = method.trajectories
-    states = method._sample()
+    states = method.states()
     number, step = pool.places(method.iteration)
     for slot in range(4):
         noise = pool.noise(method.iteration)[slot : slot + 1]
@@ -114,7 +114,7 @@ def test_a_pool_state_is_the_trajectory_sampled_alone(model: nn.Module, process:
 
 def test_the_loss_is_the_distance_to_the_target(model: nn.Module, process: Process) -> None:
     method = esd(model, process, guidance=NegativeGuidance(eta=0.7))
-    sample, times = method._sample().clone(), method.trajectories.times(0)
+    sample, times = method.states().clone(), method.trajectories.times(0)
     labels = torch.tensor([1, 2])[method.trajectories.places(0)[0] % 2]
     with torch.no_grad():
         concept = model(sample, times, class_labels=labels)[0]
@@ -152,9 +152,9 @@ def test_a_pool_that_was_not_kept_is_sampled_again(make_model: Callable[[], nn.M
     method = esd(make_model(), process)
     for _ in range(12):
         method.step()
-    kept = method._sample().clone()
+    kept = method.states().clone()
     method.trajectories.sample = None
-    torch.testing.assert_close(method._sample(), kept)
+    torch.testing.assert_close(method.states(), kept)
 
 
 def test_two_processes_hold_the_pool_of_one(process: Process) -> None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from erasediff.cli.commands.demo import demo
 from erasediff.cli.commands.evaluate import evaluate
 from erasediff.cli.commands.info import info
+from erasediff.cli.commands.mask import mask
 from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, plan, info):
+for command in (demo, train, unlearn, sample, evaluate, plan, mask, info):
     app.command()(results_alone_on_stdout(command))
 
 

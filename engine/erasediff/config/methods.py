@@ -36,12 +36,14 @@ class PruningConfig(Section):
     initial_score:   of every weight; a weight is pruned where its score falls below 0
     sparsity_weight: of the penalty on the pruned share
     lr:              of the scores, where unlearn.lr is not set
+    attack_prompts:  for the report on neurons: prompts that are to bring the concept back
     """
 
     objective: Literal["esd", "erasediff"] = "esd"
     initial_score: Positive = 3.0
     sparsity_weight: NonNegative = 1.0
     lr: Positive = 0.05
+    attack_prompts: tuple[str, ...] = ()
 
 
 class SalunConfig(Section):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -25,7 +26,7 @@ class ESD(Solver):
 
     The paper's ESD-x, ESD-x-strict and ESD-u are selections of weights: "xattn", "xattn-kv", "noxattn".
 
-    teacher:    the frozen model
+    teacher:    the frozen model; None for a subclass that has it otherwise (``frozen``)
     concepts:   condition tensors [N, ...]; trajectory i is of concept i mod N
     null:       likewise [1, ...], of the empty prompt
     erase_from: likewise, of what the concept is erased from; None: see ``NegativeGuidance``
@@ -41,7 +42,7 @@ class ESD(Solver):
         optimizer: torch.optim.Optimizer | None = None,
         *,
         process: Process,
-        teacher: nn.Module,
+        teacher: nn.Module | None = None,
         concepts: Mapping[str, Tensor],
         null: Mapping[str, Tensor],
         erase_from: Mapping[str, Tensor] | None = None,
@@ -54,11 +55,13 @@ class ESD(Solver):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(model, optimizer, process=process, **options)
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.concepts, self.null, self.erase_from = dict(concepts), dict(null), erase_from
         self.guidance = guidance or NegativeGuidance()
         self.guidance_scale = guidance_scale
         self.latents_from = latents_from
+        self.attack: dict[str, Tensor] | None = None
+        """Conditions that are to bring the concept back; for diagnosis alone."""
         world = self.gradients.world
         self.trajectories = Trajectories(
             self.objective.process,
@@ -71,14 +74,14 @@ class ESD(Solver):
 
     def step(self, retain: Batch | None = None, forget: Batch | None = None) -> StepReport:
         """One step on latents of its own; both batches are ignored. See ``EraseDiff.step`` for what is returned."""
-        sample = self._sample()
-        predictions = self._predicted(self.teacher, sample, self.iteration)
+        sample = self.states()
+        predictions = self._predicted(sample, self.iteration, frozen=True)
         batch = {
             "sample": sample,
             "sample_ids": self.trajectories.slots,
             "target": self.guidance.target(*predictions),
             "timesteps": self.trajectories.times(self.iteration),
-            **self._condition(self.iteration),
+            **self.condition(self.iteration),
         }
         self._advance(sample, predictions)
         loss, gradient = self._gradient(batch, lambda backward: self.objective.given_loss(self.model, batch, backward))
@@ -91,7 +94,7 @@ class ESD(Solver):
         super().load_state_dict(state)
         self.trajectories.sample, self.trajectories.iteration = state["trajectories"], self.iteration
 
-    def _sample(self) -> Tensor:
+    def states(self) -> Tensor:
         """x_t of every trajectory now.
 
         A pool that is not there, at the beginning or on another number of processes, is sampled anew from its noise:
@@ -113,42 +116,52 @@ class ESD(Solver):
         _, step = pool.places(self.iteration)
         on_their_way = step >= back
         then = (step - back).clamp(min=0)
-        predictions = self._predicted(self._sampler, pool.sample, self.iteration, timesteps=pool.timesteps[then])
+        frozen, times = self.latents_from == "frozen", pool.timesteps[then]
+        predictions = self._predicted(pool.sample, self.iteration, frozen=frozen, timesteps=times)
         moved = pool.moved(pool.sample, self._guided(*predictions[:2]), then)
         pool.sample = torch.where(on_their_way.view(-1, *(1,) * (moved.ndim - 1)), moved, pool.sample)
-
-    @property
-    def _sampler(self) -> nn.Module:
-        return self.teacher if self.latents_from == "frozen" else self.model
 
     def _advance(self, sample: Tensor, of_teacher: tuple[Tensor, ...]) -> None:
         pool = self.trajectories
         frozen = self.latents_from == "frozen"
-        predictions = of_teacher if frozen else self._predicted(self.model, sample, self.iteration)
+        predictions = of_teacher if frozen else self._predicted(sample, self.iteration, frozen=False)
         pool.sample = pool.advanced(sample, self._guided(*predictions[:2]), self.iteration)
         pool.iteration = self.iteration + 1
 
     def _guided(self, concept: Tensor, null: Tensor) -> Tensor:
         return torch.lerp(null, concept, self.guidance_scale)
 
-    def _condition(self, iteration: int) -> dict[str, Tensor]:
+    def condition(self, iteration: int, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Each trajectory's own of the ``rows`` [N, ...] of a condition, by default of the concepts."""
         number, _ = self.trajectories.places(iteration)
-        return {name: value[number % value.shape[0]] for name, value in self.concepts.items()}
+        return {name: value[number % value.shape[0]] for name, value in (rows or self.concepts).items()}
+
+    def frozen_pair(self, sample: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
+        """The frozen model's predictions (e_c, e_0) of the states ``sample`` at ``iteration``."""
+        concept, null, *_ = self._predicted(sample, iteration, frozen=True)
+        return concept, null
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The model as it was before the first step."""
+        assert self.teacher is not None
+        yield self.teacher
 
     @torch.no_grad()
     def _predicted(
-        self, model: nn.Module, sample: Tensor, iteration: int, timesteps: Tensor | None = None
+        self, sample: Tensor, iteration: int, *, frozen: bool, timesteps: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """(e_c, e_0) and, for the teacher, the prediction with the prompt to erase from: one pass for all."""
-        conditions = [self._condition(iteration), self._repeated(self.null)]
-        if self.erase_from is not None and model is self.teacher:
+        """(e_c, e_0) and, of the frozen model, the prediction with the prompt to erase from: one pass for all."""
+        conditions = [self.condition(iteration), self._repeated(self.null)]
+        if frozen and self.erase_from is not None:
             conditions.append(self._repeated(self.erase_from))
         count = len(conditions)
         condition = {name: torch.cat([part[name] for part in conditions]) for name in conditions[0]}
         times = self.trajectories.times(iteration) if timesteps is None else timesteps
-        prediction = self.objective.prediction(
-            model, sample.repeat(count, *(1,) * (sample.ndim - 1)), times.repeat(count), condition
-        )
+        with self.frozen() if frozen else nullcontext(self.model) as model:
+            prediction = self.objective.prediction(
+                model, sample.repeat(count, *(1,) * (sample.ndim - 1)), times.repeat(count), condition
+            )
         return prediction.float().chunk(count)
 
     def _repeated(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,10 +174,10 @@ def own_options(materials: Materials) -> dict[str, Any]:
     settings = materials.config.esd
     if not materials.prompts:
         raise UserError("ESD erases what prompts mean: say which with --forget-prompts.")
-    erase_from = None if settings.erase_from is None else _floats(materials.encode_prompts([settings.erase_from]))
+    erase_from = None if settings.erase_from is None else floats(materials.encode_prompts([settings.erase_from]))
     return {
-        "concepts": _floats(materials.encode_prompts(materials.prompts)),
-        "null": _floats(materials.encode_prompts([""])),
+        "concepts": floats(materials.encode_prompts(materials.prompts)),
+        "null": floats(materials.encode_prompts([""])),
         "erase_from": erase_from,
         "shape": materials.latent_shape(),
         "batch_size": materials.batch_size,
@@ -172,7 +185,6 @@ def own_options(materials: Materials) -> dict[str, Any]:
         "guidance_scale": settings.start_guidance,
         "num_inference_steps": settings.num_inference_steps,
         "latents_from": settings.latents_from,
-        "teacher": materials.teacher(),
     }
 
 
@@ -181,12 +193,13 @@ def make(materials: Materials) -> ESD:
         materials.network,
         materials.optimizer,
         process=materials.process,
+        teacher=materials.teacher(),
         **own_options(materials),
         **materials.options,
     )
 
 
-def _floats(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def floats(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in condition.items()}
 
 

@@ -86,4 +86,4 @@ class Recipe:
     make: Callable[[Materials], Method]
     needs: Callable[[Config], Needs] = lambda _: Needs()
     trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
-    finish: Callable[[nn.Module, Path], None] | None = None
+    finish: Callable[[Method, Path], None] | None = None

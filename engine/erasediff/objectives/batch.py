@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 """``"sample"``: clean data x_0 [B, ...]. ``"sample_ids"`` (optional): int64 [B], the samples' slots in the global
-batch, from which noise and timesteps are drawn; without it, rank B + 0..B-1. Every other entry has a leading dimension B and is
-a keyword of the model's forward, such as ``"class_labels"`` or ``"encoder_hidden_states"``."""
+batch, from which noise and timesteps are drawn; without it, rank B + 0..B-1. Every other entry has a
+leading dimension B and is a keyword of the model's forward, such as ``"class_labels"``."""
 
 RESERVED = frozenset({"sample", "sample_ids"})
 

@@ -26,6 +26,9 @@ class NoiseRole(IntEnum):
     LABEL_DROPOUT = 6
     SAMPLING = 7
     TRAJECTORY = 8
+    FISHER_NOISE = 9
+    FISHER_TIMESTEP = 10
+    SURROGATE = 11
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

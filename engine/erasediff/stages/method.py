@@ -111,21 +111,21 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
 
 
-def method_parameters(config: Config, network: nn.Module, selected: list[str]) -> list[nn.Parameter]:
-    """The parameters that the method trains, where ``selected`` are the weights that it may change."""
+def method_parameters(config: Config, network: nn.Module, selected: Sequence[str] | None = None) -> list[nn.Parameter]:
+    """The parameters that the method trains, where it may change the weights ``selected``; None: all of them."""
     trained = RECIPES[config.unlearn.method].trained
     if trained is None:
-        return trained_parameters(config, network, selected)
+        return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
             f"The method {config.unlearn.method} has parameters of its own: choose weights with --train, not lora."
         )
-    return trained(config, network, selected)
+    return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 
 
-def finished_and_saved(config: Config, network: nn.Module, save: Callable[[Path], None], path: Path) -> None:
+def finished_and_saved(method: Method, save: Callable[[Path], None], path: Path) -> None:
     """Write what the method leaves beside the model at ``path``, and the model with ``save``."""
-    finish = RECIPES[config.unlearn.method].finish
+    finish = RECIPES[method.name].finish
     if finish is not None:
-        finish(network, path)
+        finish(method, path)
     save(path)

@@ -14,7 +14,13 @@ from erasediff.objectives import Relabel
 from erasediff.process import Process
 from erasediff.runs.folder import RunPlace
 from erasediff.stages.loading import load_model
-from erasediff.stages.method import learning_rate, unlearning_method
+from erasediff.stages.method import (
+    finished_and_saved,
+    learning_rate,
+    method_parameters,
+    needed_batches,
+    unlearning_method,
+)
 from erasediff.stages.session import RunResult, Session, set_up_device
 from erasediff_kernels import ConstrainedAdamW
 
@@ -38,9 +44,11 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         model = load_model(config.unlearn.model, dataset, device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
+    if not needed_batches(config):
+        raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
     rate = learning_rate(settings)
     optimizer = ConstrainedAdamW(
-        model.unet.parameters(), rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+        method_parameters(config, model.unet), rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
     )
 
     batches = partial(
@@ -51,22 +59,27 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         null_label=model.null_label,
     )
 
+    retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
+    forgotten = batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
+    method = unlearning_method(
+        config,
+        model.unet,
+        optimizer,
+        process=Process.from_scheduler(model.scheduler),
+        relabel=partial(relabelling, settings, model),
+        retain=retained,
+        forget=forgotten,
+    )
     return Session(
         title=f"Unlearning ({settings.method})",
         config=config,
         network=model.unet,
-        save=partial(model.save, replace=True),
+        save=partial(finished_and_saved, method, partial(model.save, replace=True)),
         optimizer=optimizer,
-        method=unlearning_method(
-            config,
-            model.unet,
-            optimizer,
-            process=Process.from_scheduler(model.scheduler),
-            relabel=partial(relabelling, settings, model),
-        ),
+        method=method,
         rate=rate,
-        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
-        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
+        retain=retained,
+        forget=forgotten,
     )
 
 

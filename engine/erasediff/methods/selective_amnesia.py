@@ -1,0 +1,119 @@
+"""Selective Amnesia: forgetting as continual learning, old weights held by Fisher information (arXiv 2305.10120)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.gradients import Shard
+from erasediff.methods.protocol import Materials, Recipe
+from erasediff.objectives import Batch, with_sample_ids
+from erasediff.process import NoiseRole, Process, noise_key
+from erasediff.solver import Fixed, Solver, SolverOptions, StepReport
+from erasediff_kernels import philox_noise
+
+
+class SelectiveAmnesia(Solver):
+    """Descent on L(x ~ q | c_f) + L_r + (ewc_weight / 2) sum_i F_i (theta_i - theta*_i)^2 (2305.10120, eq. 8).
+
+    Under the forgotten condition c_f the model is trained on surrogates from q instead of the forgotten data: here
+    uniform noise in [-1, 1], the paper's choice for classes. L_r is on retained data, where the paper generates it.
+    F is the diagonal Fisher information at theta*, the mean square of the loss's gradient over batches of both kinds;
+    the paper takes it from single samples, so ewc_weight does not carry over between batch sizes. The penalty's
+    gradient is added to each shard of the gradient: nothing is gathered.
+    """
+
+    name: ClassVar[str] = "selective-amnesia"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        process: Process,
+        ewc_weight: float = 50.0,
+        **options: Unpack[SolverOptions],
+    ) -> None:
+        super().__init__(model, optimizer, process=process, **options)
+        self.ewc_weight = ewc_weight
+        self.original = [weight.clone() for weight in self.gradients.weights()]
+        self.fisher = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.original]
+
+    def estimate_fisher(self, batches: Iterable[Batch]) -> None:
+        """F from ``batches``, at the weights as they are; to be called before the first step."""
+        count = 0
+        for count, batch in enumerate(batches, start=1):
+            key = noise_key(self.seed, count, self.device)
+            _, gradient = self._gradient(
+                batch,
+                lambda backward, batch=batch, key=key: self.objective.true_loss(  # type: ignore[misc]
+                    self.model, batch, key, backward, noise=NoiseRole.FISHER_NOISE, timestep=NoiseRole.FISHER_TIMESTEP
+                ),
+            )
+            for fisher, part in zip(self.fisher, gradient, strict=True):
+                fisher.addcmul_(part.float(), part.float())
+        if not count:
+            raise ValueError("the Fisher information needs at least one batch")
+        torch._foreach_div_(self.fisher, float(count))
+
+    def step(self, retain: Batch, forget: Batch) -> StepReport:
+        """One step from both batches, of ``forget`` the condition alone; see ``EraseDiff.step`` for the report."""
+        key = self._key()
+        retain_loss, gradient = self._gradient(
+            retain, lambda backward: self.objective.retain_loss(self.model, retain, key, backward)
+        )
+        surrogate = self._surrogate(forget, key)
+        forget_loss, of_forget = self._gradient(
+            surrogate,
+            lambda backward: self.objective.true_loss(
+                self.model,
+                surrogate,
+                key,
+                backward,
+                noise=NoiseRole.FORGET_NOISE,
+                timestep=NoiseRole.FORGET_TIMESTEP,
+            ),
+        )
+        for part, fisher, weight, original in zip(
+            gradient, self.fisher, self.gradients.weights(), self.original, strict=True
+        ):
+            part.addcmul_(fisher.to(part.dtype), (weight - original).to(part.dtype), value=self.ewc_weight)
+        return self._update(gradient, of_forget, Fixed(1.0), retain_loss=retain_loss, forget_loss=forget_loss)
+
+    def _surrogate(self, forget: Batch, key: Tensor) -> Batch:
+        batch = with_sample_ids(forget, self.gradients.world.rank)
+        sample = batch["sample"]
+        role = int(NoiseRole.SURROGATE)
+        uniform = philox_noise(batch["sample_ids"], key, role, sample.shape[1:], "uniform", sample.dtype)
+        return {**batch, "sample": 2 * uniform - 1}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "original": self.original, "fisher": self.fisher}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        torch._foreach_copy_(self.original, state["original"])
+        torch._foreach_copy_(self.fisher, state["fisher"])
+
+    def shards(self) -> Iterator[Shard]:
+        return self.gradients.shards(original=self.original, fisher=self.fisher)
+
+
+def make(materials: Materials) -> SelectiveAmnesia:
+    settings = materials.config.selective_amnesia
+    method = SelectiveAmnesia(
+        materials.network,
+        materials.optimizer,
+        process=materials.process,
+        ewc_weight=settings.ewc_weight,
+        **materials.options,
+    )
+    count = settings.fisher_batches
+    method.estimate_fisher([*materials.retain_batches(count), *materials.forget_batches(count)])
+    return method
+
+
+RECIPE = Recipe(name=SelectiveAmnesia.name, make=make)
