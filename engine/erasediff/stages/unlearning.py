@@ -87,6 +87,9 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
     retained = sorted(set(retain.class_labels.tolist()))
     settings = config.unlearn.resolved(conditional=conditional, retained=retained)
+    if settings.method == "pruning" and config.unlearn.lr is None:
+        # What is trained are scores, not weights.
+        settings = settings.model_copy(update={"lr": config.pruning.lr})
     unknown = set(settings.relabel_to or ()) - set(retained)
     if unknown:
         raise UserError(
