@@ -93,6 +93,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                     f"{name} has {len(gradients)} gradients for {count} parameters: give one for each of "
                     "parameters_in_order()"
                 )
+        # What torch's learning rate schedulers look at before they warn of a missing step.
+        self._opt_called = True
         first = 0
         for group_index, params in enumerate(groups):
             last = first + len(params)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
 from erasediff.distributed import World
-from erasediff.gradients import averaged_weights, full_weights
-from erasediff_kernels import ConstrainedAdamW
+from erasediff.gradients import averaged_weights, full_weights, partitioned_module
+from erasediff.methods import FineTune
+from erasediff.models.lora import add as add_lora
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 
 BATCH = 12
 BARRIERS = {"norm": Norm(0.5), "gap": Gap(5.0), "fixed": Fixed(1.0), "cosine": Cosine(0.5)}
@@ -76,34 +80,55 @@ def unlearner(
     accumulation: int = 1,
     offload: str | None = None,
     relabel: bool = False,
+    lr: float = 1e-4,
+    lora: bool = False,
+    bf16: bool = False,
     optimizer: str = "ConstrainedAdamW",
     zero: dict[str, Any] | None = None,
     **own: Any,
 ) -> EraseDiff:
     """An unlearner of a fresh denoiser; ``layout``: local, ddp, fsdp, or zero-0 to zero-3."""
     model = denoiser()
-    options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.5, refresh_every=3)}
+    if lora:
+        names = [name for name, _ in model.named_parameters() if "attn" in name]
+        add_lora(model, rank=2, targets=names)
+    options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.02, refresh_every=3)}
     if relabel:
         other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7))
         options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model))
+    if bf16:
+        options["autocast"] = torch.bfloat16
+        model.to(torch.bfloat16)
     if layout == "fsdp":
         for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
             fully_shard(block)
         fully_shard(model)
     # Two groups, as those who decay only matrices have.
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim == 1]},
+        {"params": [p for p in model.parameters() if p.ndim > 1 and p.requires_grad], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]},
     ]
-    if optimizer == "ConstrainedAdamW":
-        trainer: torch.optim.Optimizer = ConstrainedAdamW(groups, lr=1e-3, ema_decay=0.9)
-    else:
-        trainer = torch.optim.AdamW(groups, lr=1e-3)
+    groups = [group for group in groups if group["params"]]
+    trainers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "ConstrainedAdamW": lambda: ConstrainedAdamW(
+            groups, lr=lr, ema_decay=0.9, master_weights=bf16 and not layout.startswith("zero")
+        ),
+        "ConstrainedSGD": lambda: ConstrainedSGD(groups, lr=100 * lr, momentum=0.9, ema_decay=0.9),
+        "AdamW": lambda: torch.optim.AdamW(groups, lr=lr),
+    }
+    trainer = trainers[optimizer]()
     if layout.startswith("zero"):
         settings = {None: {}, "optimizer": OFFLOAD_OPTIMIZER, "both": OFFLOAD_BOTH}[offload]
+        for name in ("max_grad_norm", "accumulation_steps"):
+            if name in own:
+                options[name] = own.pop(name)
+        if bf16:
+            own["bf16"] = {"enabled": True}
         config = deepspeed_config(int(layout[-1]), accumulation=accumulation, zero={**settings, **(zero or {})}, **own)
         return EraseDiff(engine(model, trainer, config), process=process(), **options)
     options["accumulation_steps"] = accumulation
+    if "max_grad_norm" in own:
+        options["max_grad_norm"] = own.pop("max_grad_norm")
     trained = DistributedDataParallel(model, **own) if layout == "ddp" else model
     return EraseDiff(trained, trainer, process=process(), **options)
 
@@ -112,13 +137,16 @@ def process() -> Process:
     return Process.from_scheduler(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
 
 
-def train(steps: int, *arguments: Any, **options: Any) -> dict[str, Any]:
+def take_steps(method: EraseDiff, steps: range) -> list[dict[str, float]]:
+    world = World.current()
+    reports = [method.step(*batches(step, world)) for step in steps]
+    return [{name: float(value) for name, value in report.scalars().items()} for report in reports]
+
+
+def train(steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """The reports of ``steps`` steps, and on the first process the weights and their averages after them."""
-    method = unlearner(*arguments, **options)
-    reports = [
-        {name: float(value) for name, value in method.step(*batches(step, method.gradients.world)).scalars().items()}
-        for step in range(steps)
-    ]
+    method = unlearner(**options)
+    reports = take_steps(method, range(steps))
     weights = dict(full_weights(method.model))
     with averaged_weights(method.gradients):
         averages = dict(full_weights(method.model))
@@ -127,5 +155,124 @@ def train(steps: int, *arguments: Any, **options: Any) -> dict[str, Any]:
     return {"reports": reports, "weights": weights, "averages": averages}
 
 
-def train_with(steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    return train(steps, **options)
+def state_after(steps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint would hold of this process after ``steps`` steps, copied."""
+    method = unlearner(**options)
+    reports = take_steps(method, range(steps))
+    shards = [(s.name, s.start, {key: value.clone() for key, value in s.tensors.items()}) for s in method.shards()]
+    return {
+        "reports": reports,
+        "shards": shards,
+        "scalars": {name: value.clone() for name, value in method.scalars().items()},
+        "replicated": method.gradients.replicated,
+    }
+
+
+def resumed(
+    whole: dict[str, dict[str, Tensor]], scalars: dict[str, Tensor], steps: range, options: dict[str, Any]
+) -> Any:
+    """The reports of ``steps`` from a state of whole parameters, flat; and the weights after them."""
+    method = unlearner(**options)
+    with torch.no_grad():
+        for name, start, tensors in method.shards():
+            for key, value in tensors.items():
+                value.copy_(whole[name][key][start : start + value.numel()].view_as(value))
+    method.load_scalars(scalars)
+    return {"reports": take_steps(method, steps), "weights": dict(full_weights(method.model))}
+
+
+def steps_with_one_poisoned(options: dict[str, Any], poisoned: str) -> dict[str, Any]:
+    """Three steps, in the second of which one sample of the last process's batch is NaN."""
+    method = unlearner(**options)
+    world = World.current()
+    kept, reports = [], []
+    for step in range(3):
+        retain, forget = batches(step, world)
+        if step == 1 and world.rank == world.size - 1:
+            (retain if poisoned == "retain" else forget)["sample"][0, 0, 0, 0] = float("nan")
+        report = method.step(retain, forget)
+        reports.append((bool(report.finite), int(report.skipped)))
+        kept.append({name: weight for name, weight in full_weights(method.model) if weight is not None})
+    same = all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    moved = any(not torch.equal(kept[1][name], kept[2][name]) for name in kept[0])
+    return {"reports": reports, "same": same, "moved": moved, "scalars": method.scalars()}
+
+
+def refusal(options: dict[str, Any]) -> str:
+    """The sentence of the ``ValueError`` with which an unlearner is refused."""
+    try:
+        unlearner(**options)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def masters(options: dict[str, Any]) -> dict[str, Any]:
+    """The reports of steps too small for bf16, and how many elements moved in the masters and in the weights."""
+    method = unlearner(**options)
+    before = {name: weight for name, weight in full_weights(method.model) if weight is not None}
+    own = [(s.name, s.start, s.tensors["weight"].clone()) for s in method.shards()]
+    reports = take_steps(method, range(3))
+    moved = sum(int((old != s.tensors["weight"]).sum()) for (_, _, old), s in zip(own, method.shards(), strict=True))
+    after = dict(full_weights(method.model))
+    rounded = [(s.name, s.start, s.tensors["weight"].bfloat16()) for s in method.shards()]
+    return {
+        "reports": reports,
+        "dtypes": {s.tensors["weight"].dtype for s in method.shards()},
+        "moved": moved,
+        "weights_moved": sum(int((weight != after[name]).sum()) for name, weight in before.items()),
+        "weights": after,
+        "rounded": rounded,
+    }
+
+
+def bytes_at_the_update(options: dict[str, Any], is_constrained: bool) -> tuple[int, int]:
+    """(bytes that are there when the optimizer steps, and were not before the step; bytes of a partition in fp32)."""
+    method = unlearner(**options)
+    if not is_constrained:
+        method = FineTune(method.model, process=process())
+    world = World.current()
+    counts: list[int] = []
+    method.optimizer.register_step_pre_hook(lambda *_: counts.append(bytes_of_tensors()))
+    for step in range(2):
+        before = bytes_of_tensors()
+        counts.clear()
+        method.step(*batches(step, world))
+    partition = sum(shard.tensors["weight"].numel() for shard in method.shards()) * 4
+    return counts[0] - before, partition
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in gc.get_objects()
+        if isinstance(found, Tensor)
+    }
+    return sum(storages.values())
+
+
+def loaded_in_parts() -> dict[str, Any]:
+    """The reports of a denoiser that was partitioned as it was made, and how much of it this process ever held."""
+    weights = denoiser().state_dict()
+    asked: list[str] = []
+
+    def read(name: str) -> Tensor:
+        asked.append(name)
+        return weights[name]
+
+    config = deepspeed_config(3, zero={"stage3_param_persistence_threshold": 0})
+    model = partitioned_module(lambda: nano._unet(32), read, config)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    kept = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+    optimizer = ConstrainedAdamW(model.parameters(), lr=1e-4)
+    method = EraseDiff(engine(model, optimizer, config), process=process(), barrier=BARRIERS["norm"])
+    same = all(w is None or torch.equal(w, weights[name]) for name, w in full_weights(method.model))
+    total = sum(weight.numel() for weight in weights.values())
+    return {
+        "held": held,
+        "share": kept / total,
+        "asked": len(asked),
+        "same": same,
+        "reports": take_steps(method, range(3)),
+    }

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -22,14 +24,14 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @classmethod
     def current(cls) -> World:
         """The world that ``torch.distributed`` was initialised with; a world of one where it was not."""
         has_group = dist.is_available() and dist.is_initialized()
         local_rank = int(os.environ.get("LOCAL_RANK", 0)) if has_group else 0
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else CPU
         if not has_group:
             return cls(device=device)
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)

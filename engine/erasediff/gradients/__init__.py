@@ -4,6 +4,7 @@ from erasediff.gradients.averages import averaged_weights
 from erasediff.gradients.choice import gradients_for
 from erasediff.gradients.data_parallel import DataParallelGradients
 from erasediff.gradients.fully_sharded import FullyShardedGradients
+from erasediff.gradients.loading import partitioned_module
 from erasediff.gradients.local import LocalGradients
 from erasediff.gradients.protocol import Gradients, Shard
 from erasediff.gradients.whole import full_weights
@@ -19,4 +20,5 @@ __all__ = [
     "averaged_weights",
     "full_weights",
     "gradients_for",
+    "partitioned_module",
 ]

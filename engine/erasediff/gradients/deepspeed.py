@@ -21,11 +21,11 @@ TRIED = ((0, 19), (0, 20))
 
 
 class Fragment(NamedTuple):
-    """``length`` elements of ``parameter`` from ``start`` on, which lie in ``flats[index]`` from ``offset`` on."""
+    """``length`` elements of ``parameter`` from ``start`` on, which lie in ``flats[flat]`` from ``offset`` on."""
 
     parameter: nn.Parameter
     start: int
-    index: int
+    flat: int
     offset: int
     length: int
 
@@ -60,13 +60,16 @@ def is_engine(model: object) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
-def gathered(parameter: Tensor) -> AbstractContextManager[object]:
-    """``parameter`` is whole within the block, on each process, if it is one that ZeRO-3 has partitioned."""
+def gathered(parameter: Tensor, modified_by: int | None = None) -> AbstractContextManager[object]:
+    """``parameter`` is whole within the block, on each process, if it is one that ZeRO-3 has partitioned.
+
+    modified_by: the rank whose changes within the block are kept; None where nothing changes
+    """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])  # type: ignore[no-any-return]
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modified_by)  # type: ignore[no-any-return]
 
 
 def check_engine(engine: Any) -> None:
@@ -183,8 +186,8 @@ class WholeMasters(WholeParameters):
 class PartitionedGradients:
     """ZeRO 1 and 2: one fp32 partition for each group, in which parameters lie end to end.
 
-    After a backward pass the gradients of a partition are a list of pieces, or with the optimizer offloaded, in ``grad``
-    of the partition.
+    After a backward pass the gradients of a partition are a list of pieces, or with the optimizer offloaded, in the
+    partition's ``grad``.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -205,10 +208,10 @@ class PartitionedGradients:
         optimizer = self.optimizer
         if optimizer.cpu_offload:
             optimizer._wait_for_offload_copies()
-            taken = [flat.grad for flat in self.flats]
+            taken: list[Tensor] = [flat.grad for flat in self.flats]  # type: ignore[misc]
             for flat in self.flats:
                 flat.grad = None
-            return taken  # type: ignore[return-value]
+            return taken
         taken = []
         for index in self.groups:
             pieces = optimizer.averaged_gradients[index]

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from erasediff.distributed import World
@@ -47,6 +48,13 @@ class FullyShardedGradients(LocalGradients):
     @property
     def replicas(self) -> int:
         return self._replicas
+
+    def refresh(self) -> None:
+        super().refresh()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward pass without a backward leaves the root's weights gathered, and now out of date.
+                module.reshard()
 
     def _here(self, tensor: Tensor) -> Tensor:
         return cast(DTensor, tensor).to_local()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,14 @@ from erasediff.gradients.deepspeed import is_engine
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside of DDP, a DeepSpeed engine and torch.compile."""
+    inside: Any = model
     while True:
-        if isinstance(model, DistributedDataParallel) or is_engine(model):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        if isinstance(inside, DistributedDataParallel) or is_engine(inside):
+            inside = inside.module
+        elif isinstance(inside, torch._dynamo.OptimizedModule):
+            inside = inside._orig_mod
         else:
-            return model
+            return inside  # type: ignore[no-any-return]
 
 
 def named(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:

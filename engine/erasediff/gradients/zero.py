@@ -101,11 +101,10 @@ class ZeroGradients:
         flats = self.layout.flats
         for parameter, start, index, offset, length in self.layout.fragments():
             flat = flats[index]
-            tensors = {"weight": flat.detach()}
-            for key, value in self.optimizer.state[flat].items():
-                if isinstance(value, Tensor) and value.shape == flat.shape:
-                    tensors[key] = value
-            tensors.update((key, values[index]) for key, values in aligned.items())
+            state = self.optimizer.state[flat].items()
+            kept = {key: value for key, value in state if isinstance(value, Tensor) and value.shape == flat.shape}
+            others = {key: values[index] for key, values in aligned.items()}
+            tensors = {"weight": flat.detach(), **kept, **others}
             cut = {
                 key: value.view(-1).narrow(0, offset, length) if value.is_contiguous() else value
                 for key, value in tensors.items()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from erasediff.gradients import Gradients, Shard, gradients_for
+from erasediff.gradients import Gradients, Shard, averaged_weights, full_weights, gradients_for
 from erasediff.objectives import Backward, Batch, Denoiser, DenoisingObjective, diffusers_denoiser
 from erasediff.process import Process, noise_key
 from erasediff.solver.barrier import Barrier, Gap
@@ -50,10 +52,12 @@ class Solver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        process: Process,
+        process: Process | SchedulerMixin,
         **options: Unpack[SolverOptions],
     ) -> None:
         self.model = model
+        if not isinstance(process, Process):
+            process = Process.from_scheduler(process)
         self.gradients = options.pop("gradients", None) or gradients_for(model, optimizer)
         self.optimizer = self.gradients.optimizer
         self.device = self.gradients.device
@@ -117,6 +121,14 @@ class Solver:
         shares = torch.cat([gram / self.gradients.replicas, torch.stack(losses).double() / world.size])
         total = world.sum(shares)
         return total[:3], *total[3:].float().unbind()
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The model's ``state_dict`` entry by entry, on the first process: see ``erasediff.gradients.full_weights``."""
+        return full_weights(self.model)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The model holds its averaged weights within the block: see ``erasediff.gradients.averaged_weights``."""
+        return averaged_weights(self.gradients)
 
     def shards(self) -> Iterator[Shard]:
         """What this process holds of the weights and of all that belongs to them: see ``Gradients.shards``."""

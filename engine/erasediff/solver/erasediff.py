@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Unpack
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from erasediff.gradients import Shard
@@ -22,11 +23,11 @@ class EraseDiff(Solver):
 
     You keep the loop, the model and the optimizer; ``step`` computes both gradients, the multiplier and the update.
 
-    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds. A plain module, one
-               in DDP, one after ``fully_shard``, a DeepSpeed engine (ZeRO 0-3), or what ``accelerate`` made of them
+    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds. A plain module,
+               one in DDP, one after ``fully_shard``, a DeepSpeed engine (ZeRO 0-3), or what ``accelerate`` made of them
     optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``; an
                engine brings its own
-    process:   noise schedule and prediction type: ``Process.from_scheduler(pipeline.scheduler)``
+    process:   noise schedule and prediction type: diffusers' scheduler of the pipeline, or a ``Process``
     barrier:   ``Norm`` (default), ``Gap``, ``Fixed`` or ``Cosine``
     target:    ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``
     inner:     settings of the inner solve; it runs only under a barrier that depends on it
@@ -42,7 +43,7 @@ class EraseDiff(Solver):
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        process: Process,
+        process: Process | SchedulerMixin,
         barrier: Barrier | None = None,
         target: DeviationTarget | None = None,
         inner: InnerSolve | None = None,

@@ -1,0 +1,36 @@
+"""Unlearning under Hugging Face Accelerate: with its DeepSpeed plugin, and unchanged under DDP or alone."""
+
+import tiny
+import torch
+from accelerate import Accelerator
+
+from erasediff import EraseDiff
+
+STEPS = 20
+
+
+def main() -> None:
+    accelerator = Accelerator()
+    unet = tiny.unet()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unlearner = EraseDiff(unet, optimizer, process=tiny.SCHEDULER)
+
+    rank, size = accelerator.process_index, accelerator.num_processes
+    streams = (tiny.batches(STEPS, stream=stream, rank=rank, size=size) for stream in range(2))
+    for step, (retain, forget) in enumerate(zip(*streams, strict=True)):
+        retain, forget = ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in (retain, forget))
+        report = unlearner.step(retain, forget)
+        if (step + 1) % 5 == 0:
+            accelerator.print(
+                f"{step + 1} retain {report.retain_loss:.5f} forget {report.forget_loss:.5f} {report.multiplier:.5f}"
+            )
+
+    state = accelerator.get_state_dict(unet)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(unet).save_pretrained("unlearned", state_dict=state)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every example runs as its first lines and the examples' README say, and leaves weights that diffusers loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+COMMANDS = {
+    "plain_pytorch.py": [sys.executable],
+    "accelerate_deepspeed.py": [
+        *("accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--main_process_port", "0"),
+        *("--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
+    ],
+    "deepspeed_engine.py": TORCHRUN,
+    "fsdp2.py": TORCHRUN,
+    "diffusers_text_to_image.py": [sys.executable],
+}
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
+    sys.path.insert(0, str(EXAMPLES))
+    import tiny
+
+    return tiny.unet()
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_example(name: str, tmp_path: Path, start: UNet2DConditionModel) -> None:
+    folder = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [*COMMANDS[name], str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "retain" in done.stdout
+    saved = tmp_path / "unlearned"
+    if name == "diffusers_text_to_image.py":
+        unet = StableDiffusionPipeline.from_pretrained(saved, safety_checker=None).unet
+    else:
+        unet = UNet2DConditionModel.from_pretrained(saved)
+    for (key, weight), (_, before) in zip(unet.named_parameters(), start.named_parameters(), strict=True):
+        assert torch.isfinite(weight).all(), key
+        torch.testing.assert_close(weight, before, rtol=0.5, atol=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(unet.parameters(), start.parameters(), strict=True))
