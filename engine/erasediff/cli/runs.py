@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,8 @@ from erasediff.config import Config
 if TYPE_CHECKING:
     from erasediff.runs.folder import RunPlace
     from erasediff.stages.session import Session
+
+_instead_of_the_plan: ContextVar[Callable[[Session], None] | None] = ContextVar("instead_of_the_plan", default=None)
 
 
 def place_and_config(
@@ -36,7 +41,10 @@ def place_and_config(
 
 
 def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> None:
-    """Run ``session`` at ``place`` and print its result; without a place, print the plan."""
+    """Run ``session`` at ``place`` and print its result; without a place, print the plan, or do what was asked for."""
+    if place is None and (instead := _instead_of_the_plan.get()) is not None:
+        instead(session)
+        return
     if place is None:
         from erasediff.stages.plan import plan
 
@@ -46,3 +54,13 @@ def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> Non
         return
     result = session.run(place, messages)
     emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)
+
+
+@contextmanager
+def instead_of_the_plan(use: Callable[[Session], None]) -> Iterator[None]:
+    """Within the block, a dry run hands its session to ``use``."""
+    token = _instead_of_the_plan.set(use)
+    try:
+        yield
+    finally:
+        _instead_of_the_plan.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from erasediff.planning.networks import Network
 aten = torch.ops.aten
 
 MARGIN = 1.03
-FIRST_COLLECTION = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +61,9 @@ def trace(
             module.enable_gradient_checkpointing()
         inputs = network.inputs(batch_size, network.dtype, "cpu")
         precision = partial(torch.autocast, "cpu", autocast) if autocast is not None else nullcontext
-        with torch.no_grad(), precision(), _flop_counter() as forward:
+        with torch.no_grad(), precision(), flop_counter() as forward:
             module(**inputs)
-        with _flop_counter() as both, LiveBytes() as live:
+        with flop_counter() as both, LiveBytes() as live:
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(live.note_gradient)
@@ -71,6 +71,7 @@ def trace(
                 (prediction,) = module(**inputs)
             loss = prediction.float().square().mean()
             del prediction
+            live.begin_backward()
             loss.backward()
     return Trace(
         batch_size=batch_size,
@@ -89,7 +90,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.peak_with_gradients = 0
         self._sizes: dict[int, int] = {}
         self._alive = self._gradients = 0
-        self._collect_at = self._collect_all_at = FIRST_COLLECTION
+        self._collect_at = self._collect_all_at = sys.maxsize
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -120,6 +121,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         gc.unfreeze()
+
+    def begin_backward(self) -> None:
+        """From now on there may be garbage to tell from what is alive."""
+        self._collect_at, self._collect_all_at = int(MARGIN * self.peak), int(MARGIN * self.peak_with_gradients)
 
     def note_gradient(self, parameter: Tensor) -> None:
         """Count the gradient of ``parameter``, which is complete, as one from now on."""
@@ -154,7 +159,9 @@ def _fake_module(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _flop_counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """Counts attention on a CPU too, as one fused operator."""
+
     def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 

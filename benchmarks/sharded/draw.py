@@ -1,0 +1,67 @@
+"""Draw results/sharded.svg from the last line of each case in results/sharded.jsonl, and from nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from record import RESULTS, read
+
+Lines = list[dict[str, Any]]
+
+
+def draw() -> Path:
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in read(RESULTS / "sharded.jsonl"):
+        latest[line["benchmark"], line["ranks"], line["stage"], line.get("contender")] = line
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    memory, volume, rate = figure.subplots(1, 3)
+
+    def of(benchmark: str) -> Lines:
+        return sorted(
+            (line for line in latest.values() if line["benchmark"] == f"sharded {benchmark}"),
+            key=lambda line: (line["stage"], line["ranks"]),
+        )
+
+    bars(memory, of("memory"), {"measured": lambda m: max(m["peak_bytes"]), "planned": lambda m: m["planned_bytes"]})
+    memory.set(title="peak memory per rank, 100 M parameters, 2 ranks", ylabel="GiB")
+    grouped(volume, of("volume"), lambda line: line["total_bytes"] / line["gradient_bytes"])
+    volume.set(title="bytes handed to collectives per step", ylabel="times one gradient")
+    times = [line for line in of("throughput") if line["contender"] == "erasediff"]
+    for line in times:
+        line["contender"] = f"{line['ranks']} rank" + "s" * (line["ranks"] > 1)
+    grouped(rate, times, lambda line: line["times_deepspeed"])
+    rate.axhline(1.10, linestyle="--", color="black", label="1.10")
+    rate.set(title="erasediff's time per step, of DeepSpeed fine-tuning's", ylim=(0, None))
+    for axes in (memory, volume, rate):
+        axes.set_xlabel("ZeRO stage")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    path = RESULTS / "sharded.svg"
+    figure.savefig(path)
+    return path
+
+
+def bars(axes: Axes, lines: Lines, values: dict[str, Any]) -> None:
+    for offset, (name, value) in zip((-0.2, 0.2), values.items(), strict=True):
+        axes.bar([line["stage"] + offset for line in lines], [value(line) / 2**30 for line in lines], 0.38, label=name)
+    axes.set_xticks([line["stage"] for line in lines])
+
+
+def grouped(axes: Axes, lines: Lines, value: Any) -> None:
+    names = list(dict.fromkeys(line["contender"] for line in lines))
+    width = 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
+        mine = [line for line in lines if line["contender"] == name]
+        places = [line["stage"] + (index - (len(names) - 1) / 2) * width for line in mine]
+        axes.bar(places, [value(line) for line in mine], width * 0.95, label=name)
+    axes.set_xticks(sorted({line["stage"] for line in lines}))
+
+
+if __name__ == "__main__":
+    print(draw())

@@ -1,0 +1,110 @@
+"""What one rank measures: ``measure.py NAME OPTIONS_AS_JSON OUT``, started by ``ranks.run_ranks``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from workload import erasediff, fine_tuning
+
+CONTENDERS = {
+    "erasediff": erasediff,
+    "deepspeed": fine_tuning,
+    "deepspeed, two micro-batches": lambda size, stage, per_rank: fine_tuning(size, stage, per_rank, accumulation=2),
+}
+
+
+def memory(contender: str, size: str, stage: int, per_rank: int) -> dict[str, Any]:
+    """The most that three steps, the engine's making included, take beyond what the process had before."""
+    warm_up = CONTENDERS[contender]("15M", stage, 2)
+    warm_up()
+    del warm_up
+    before = resident("VmRSS")
+    step = CONTENDERS[contender](size, stage, per_rank)
+    # The whole model is there, and its fp32 copies are made, while an engine is built: a peak of loading, not of steps.
+    step()
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        step()
+    return {"peak_bytes": resident("VmHWM") - before}
+
+
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS is what is there now, VmHWM the most since it was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
+
+
+def volume(size: str, stage: int, per_rank: int) -> dict[str, Any]:
+    """Of each contender: bytes handed to each kind of collective in its third step; of a gather or scatter, the whole's."""
+    found = {}
+    for contender, make in CONTENDERS.items():
+        step = make(size, stage, per_rank)
+        step()
+        step()
+        with CollectiveBytes() as counter:
+            step()
+        found[contender] = {"bytes": dict(counter.bytes), "calls": dict(counter.calls)}
+    return found
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Counts at torch's dispatcher, below whatever wraps ``torch.distributed``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.__name__.partition(".")[0].strip("_")
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            whole = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+            if whole is not None:
+                is_list = name in ("allgather", "reduce_scatter")
+                self.bytes[name] += whole.nbytes * (dist.get_world_size() if is_list else 1)
+                self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def throughput(size: str, stage: int, per_rank: int, turns: int) -> dict[str, Any]:
+    """Seconds of each turn of each contender; they take turns in the same processes."""
+    names = ("erasediff", "deepspeed")
+    steps = {name: CONTENDERS[name](size, stage, per_rank) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, turns):
+        for name in names if turn % 2 else reversed(names):
+            dist.barrier()
+            begun = time.perf_counter()
+            steps[name]()
+            dist.barrier()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begun)
+    return {"seconds": seconds}
+
+
+MEASUREMENTS = {"memory": memory, "volume": volume, "throughput": throughput}
+
+
+def main() -> None:
+    name, options, out = sys.argv[1:]
+    torch.set_num_threads(1)
+
+    dist.init_process_group("gloo")
+    result = MEASUREMENTS[name](**json.loads(options))
+    Path(out).write_text(json.dumps(result))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

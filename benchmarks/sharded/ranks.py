@@ -1,0 +1,54 @@
+"""Processes of their own for each measurement, so that none finds what another has left in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SECONDS = 600
+LARGE_ALLOCATIONS_ARE_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+"""For glibc: what is freed leaves the process, as a process's peak should show."""
+
+
+def run_ranks(measurement: str, ranks: int, **options: Any) -> list[dict[str, Any]]:
+    """What ``measure.MEASUREMENTS[measurement](**options)`` returns on each of ``ranks`` gloo processes.
+
+    Raises ``RuntimeError`` with the first failed rank's errors; all others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(ranks):
+            environment = {
+                **os.environ,
+                **LARGE_ALLOCATIONS_ARE_RETURNED,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, str(Path(__file__).with_name("measure.py")), measurement]
+            command += [json.dumps(options), str(Path(folder, f"{rank}.json"))]
+            with Path(folder, f"{rank}.log").open("w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(SECONDS) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for rank, code in enumerate(codes):
+            if code:
+                raise RuntimeError(f"rank {rank} of {measurement}:\n{Path(folder, f'{rank}.log').read_text()[-4000:]}")
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]

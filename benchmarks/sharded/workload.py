@@ -1,0 +1,109 @@
+"""What is measured sharded: a denoiser like Stable Diffusion's, and two ways to take a step with DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from erasediff import EraseDiff, Norm, Process
+from erasediff.distributed import World
+from erasediff.planning import Network
+from erasediff_kernels import ConstrainedAdamW
+
+WIDTHS = {"100M": (128, 256, 512), "15M": (64, 128, 192)}
+CROSS_ATTENTION_DIM, TOKENS, LATENT = 256, 77, 16
+REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 4_000_000, 4_000_000, 10_000
+"""Small beside the model, as DeepSpeed's defaults are beside a real one."""
+Step = Callable[[], object]
+
+
+def denoiser(size: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=LATENT,
+            block_out_channels=WIDTHS[size],
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=2,
+            cross_attention_dim=CROSS_ATTENTION_DIM,
+            attention_head_dim=8,
+        )
+
+
+def planned(size: str) -> Network:
+    return Network(name=size, module=denoiser(size), resolution=8 * LATENT)
+
+
+def batch(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * World.current().rank + seed)
+    return {
+        "sample": torch.randn(count, 4, LATENT, LATENT, generator=generator),
+        "encoder_hidden_states": torch.randn(count, TOKENS, CROSS_ATTENTION_DIM, generator=generator),
+        "sample_ids": torch.arange(count) + count * World.current().rank,
+    }
+
+
+def deepspeed_config(stage: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
+            "stage3_prefetch_bucket_size": PREFETCH_BUCKET_SIZE,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        },
+    }
+
+
+def engine_of(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def erasediff(size: str, stage: int, per_rank: int) -> Step:
+    """Steps over ``per_rank`` samples on each rank, half of them retained and half forgotten."""
+    model = denoiser(size)
+    optimizer = ConstrainedAdamW(model.parameters(), lr=1e-5)
+    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // 2, 1))
+    unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1))
+    retain, forget = batch(per_rank // 2, 0), batch(per_rank // 2, 1)
+    return lambda: unlearner.step(retain, forget)
+
+
+def fine_tuning(size: str, stage: int, per_rank: int, accumulation: int = 1) -> Step:
+    """The loop that people write with DeepSpeed: torch's noise, loss and fused AdamW, the engine's clipping."""
+    model = denoiser(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // accumulation, accumulation))
+    noising = scheduler()
+    parts = [batch(per_rank // accumulation, index) for index in range(accumulation)]
+
+    def step() -> None:
+        for part in parts:
+            sample = part["sample"]
+            noise = torch.randn_like(sample)
+            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(sample),))
+            noisy = noising.add_noise(sample, noise, timesteps)
+            prediction = engine(noisy, timesteps, part["encoder_hidden_states"], return_dict=False)[0]
+            engine.backward(functional.mse_loss(prediction, noise))
+            engine.step()
+
+    return step

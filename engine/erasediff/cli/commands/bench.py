@@ -1,0 +1,115 @@
+import inspect
+import os
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli.output import emit, messages
+from erasediff.cli.runs import instead_of_the_plan
+from erasediff.errors import UserError
+
+if TYPE_CHECKING:
+    from erasediff.stages.bench import Bench
+    from erasediff.stages.session import Session
+
+OWN = ("out", "resume", "dry_run", "as_json")
+"""The parameters of ``unlearn`` that only make sense for a run."""
+
+
+def bench(
+    *,
+    turns: Annotated[int, typer.Option(min=2, help="Steps of each contender that count.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Append a JSON line for each contender to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the lines of --out, as .svg, .png or .pdf.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    **flags: Any,
+) -> None:
+    """Measure an unlearning step on this machine beside plain fine-tuning on as many samples. Takes unlearn's flags.
+
+    The settings are those of `erasediff unlearn`; samples are noise of the images' size, and nothing is saved.
+    """
+    if plot is not None and out is None:
+        raise UserError("The plot is drawn from a file of results: say with --out which.")
+
+    def measure(session: "Session") -> None:
+        from erasediff.report.bench_plot import draw
+        from erasediff.stages.bench import bench as measured
+
+        with messages.status("Warming up") as status:
+            done = iter(range(1, turns + 3))
+            result = measured(session, turns=turns, progress=lambda: status.update(f"Turn {next(done)} of {turns + 2}"))
+        if out is not None:
+            _append(out, _lines(result, session))
+        if plot is not None and out is not None:
+            draw(out, plot)
+        emit(asdict(result), as_json=as_json, shown=None if as_json else _table(result))
+
+    with instead_of_the_plan(measure):
+        unlearn(**flags, dry_run=True)
+
+
+def _with_flags_of_unlearn() -> inspect.Signature:
+    """typer reads the signature: bench's own parameters, then unlearn's."""
+    own = [p for p in inspect.signature(bench).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    theirs = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(unlearn).parameters.values()
+        if parameter.name not in OWN
+    ]
+    return inspect.Signature([*theirs, *own], return_annotation=None)
+
+
+bench.__signature__ = _with_flags_of_unlearn()  # type: ignore[attr-defined]
+
+
+def _lines(result: "Bench", session: "Session") -> list[dict[str, Any]]:
+    common = {name: value for name, value in asdict(result).items() if name != "contenders"}
+    common |= {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": str(session.config.unlearn.model),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {library: version(library) for library in ("erasediff", "torch", "diffusers")},
+    }
+    return [common | asdict(contender) for contender in result.contenders]
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    from erasediff.runs.metrics import MetricsFile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    MetricsFile(path).append(lines)
+
+
+def _table(result: "Bench") -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        title=f"{result.device}, {result.precision}, {result.parameters_trained / 1e6:,.1f} M weights trained, "
+        f"{result.contenders[0].samples} samples per step, {result.turns} turns",
+        title_justify="left",
+        caption="Ratio: to fine-tuning's time, in turns. FLOPs: used of the "
+        f"{result.matmul_flops_per_second / 1e9:,.0f} GFLOP/s that a matrix product reached in the same turns. "
+        "Update: Gram values, multiplier and weights, of the step.",
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for column in ("samples/s", "ms (quartiles)", "ratio", "FLOPs", "peak MiB", "update"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for contender in result.contenders:
+        spread = f"{contender.first_quartile * 1e3:,.1f}-{contender.third_quartile * 1e3:,.1f}"
+        table.add_row(
+            contender.name,
+            f"{contender.samples_per_second:,.1f}",
+            f"{contender.seconds * 1e3:,.1f} ({spread})",
+            f"{contender.times_fine_tuning:.3f}",
+            f"{contender.flops_utilisation:.1%}",
+            "?" if contender.peak_bytes is None else f"{contender.peak_bytes / 2**20:,.0f}",
+            "" if contender.update_share is None else f"{contender.update_share:.1%}",
+        )
+    return table
