@@ -17,11 +17,20 @@ def state_of(step: int) -> dict[str, Any]:
     return {"step": step, "weights": torch.full((1000,), float(step))}
 
 
+def save(run: RunFolder, step: int) -> None:
+    run.save_checkpoint(step, lambda checkpoint: checkpoint.save(state_of(step)), keep=2)
+
+
+def loaded(run: RunFolder) -> Any:
+    assert run.resume_from is not None
+    return run.resume_from.load()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     run = RunFolder.create(tmp_path / "run", Config())
     for step in (10, 20, 30):
-        run.save_checkpoint(step, state_of(step), keep=2)
+        save(run, step)
     return run
 
 
@@ -31,22 +40,18 @@ def checkpoint_names(run: RunFolder) -> list[str]:
 
 def test_only_the_newest_checkpoints_are_kept(run: RunFolder) -> None:
     assert checkpoint_names(run) == ["checkpoint-20", "checkpoint-30"]
-    run.save_checkpoint(100, state_of(100), keep=2)
+    save(run, 100)
     assert checkpoint_names(run) == ["checkpoint-100", "checkpoint-30"]
 
 
 def test_resume_takes_the_newest_or_the_one_asked_for(run: RunFolder) -> None:
-    newest = RunFolder.resume(run.path, Config()).load_checkpoint()
-    assert newest is not None
-    assert newest["step"] == 30
-    asked = RunFolder.resume(run.path, Config(), Checkpoint.at(run.path / "checkpoint-20")).load_checkpoint()
-    assert asked is not None
-    assert asked["step"] == 20
+    assert loaded(RunFolder.resume(run.path, Config()))["step"] == 30
+    assert loaded(RunFolder.resume(run.path, Config(), Checkpoint.at(run.path / "checkpoint-20")))["step"] == 20
 
 
 def test_resume_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", Config())
-    assert RunFolder.resume(run.path, Config()).load_checkpoint() is None
+    assert RunFolder.resume(run.path, Config()).resume_from is None
 
 
 def test_a_new_run_needs_an_empty_place(run: RunFolder, tmp_path: Path) -> None:
@@ -62,6 +67,7 @@ def test_resume_refuses_settings_that_change_the_results(run: RunFolder) -> None
         RunFolder.resume(run.path, load_config(None, {"train.lr": 1.0, "seed": 1}))
     RunFolder.resume(run.path, load_config(None, {"run.checkpoint_every": 3}))
     assert RunFolder.read_config(run.path).run.checkpoint_every == 3
+    RunFolder.resume(run.path, load_config(None, {"distributed.launch": "zero"}))
 
 
 def test_resume_removes_what_a_kill_left(run: RunFolder) -> None:
@@ -89,9 +95,9 @@ def test_a_damaged_checkpoint_is_one_sentence_with_a_way_out(run: RunFolder, dam
     else:
         newest.rename(run.path / "checkpoint-31")
     with pytest.raises(UserError, match=r"is damaged; continue .* --resume .*checkpoint-20") as caught:
-        RunFolder.resume(run.path, Config()).load_checkpoint()
+        loaded(RunFolder.resume(run.path, Config()))
     assert "\n" not in str(caught.value)
-    assert RunFolder.resume(run.path, Config(), Checkpoint.at(run.path / "checkpoint-20")).load_checkpoint()
+    assert loaded(RunFolder.resume(run.path, Config(), Checkpoint.at(run.path / "checkpoint-20")))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(run: RunFolder) -> None:

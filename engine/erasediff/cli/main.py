@@ -15,7 +15,8 @@ from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
-from erasediff.cli.output import messages, results_alone_on_stdout
+from erasediff.cli.output import messages, print_error, results_alone_on_stdout
+from erasediff.cli.ranks import is_rank, run_as_rank
 from erasediff.errors import UserError
 from erasediff.runs.interrupt import Interrupted
 
@@ -32,16 +33,27 @@ for command in (demo, train, unlearn, sample, evaluate, plan, bench, mask, info)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C (128 + the signal)."""
+    if is_rank():
+        run_as_rank(_exit_code)
+    try:
+        sys.exit(_exit_code())
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
+
+
+def _exit_code() -> int:
+    """Run the command that the arguments name. UserError for a mistake to mend."""
     try:
         app()
-    except UserError as error:
-        messages.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
     except Interrupted as interrupted:
         where = escape(str(interrupted.checkpoint))
         messages.print(f"Stopped after step {interrupted.step}; everything is in {where}.", soft_wrap=True)
         messages.print(f"Continue with: [bold]{escape(resume_command(sys.argv[1:]))}[/]", soft_wrap=True)
-        sys.exit(interrupted.exit_code)
+        return interrupted.exit_code
+    return 0
 
 
 def resume_command(arguments: list[str]) -> str:

@@ -26,6 +26,30 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning 
 Lora = Annotated[Path | None, typer.Option(help="Text-to-image: a LoRA to merge into the model first.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
 
+Launch = Annotated[str | None, typer.Option(help="none, ddp, fsdp or zero: how processes share the work.")]
+Stage = Annotated[int | None, typer.Option(min=0, max=3, help="Of ZeRO, with --launch zero.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="How many --launch starts on this machine.")]
+Offload = Annotated[
+    str | None, typer.Option(metavar="optimizer|params", help="What rests on the CPU; params means both.")
+]
+DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed-config", help="A DeepSpeed JSON of your own.")]
+
+
+def distributed(
+    launch: str | None, stage: int | None, processes: int | None, offload: str | None, deepspeed_config: Path | None
+) -> dict[str, Any]:
+    """The flags of running in several processes, as settings for ``configure``. UserError for an unknown offload."""
+    if offload not in (None, "none", "optimizer", "params"):
+        raise UserError(f'Offload the optimizer or the params, not "{offload}".')
+    return {
+        "distributed__launch": launch,
+        "distributed__stage": stage,
+        "distributed__processes": processes,
+        "distributed__offload_optimizer": None if offload is None else offload != "none",
+        "distributed__offload_params": None if offload is None else offload == "params",
+        "distributed__deepspeed_config": deepspeed_config,
+    }
+
 
 def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Config:
     """The configuration in ``file``, under ``--set``, under the flags that were given.

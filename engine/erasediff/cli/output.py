@@ -24,6 +24,11 @@ def loading(console: Console) -> Status:
     return console.status("Loading PyTorch and diffusers")
 
 
+def print_error(sentence: str, console: Console = messages) -> None:
+    """The one sentence that a mistake gets."""
+    console.print(f"[bold red]Error:[/] {escape(sentence)}", soft_wrap=True)
+
+
 def results_alone_on_stdout(command: Callable[P, None]) -> Callable[P, None]:
     """``command``, where whatever libraries print to standard output goes to standard error instead."""
 

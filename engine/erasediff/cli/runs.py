@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
+from erasediff.cli.ranks import is_rank
 from erasediff.config import Config
 
 if TYPE_CHECKING:
@@ -38,6 +40,15 @@ def place_and_config(
     place = RunPlace.asked_for(out, resume)
     config = fresh or configure(file or place.stored_config, settings, **flags)
     return None if dry_run else place, config
+
+
+def spread(config: Config) -> None:
+    """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do."""
+    if config.distributed.launch == "none" or is_rank():
+        return
+    with loading(messages):
+        from erasediff.distributed.launching import launch
+    raise SystemExit(launch(sys.argv[1:], config.distributed.processes))
 
 
 def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Every setting of every command, typed and validated: a YAML file overridden by flags."""
 
 from erasediff.config.defaults import for_text_to_image
+from erasediff.config.distributed import DistributedConfig
 from erasediff.config.reading import differences, load_config, parse_assignments
 from erasediff.config.sections import (
     DataConfig,
@@ -17,6 +18,7 @@ from erasediff.config.text_to_image import ImagesConfig, OutputConfig, TextToIma
 __all__ = [
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "EvaluateConfig",
     "ImagesConfig",
     "ModelConfig",

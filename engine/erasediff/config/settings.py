@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field
 
+from erasediff.config.distributed import DistributedConfig
 from erasediff.config.fields import Count, Section
 from erasediff.config.methods import EsdConfig, PruningConfig, SalunConfig, SelectiveAmnesiaConfig
 from erasediff.config.sections import (
@@ -41,6 +42,7 @@ class Config(Section):
     images: ImagesConfig = ImagesConfig()
     text_to_image: TextToImageConfig = TextToImageConfig()
     output: OutputConfig = OutputConfig()
+    distributed: DistributedConfig = DistributedConfig()
     esd: EsdConfig = EsdConfig()
     pruning: PruningConfig = PruningConfig()
     salun: SalunConfig = SalunConfig()

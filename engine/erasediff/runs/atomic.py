@@ -38,12 +38,17 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
-            _sync_tree(partial)
-            with _set_aside(path):
-                partial.rename(path)
-            _sync(path.parent)
+            publish(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give the filled folder ``partial``, a ``temporary_sibling`` of ``path``, that name, in the place of one there."""
+    _sync_tree(partial)
+    with _set_aside(path):
+        partial.rename(path)
+    _sync(path.parent)
 
 
 @contextmanager

@@ -1,16 +1,23 @@
 """One checkpoint: a folder with the state, and a manifest whose checksums tell damage from health."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from erasediff.distributed import Peers
 from erasediff.errors import UserError
-from erasediff.runs.atomic import atomic_directory
-from erasediff.runs.state import load_state, save_state
+from erasediff.runs.atomic import atomic_directory, publish, storage_errors, temporary_sibling
+from erasediff.runs.fragments import Fragments, of_one_process, opened
+from erasediff.runs.state import load_state, open_state, save_state
 
 PREFIX = "checkpoint-"
 STATE = "state.safetensors"
@@ -25,7 +32,7 @@ class Checkpoint:
     path: Path
 
     @classmethod
-    def at(cls, path: Path) -> "Checkpoint":
+    def at(cls, path: Path) -> Checkpoint:
         """The checkpoint that the folder ``path`` is named for. UserError if its name is not that of one."""
         number = path.name.removeprefix(PREFIX)
         if not path.name.startswith(PREFIX) or not number.isdecimal():
@@ -33,7 +40,7 @@ class Checkpoint:
         return cls(int(number), path)
 
     @classmethod
-    def of_run(cls, folder: Path) -> list["Checkpoint"]:
+    def of_run(cls, folder: Path) -> list[Checkpoint]:
         """The checkpoints in a run's folder, oldest first."""
         paths = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
         return sorted(cls.at(path) for path in paths)
@@ -42,25 +49,112 @@ class Checkpoint:
         """Write ``state``; the folder appears whole or not at all, and replaces one of the same step."""
         with atomic_directory(self.path, replace=True) as folder:
             save_state(state, folder / STATE)
-            manifest = {"step": self.step, "sha256": {STATE: _checksum(folder / STATE)}}
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            self._write_manifest(folder, {STATE: _checksum(folder / STATE)})
+
+    def save_shared(self, state: Any, peers: Peers) -> None:
+        """Write every rank's own ``state`` to its file; the folder appears once all of them are on the disk.
+
+        UserError, the same on each rank, if one of them could not write. All ranks see one file system.
+        """
+        partial = Path(peers.from_main(str(temporary_sibling(self.path))))
+        try:
+            written = peers.exchange(self._write_share(state, partial, peers))
+            refusals = [share["error"] for share in written if "error" in share]
+            if not refusals and peers.is_main:
+                refusals = self._finish(partial, {share["name"]: share["sha256"] for share in written})
+            refusals = peers.from_main(refusals)
+        finally:
+            if peers.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+        if refusals:
+            raise UserError(refusals[0])
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state, tensors on ``device``. UserError if any of it is not as it was written."""
+        """The state of one process, tensors on ``device``. UserError if any of it is not as it was written."""
+        if not self._is_healthy(self._checksums()):
+            raise self._damaged()
+        return load_state(self.path / STATE, device)
+
+    @contextmanager
+    def fragments(self, peers: Peers) -> Iterator[Fragments]:
+        """The state, of whatever layout, to be read within the block. Every rank calls it, and checks its share.
+
+        UserError, the same on each rank, if any of it is not as it was written.
+        """
+        checksums = self._checksums()
+        names = sorted(checksums)
+        mine = {name: checksums[name] for name in names[peers.rank :: peers.size]}
+        if not all(peers.exchange(self._is_healthy(mine))):
+            raise self._damaged()
+        if self.is_whole:
+            yield of_one_process(self.path, self.path / STATE)
+            return
+        with opened(self.path, [self.path / name for name in names]) as fragments:
+            yield fragments
+
+    def random_state(self, peers: Peers) -> Any | None:
+        """What this rank's file says of its generators; None from a run of another number of ranks."""
+        name = shared_state(peers)
+        if name not in self._checksums():
+            return None
+        with open_state(self.path / name) as state:
+            return {kind: stored.load() for kind, stored in state["random"].items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is of one process, which has whole tensors."""
+        return STATE in self._checksums()
+
+    def _write_share(self, state: Any, partial: Path, peers: Peers) -> dict[str, str]:
+        name = shared_state(peers)
+        try:
+            with storage_errors(self.path):
+                partial.mkdir(parents=True, exist_ok=True)
+                save_state(state, partial / name)
+                return {"name": name, "sha256": _checksum(partial / name)}
+        except UserError as error:
+            return {"error": str(error)}
+
+    def _finish(self, partial: Path, checksums: dict[str, str]) -> list[str]:
+        try:
+            with storage_errors(self.path):
+                self._write_manifest(partial, checksums)
+                publish(partial, self.path)
+        except UserError as error:
+            return [str(error)]
+        return []
+
+    def _write_manifest(self, folder: Path, checksums: dict[str, str]) -> None:
+        manifest = {"step": self.step, "sha256": checksums}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def _checksums(self) -> dict[str, str]:
         try:
             manifest = json.loads((self.path / MANIFEST).read_text())
-            healthy = manifest["step"] == self.step and all(
-                _checksum(self.path / name) == checksum for name, checksum in manifest["sha256"].items()
-            )
+            checksums: dict[str, str] = dict(manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            healthy = False
-        if not healthy:
-            raise UserError(f"The checkpoint {self.path} is damaged{self._way_out()}.")
-        return load_state(self.path / STATE, device)
+            raise self._damaged() from None
+        if manifest["step"] != self.step or not checksums:
+            raise self._damaged()
+        return checksums
+
+    def _is_healthy(self, checksums: dict[str, str]) -> bool:
+        try:
+            return all(_checksum(self.path / name) == checksum for name, checksum in checksums.items())
+        except OSError:
+            return False
+
+    def _damaged(self) -> UserError:
+        return UserError(f"The checkpoint {self.path} is damaged{self._way_out()}.")
 
     def _way_out(self) -> str:
         older = [checkpoint for checkpoint in self.of_run(self.path.parent) if checkpoint.step < self.step]
         return f"; continue from the one before it with --resume {older[-1].path}" if older else ""
+
+
+def shared_state(peers: Peers) -> str:
+    """The name of this rank's file in a checkpoint that ranks share."""
+    return f"state-{peers.rank}-of-{peers.size}.safetensors"
 
 
 def _checksum(path: Path) -> str:

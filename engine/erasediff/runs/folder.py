@@ -1,12 +1,11 @@
 """A run's folder: its configuration, its metrics, its checkpoints, and in the end its model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from erasediff.config import Config, differences, load_config
+from erasediff.distributed import Peers
 from erasediff.errors import UserError
 from erasediff.runs.atomic import atomic_write, remove_directory, remove_leftovers
 from erasediff.runs.checkpoint import PREFIX, Checkpoint
@@ -16,6 +15,8 @@ CONFIG = "config.yaml"
 MODEL = "model"
 SINGLE_FILE = "model.safetensors"
 LATEST = "latest"
+FREE = ("run.", "distributed.")
+"""Settings that a resumed run may change: its results are the same."""
 
 
 class RunFolder:
@@ -46,9 +47,10 @@ class RunFolder:
         """Continue the run at ``path`` from ``start``, by default its newest checkpoint (none: from the beginning).
 
         UserError if there is no run, or if ``config`` asks for other results than the run's own configuration: only
-        the ``run`` section may change, since a resumed run ends exactly where the uninterrupted one would have.
+        the sections ``run`` and ``distributed`` may change, since a resumed run ends where the uninterrupted one would
+        have.
         """
-        changed = [name for name in differences(cls.read_config(path), config) if not name.startswith("run.")]
+        changed = [name for name in differences(cls.read_config(path), config) if not name.startswith(FREE)]
         if changed:
             raise UserError(f"The run in {path} was started with another {' and '.join(changed)}: begin a new one.")
         remove_leftovers(path)
@@ -75,17 +77,14 @@ class RunFolder:
         """Whether the run has left its model."""
         return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
 
-    def save_checkpoint(self, step: int, state: Any, *, keep: int) -> Checkpoint:
-        """Write ``checkpoint-<step>``, then remove the oldest beyond ``keep``."""
+    def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> Checkpoint:
+        """Have ``save`` write ``checkpoint-<step>``, then remove the oldest beyond ``keep``."""
         checkpoint = Checkpoint(step, self.path / f"{PREFIX}{step}")
-        checkpoint.save(state)
-        for old in Checkpoint.of_run(self.path)[:-keep]:
-            remove_directory(old.path)
+        save(checkpoint)
+        if Peers.current().is_main:
+            for old in Checkpoint.of_run(self.path)[:-keep]:
+                remove_directory(old.path)
         return checkpoint
-
-    def load_checkpoint(self, device: torch.device | str = "cpu") -> Any | None:
-        """The state to resume from, or None at the beginning of a run."""
-        return None if self.resume_from is None else self.resume_from.load(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +121,17 @@ class RunPlace:
 
     def check(self) -> None:
         """UserError where ``open`` would refuse to begin; worth asking before long preparations."""
-        if not self.resuming:
+        if not self.resuming and Peers.current().is_main:
             RunFolder.check_free(self.path)
 
     def open(self, config: Config) -> RunFolder:
-        """Begin or resume the run; see ``RunFolder``."""
+        """Begin or resume the run; see ``RunFolder``. Every rank calls it; the main one alone writes."""
+        peers = Peers.current()
+        run = self._opened(config) if peers.is_main else None
+        start = peers.from_main(str(run.resume_from.path) if run and run.resume_from else None)
+        return run or RunFolder(self.path, Checkpoint.at(Path(start)) if start else None)
+
+    def _opened(self, config: Config) -> RunFolder:
         if self.resuming:
             return RunFolder.resume(self.path, config, self.checkpoint)
         return RunFolder.create(self.path, config)

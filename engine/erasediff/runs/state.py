@@ -7,6 +7,8 @@ that a dict's text keys come back sorted: equal states are equal files, in whate
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,37 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
     if FORMAT not in metadata:
         raise UserError(f"{path} is not a saved state of this program.")
     return _decode(json.loads(metadata[FORMAT]), tensors)
+
+
+class StoredTensor:
+    """A tensor that stays on the disk until it is asked for; a slice reads the rows that it names."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file = file
+        self._name = name
+        self.shape = tuple(file.get_slice(name).get_shape())
+
+    def load(self) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(self._name)
+        return tensor.clone()
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        tensor: Tensor = self._file.get_slice(self._name)[rows]
+        return tensor
+
+
+@contextmanager
+def open_state(path: Path) -> Iterator[Any]:
+    """As ``load_state``, with ``StoredTensor``s in the tensors' places, which can be read within the block."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if FORMAT not in metadata:
+                raise UserError(f"{path} is not a saved state of this program.")
+            stored = {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118
+            yield _decode(json.loads(metadata[FORMAT]), stored)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
 
 
 class _Encoder:
@@ -87,7 +120,7 @@ class _Encoder:
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(node: Any, tensors: Mapping[str, Any]) -> Any:
     match node:
         case list():
             return [_decode(item, tensors) for item in node]

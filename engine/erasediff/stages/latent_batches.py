@@ -9,9 +9,11 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config
-from erasediff.data import Buckets, CachedBatches, LatentCache, Stream, check_disjoint
+from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, Stream, check_disjoint
 from erasediff.data.buckets import USUAL_STEP
 from erasediff.data.survey import Broken, content_ids, survey
+from erasediff.distributed import Peers
+from erasediff.distributed.joining import share_of
 from erasediff.models.family import TextToImageModel
 from erasediff.runs.loop import Batches
 from erasediff.stages.cache import cache_folder
@@ -19,11 +21,29 @@ from erasediff.stages.image_sets import image_sets, listed_images
 
 
 def latent_batches(config: Config, model: TextToImageModel, console: Console) -> tuple[Batches, Batches]:
-    """(retain, forget), after whatever the cache lacks of them was computed.
+    """(retain, forget), this rank's part, after the main one has computed whatever the cache lacks of them.
 
     UserError for the images' mistakes, a size that the model does not have, and sets that share an image.
     """
-    settings, hyper = config.images, config.unlearn
+    hyper = config.unlearn
+    batches = partial(
+        CachedBatches,
+        batch_size=hyper.batch_size,
+        seed=config.seed,
+        device=model.device,
+        **share_of(hyper.batch_size, "unlearn.batch_size"),
+    )
+    with Peers.current().main_first():
+        retain, forget = _encoded(config, model, console)
+    return (
+        batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
+        batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
+    )
+
+
+def _encoded(config: Config, model: TextToImageModel, console: Console) -> tuple[CachedImages, CachedImages]:
+    """(retain, forget) in the cache."""
+    settings = config.images
     buckets = buckets_of(config, model)
     broken = Broken(console, skip=settings.skip_broken)
     forget, retain = (survey(images, buckets, broken, console) for images in image_sets(config, model, console))
@@ -36,11 +56,7 @@ def latent_batches(config: Config, model: TextToImageModel, console: Console) ->
         mirror=settings.mirror,
         batch_size=settings.encode_batch_size,
     )
-    batches = partial(CachedBatches, batch_size=hyper.batch_size, seed=config.seed, device=model.device)
-    return (
-        batches(encode(retain), stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
-        batches(encode(forget), stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
-    )
+    return encode(retain), encode(forget)
 
 
 def image_size(config: Config, model: TextToImageModel) -> tuple[int, int]:
@@ -82,6 +98,7 @@ def rehearsal_batches(config: Config, model: TextToImageModel) -> tuple[Batches,
     generator = torch.Generator().manual_seed(config.seed)
     latents = model.encode_images(torch.rand(at_once, 3, *size, generator=generator) * 2 - 1)
     condition = model.encode_prompts([""] * at_once) | model.size_condition(size, (0, 0), size, at_once)
-    rows = torch.arange(config.unlearn.batch_size, device=model.device) % at_once
+    share = config.unlearn.batch_size // share_of(config.unlearn.batch_size, "unlearn.batch_size")["world_size"]
+    rows = torch.arange(share, device=model.device) % at_once
     batches = NoiseBatches({name: tensor[rows] for name, tensor in {"sample": latents, **condition}.items()})
     return batches, batches

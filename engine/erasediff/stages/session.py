@@ -1,6 +1,6 @@
 """What a run needs, built but not begun: a model, a method and its batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,23 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from erasediff.config import Config
+from erasediff.config import Config, TrainConfig, UnlearnConfig
+from erasediff.distributed import Peers
+from erasediff.distributed.joining import check_launch, join, local_device
+from erasediff.distributed.parallel import in_parallel
 from erasediff.errors import UserError
 from erasediff.methods import Method
 from erasediff.models import ema_weights
+from erasediff.objectives import Relabel
 from erasediff.runs.folder import MODEL, RunPlace
 from erasediff.runs.loop import Batches, run_steps
 from erasediff.runs.schedule import LearningRate
+from erasediff.stages.export import averaged_whole, made_whole
 from erasediff_kernels import ConstrainedAdamW
 from erasediff_kernels._dispatch import selected as selected_backend
+
+SHARED_METHODS = ("erasediff", "finetune", "neggrad")
+"""Those whose whole state is that of the weights: any number of ranks can share it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +43,8 @@ class RunResult:
 class Session:
     """One method, about to train one network on one stream of batches, or two.
 
-    ``save`` writes the network, with all that belongs to it, to a path; in the run's folder, that is ``saved_as``.
+    ``network`` is the model's own; where ranks share the work, the method trains it inside of something else. ``save``
+    writes the network, with all that belongs to it, to a path; in the run's folder, that is ``saved_as``.
     """
 
     title: str
@@ -64,9 +73,9 @@ class Session:
             before_step=lambda step: self.rate.apply(self.optimizer, step),
             console=console,
             title=self.title,
+            shared=self.config.distributed.launch != "none",
         )
-        with ema_weights(self.optimizer):
-            self.save(run.path / self.saved_as)
+        self._export(run.path / self.saved_as)
         return RunResult(
             run=run.path,
             model=run.path / self.saved_as,
@@ -74,6 +83,20 @@ class Session:
             seconds=outcome.seconds,
             metrics=outcome.last,
         )
+
+    def _export(self, path: Path) -> None:
+        """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""
+        if self.config.distributed.launch == "none":
+            with ema_weights(self.optimizer):
+                self.save(path)
+            return
+        method: Any = self.method
+        weights = averaged_whole(method.model, method.gradients)
+        peers = Peers.current()
+        with peers.main_first():
+            if peers.is_main:
+                made_whole(self.network, weights)
+                self.save(path)
 
     def trial_step(self, index: int) -> None:
         """Take one step that no run folder hears of."""
@@ -88,7 +111,8 @@ def set_up_device(config: Config) -> torch.device:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    name = config.device
+    check_launch(config.distributed)
+    name = local_device(config.device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -100,7 +124,40 @@ def set_up_device(config: Config) -> torch.device:
         selected_backend(device.type)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
+    join(config.distributed, device)
     return device
+
+
+def shared_by_ranks(
+    config: Config,
+    settings: TrainConfig | UnlearnConfig,
+    network: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    make_optimizer: Callable[[Iterable[nn.Parameter]], ConstrainedAdamW],
+) -> tuple[nn.Module, ConstrainedAdamW]:
+    """``in_parallel``, with the sizes that ``settings`` give. UserError for a method that one process alone can run."""
+    if config.distributed.launch != "none" and isinstance(settings, UnlearnConfig):
+        if settings.method not in SHARED_METHODS:
+            raise UserError(f"The method {settings.method} runs in one process: use --launch none.")
+        if config.text_to_image.saliency is not None:
+            raise UserError("Saliency is measured in one process: use --launch none, or leave it away.")
+    return in_parallel(
+        network,
+        parameters,
+        make_optimizer,
+        config.distributed,
+        batch_size=settings.batch_size,
+        accumulation_steps=settings.accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+def made_ahead(relabel: Callable[[], Relabel], *, needed: UnlearnConfig) -> Callable[[], Relabel]:
+    """``relabel``, called now if the method is going to: a frozen teacher is a copy, of weights that are whole."""
+    if needed.method != "erasediff" or needed.target != "relabel":
+        return relabel
+    target = relabel()
+    return lambda: target
 
 
 def precision_of(config: Config) -> torch.dtype | None:

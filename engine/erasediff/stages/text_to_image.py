@@ -26,7 +26,7 @@ from erasediff.stages.method import (
     needed_batches,
     unlearning_method,
 )
-from erasediff.stages.session import Session, precision_of, set_up_device
+from erasediff.stages.session import Session, made_ahead, precision_of, set_up_device, shared_by_ranks
 from erasediff.stages.trained_weights import (
     check_output,
     keep_to_the_salient,
@@ -57,21 +57,24 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     retain, forget = _batches(config, model, console, rehearse=rehearse)
     parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
-    optimizer = ConstrainedAdamW(
-        parameters,
-        rate.peak,
+    # Before the network is shared out: a frozen teacher is a copy of the whole.
+    relabel = made_ahead(partial(relabelling, config, model), needed=settings)
+    make_optimizer = partial(
+        ConstrainedAdamW,
+        lr=rate.peak,
         weight_decay=settings.weight_decay,
         ema_decay=settings.ema_decay,
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
         seed=config.seed,
     )
+    trained, optimizer = shared_by_ranks(config, settings, model.denoiser_module, parameters, make_optimizer)
     method = unlearning_method(
         config,
-        model.denoiser_module,
+        trained,
         optimizer,
         process=model.process,
         denoiser=model.denoiser,
-        relabel=partial(relabelling, config, model),
+        relabel=relabel,
         retain=retain,
         forget=forget,
         encode_prompts=partial(prompt_condition, config, model),

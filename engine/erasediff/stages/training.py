@@ -7,12 +7,13 @@ from rich.console import Console
 
 from erasediff.config import Config
 from erasediff.data import GlobalBatches, forget_retain_split, load_digits
+from erasediff.distributed.joining import share_of
 from erasediff.methods import FineTune
 from erasediff.models import PixelModel
 from erasediff.process import Process
 from erasediff.runs.folder import RunPlace
 from erasediff.runs.schedule import LearningRate
-from erasediff.stages.session import RunResult, Session, precision_of, set_up_device
+from erasediff.stages.session import RunResult, Session, precision_of, set_up_device, shared_by_ranks
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -36,8 +37,12 @@ def training_session(config: Config, title: str = "Training") -> Session:
     if config.data.exclude:
         _, images = forget_retain_split(images, config.data.exclude)
     model = untrained_model(config, device)
-    optimizer = ConstrainedAdamW(
-        model.unet.parameters(), settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
+    trained, optimizer = shared_by_ranks(
+        config,
+        settings,
+        model.unet,
+        model.unet.parameters(),
+        partial(ConstrainedAdamW, lr=settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
     )
     return Session(
         title=title,
@@ -46,7 +51,7 @@ def training_session(config: Config, title: str = "Training") -> Session:
         save=partial(model.save, replace=True),
         optimizer=optimizer,
         method=FineTune(
-            model.unet,
+            trained,
             optimizer,
             process=Process.from_scheduler(model.scheduler),
             min_snr_gamma=settings.min_snr_gamma,
@@ -63,5 +68,6 @@ def training_session(config: Config, title: str = "Training") -> Session:
             conditional=config.model.conditional,
             label_dropout=settings.label_dropout,
             null_label=model.null_label,
+            **share_of(settings.batch_size, "train.batch_size"),
         ),
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.distributed.joining import share_of
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
 from erasediff.objectives import Relabel
@@ -21,7 +22,7 @@ from erasediff.stages.method import (
     needed_batches,
     unlearning_method,
 )
-from erasediff.stages.session import RunResult, Session, set_up_device
+from erasediff.stages.session import RunResult, Session, made_ahead, set_up_device, shared_by_ranks
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -47,26 +48,32 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
     if not needed_batches(config):
         raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
     rate = learning_rate(settings)
-    optimizer = ConstrainedAdamW(
-        method_parameters(config, model.unet), rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay
-    )
-
     batches = partial(
         GlobalBatches,
         batch_size=settings.batch_size,
         seed=config.seed,
         conditional=model.num_classes is not None,
         null_label=model.null_label,
+        **share_of(settings.batch_size, "unlearn.batch_size"),
+    )
+    # Before the network is shared out: a frozen teacher is a copy of the whole.
+    relabel = made_ahead(partial(relabelling, settings, model), needed=settings)
+    trained, optimizer = shared_by_ranks(
+        config,
+        settings,
+        model.unet,
+        method_parameters(config, model.unet),
+        partial(ConstrainedAdamW, lr=rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
     )
 
     retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
     forgotten = batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
     method = unlearning_method(
         config,
-        model.unet,
+        trained,
         optimizer,
         process=Process.from_scheduler(model.scheduler),
-        relabel=partial(relabelling, settings, model),
+        relabel=relabel,
         retain=retained,
         forget=forgotten,
     )

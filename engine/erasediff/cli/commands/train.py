@@ -4,7 +4,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.runs import carry_out, place_and_config
+from erasediff.cli.runs import carry_out, place_and_config, spread
 
 
 def train(
@@ -16,6 +16,11 @@ def train(
     lr: options.LearningRate = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    launch: options.Launch = None,
+    stage: options.Stage = None,
+    processes: options.Processes = None,
+    offload: options.Offload = None,
+    deepspeed_config: options.DeepSpeedConfig = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     resume: options.Resume = None,
@@ -36,7 +41,9 @@ def train(
         train__lr=lr,
         seed=seed,
         device=device,
+        **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
+    spread(full_config)
     with loading(messages):
         from erasediff.stages.training import training_session
     carry_out(training_session(full_config), place, as_json=as_json)

@@ -5,7 +5,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.runs import carry_out, place_and_config
+from erasediff.cli.runs import carry_out, place_and_config, spread
 
 
 def unlearn(
@@ -53,6 +53,11 @@ def unlearn(
     lr: options.LearningRate = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    launch: options.Launch = None,
+    stage: options.Stage = None,
+    processes: options.Processes = None,
+    offload: options.Offload = None,
+    deepspeed_config: options.DeepSpeedConfig = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     resume: options.Resume = None,
@@ -92,7 +97,9 @@ def unlearn(
         unlearn__lr=lr,
         seed=seed,
         device=device,
+        **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
+    spread(full_config)
     with loading(messages):
         from erasediff.stages.any_model import unlearning_session_of
     if place is not None:

@@ -1,0 +1,66 @@
+"""From what a launcher has put into the environment to a process group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TypedDict
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from erasediff.config import DistributedConfig
+from erasediff.distributed.peers import Peers
+from erasediff.errors import UserError
+
+
+class Share(TypedDict):
+    """Which part of every batch is this rank's, as batches take it."""
+
+    rank: int
+    world_size: int
+
+
+def check_launch(settings: DistributedConfig) -> None:
+    """UserError where a launcher and the configuration disagree on whether there are several processes."""
+    size = Peers.current().size
+    if settings.launch == "none" and size > 1:
+        raise UserError(f"{size} processes were started: say with --launch ddp, fsdp or zero how they share the work.")
+    if settings.launch != "none" and Peers.current().store is None:
+        raise UserError("This command runs in one process: leave distributed.launch at none.")
+
+
+def local_device(name: str) -> str:
+    """The device of this rank, where ``name`` leaves the choice. UserError for one GPU for several ranks."""
+    if Peers.current().size == 1 or name not in ("auto", "cuda"):
+        if name.startswith("cuda:"):
+            raise UserError(f"Each process has a GPU of its own: say --device cuda, not {name}.")
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+
+
+def join(settings: DistributedConfig, device: torch.device) -> None:
+    """Initialise ``torch.distributed`` among the ranks, with the time limit of ``settings``; again is no harm."""
+    peers = Peers.current()
+    if settings.launch == "none" or peers.store is None or dist.is_initialized():
+        return
+    peers.seconds = settings.timeout
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        # Collectives of both kinds of tensors: stops are agreed on without the device.
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", peers.store),
+        rank=peers.rank,
+        world_size=peers.size,
+        timeout=timedelta(seconds=settings.timeout),
+    )
+
+
+def share_of(batch_size: int, setting: str) -> Share:
+    """This rank's part of a batch of ``batch_size``. UserError for a batch that cannot be cut evenly."""
+    peers = Peers.current()
+    if batch_size % peers.size:
+        raise UserError(f"{setting} is {batch_size}, which {peers.size} processes cannot share: choose a multiple.")
+    return Share(rank=peers.rank, world_size=peers.size)

@@ -1,0 +1,82 @@
+"""This command again, as one process per rank on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+from torch.distributed.elastic.multiprocessing import api as elastic
+
+from erasediff.errors import UserError
+
+HOST = "127.0.0.1"
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``erasediff`` with ``arguments`` in ``processes`` ranks; returns the exit code.
+
+    Signals go on to all ranks. The first rank to fail ends the others, and its exit code is the run's. UserError for
+    one that a signal has killed, which could not tell its own end.
+    """
+    elastic.logger.setLevel("CRITICAL")
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    command = (sys.executable, "-m", "erasediff.cli", *arguments)
+    ranks = start_processes(
+        name="erasediff",
+        entrypoint=command[0],
+        args=dict.fromkeys(range(processes), command[1:]),
+        envs={rank: _environment(rank, processes, store.port) for rank in range(processes)},
+        logs_specs=DefaultLogsSpecs(),
+        start_method="spawn",
+    )
+    try:
+        with _signals_passed_on(ranks):
+            result = ranks.wait()
+    finally:
+        ranks.close(signal.SIGKILL)
+    if result is None or not result.is_failed():
+        return 0
+    rank, first = min(result.failures.items(), key=lambda failed: failed[1].timestamp)
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        raise UserError(f"Rank {rank} was killed ({name}); --resume latest continues from the last checkpoint.")
+    return first.exitcode
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun would tell the ranks; the store is this process's, so that it outlives each of them."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+
+
+@contextmanager
+def _signals_passed_on(ranks: PContext) -> Iterator[None]:
+    """Ctrl-C and SIGTERM reach the ranks, which are in sessions of their own, and not this process."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for process in ranks.pids().values():
+            try:
+                os.kill(process, number)
+            except ProcessLookupError:
+                continue
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

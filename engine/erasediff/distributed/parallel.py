@@ -1,0 +1,86 @@
+"""A network and its optimizer as the ranks of a run share them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from erasediff.config import DistributedConfig
+from erasediff.distributed.peers import Peers
+from erasediff.distributed.zero_config import zero_config
+from erasediff.errors import UserError
+
+O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], O]
+
+
+def in_parallel(
+    network: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    make_optimizer: MakeOptimizer[O],
+    settings: DistributedConfig,
+    *,
+    batch_size: int,
+    accumulation_steps: int,
+    max_grad_norm: float | None,
+) -> tuple[nn.Module, O]:
+    """What a method is to train, and the optimizer of it: ``network`` itself, or what now stands around it.
+
+    parameters: those of ``network`` that are trained; all others require no gradient
+    batch_size: of all ranks together
+
+    The network is sharded where it is: its parameters are no longer whole under FSDP and ZeRO-3. UserError for settings
+    that do not go together, and without DeepSpeed where it is asked for.
+    """
+    if settings.offload_params and settings.launch not in ("fsdp", "zero"):
+        raise UserError(f"--launch {settings.launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
+    if settings.offload_optimizer and settings.launch in ("none", "ddp"):
+        raise UserError(f"--launch {settings.launch} cannot offload its optimizer: use fsdp or zero.")
+    if settings.launch == "none":
+        return network, make_optimizer(parameters)
+    if settings.launch == "ddp":
+        device = next(network.parameters()).device
+        optimizer = make_optimizer(parameters)
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None), optimizer
+    if settings.launch == "fsdp":
+        _shard(network, settings)
+        return network, make_optimizer([p for p in network.parameters() if p.requires_grad])
+    optimizer = make_optimizer(parameters)
+    config = zero_config(
+        settings,
+        batch_size=batch_size,
+        processes=Peers.current().size,
+        accumulation_steps=accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        bf16=any(parameter.dtype == torch.bfloat16 for parameter in network.parameters()),
+    )
+    return _engine(network, optimizer, config), optimizer
+
+
+def _shard(network: nn.Module, settings: DistributedConfig) -> None:
+    """FSDP2, block by block: one block's parameters are whole at a time."""
+    if settings.offload_optimizer and not settings.offload_params:
+        raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
+    policy = CPUOffloadPolicy() if settings.offload_params else OffloadPolicy()
+    for child in network.children():
+        for block in child if isinstance(child, nn.ModuleList) else [child]:
+            if any(True for _ in block.parameters()):
+                fully_shard(block, offload_policy=policy)
+    fully_shard(network, offload_policy=policy)
+
+
+def _engine(network: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> nn.Module:
+    os.environ.setdefault("DS_ACCELERATOR", next(network.parameters()).device.type)
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("--launch zero needs DeepSpeed: install erasediff[zero].") from None
+    deepspeed.utils.logger.setLevel("ERROR")
+    engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+    return engine

@@ -1,0 +1,126 @@
+"""What the ranks of a run tell one another besides tensors: who goes first, what was written, and who failed why.
+
+It goes through the key-value store that the process group begins with, so it works before there is a group, takes as
+long as it must, and still works when a collective cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from erasediff.errors import UserError
+
+RENDEZVOUS_SECONDS = 600.0
+POLL_SECONDS = 0.05
+FAILED, TOLD = "failed", "told"
+
+
+class PeerFailed(Exception):
+    """Another rank has ended the run; ``exit_code`` and the message are its own."""
+
+    def __init__(self, rank: int, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exit_code = exit_code
+
+
+class Peers:
+    """The ranks of this run, of which this is one. All of them must call the same methods in the same order."""
+
+    _current: ClassVar[Peers | None] = None
+
+    def __init__(self, store: Store | None = None, rank: int = 0, size: int = 1) -> None:
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self.seconds = RENDEZVOUS_SECONDS
+        self._count = 0
+
+    @classmethod
+    def current(cls) -> Peers:
+        """The ranks that ``connect`` found; one alone without."""
+        if cls._current is None:
+            cls._current = cls()
+        return cls._current
+
+    @classmethod
+    def connect(cls) -> Peers:
+        """Meet the ranks that a launcher has started: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell where."""
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
+        cls._current = cls(PrefixStore("erasediff", store), rank, size)
+        return cls._current
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (of JSON), by rank. Raises ``PeerFailed``; UserError where one stays away too long."""
+        if self.store is None:
+            return [value]
+        self._count += 1
+        self.store.set(f"{self._count}/{self.rank}", json.dumps(value))
+        return [json.loads(self._get(f"{self._count}/{rank}", self.seconds)) for rank in range(self.size)]
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's ``value`` (of JSON)."""
+        return self.exchange(value)[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main rank goes through the block alone, however long it takes, and then the others at once."""
+        self._count += 1
+        key = f"{self._count}/main"
+        if not self.is_main:
+            self._get(key, None)
+        yield
+        if self.store is not None and self.is_main:
+            self.store.set(key, "done")
+
+    def fail(self, exit_code: int, message: str) -> None:
+        """Say why this rank ends the run; the first to say so counts."""
+        if self.store is not None and not self.store.check([FAILED]):
+            self.store.set(FAILED, json.dumps([self.rank, exit_code, message]))
+
+    def failure(self) -> PeerFailed | None:
+        """Which rank has ended the run and why, if one has."""
+        if self.store is None or not self.store.check([FAILED]):
+            return None
+        return PeerFailed(*json.loads(self.store.get(FAILED)))
+
+    def tell(self) -> None:
+        """The main rank has told the person how the run ends: the others may go."""
+        if self.store is not None:
+            self.store.set(TOLD, "done")
+
+    def was_told(self, seconds: float) -> bool:
+        """Whether the person has been told, within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while self.store is not None and not self.store.check([TOLD]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def _get(self, key: str, seconds: float | None) -> bytes:
+        assert self.store is not None
+        began = time.monotonic()
+        while not self.store.check([key]):
+            if (failure := self.failure()) is not None:
+                raise failure
+            if seconds is not None and time.monotonic() - began > seconds:
+                raise UserError(
+                    f"Rank {self.rank} waited {seconds:g} s for another process in vain: see what became of it, or "
+                    "raise distributed.timeout."
+                )
+            time.sleep(POLL_SECONDS)
+        content: bytes = self.store.get(key)
+        return content

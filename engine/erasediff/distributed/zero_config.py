@@ -1,0 +1,81 @@
+"""The DeepSpeed configuration of a run: a person's own, ours where it says nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from erasediff.config import DistributedConfig
+from erasediff.errors import UserError
+
+AUTO = "auto"
+
+
+def zero_config(
+    settings: DistributedConfig,
+    *,
+    batch_size: int,
+    processes: int,
+    accumulation_steps: int,
+    max_grad_norm: float | None,
+    bf16: bool,
+) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` takes. ``batch_size`` is that of all ``processes`` together.
+
+    UserError for a file that cannot be read, and for one that contradicts the run's own settings.
+    """
+    own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config)
+    zero = dict(own.pop("zero_optimization", {}))
+    asked = settings.stage if "stage" in settings.model_fields_set or "stage" not in zero else zero["stage"]
+    said: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (batch_size, "the batch size"),
+        "train_micro_batch_size_per_gpu": (
+            max(1, batch_size // processes // accumulation_steps),
+            "the batch size over processes and accumulation_steps",
+        ),
+        "gradient_accumulation_steps": (accumulation_steps, "accumulation_steps"),
+        "gradient_clipping": (max_grad_norm or 0.0, "max_grad_norm"),
+    }
+    for name, (value, setting) in said.items():
+        if own.get(name, AUTO) not in (AUTO, value):
+            raise UserError(
+                f"{settings.deepspeed_config} sets {name} to {own[name]}, but {setting} is {value}: leave one of them "
+                "away."
+            )
+    if zero.get("stage", AUTO) not in (AUTO, asked):
+        raise UserError(f"{settings.deepspeed_config} is for stage {zero['stage']}, but --stage says {asked}.")
+    zero["stage"] = asked
+    if settings.offload_optimizer or settings.offload_params:
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+    if settings.offload_params:
+        if asked != 3:
+            raise UserError(f"Stage {asked} keeps parameters on every device: only --stage 3 can offload them.")
+        zero.setdefault("offload_param", {"device": "cpu"})
+    common: dict[str, Any] = {
+        "bf16": {"enabled": bf16},
+        # The optimizer is ours, on the CPU too.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    # DeepSpeed derives the batch of all processes from the other two.
+    counted = {name: value for name, (value, _) in said.items() if name != "train_batch_size"}
+    own.pop("train_batch_size", None)
+    return {**common, **own, **counted, "zero_optimization": zero}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the DeepSpeed configuration {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(own, dict) or not isinstance(own.get("zero_optimization", {}), dict):
+        raise UserError(f"{path} is not a DeepSpeed configuration: it must hold an object of settings.")
+    for section in ("optimizer", "scheduler"):
+        if section in own:
+            raise UserError(f"{path} has a section {section}: leave it away, the run's own settings say that.")
+    if own.get("fp16", {}).get("enabled") is True:
+        raise UserError(f"{path} asks for fp16, whose loss scaling unlearning does not support: use bf16.")
+    return own
