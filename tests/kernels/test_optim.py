@@ -352,3 +352,43 @@ def test_distributed_tensors_are_updated_through_their_shards(mesh: DeviceMesh) 
     for (p, average), (q, other_average) in zip(optimizer.ema_parameters(), restored.ema_parameters(), strict=True):
         assert torch.equal(p.full_tensor(), q.full_tensor())
         assert torch.equal(average.full_tensor(), other_average.full_tensor())
+
+
+@KINDS
+def test_a_pending_constraint_makes_step_the_constrained_step(make: Any) -> None:
+    """Called whole, or once for each part of a group as ZeRO-3 does: the same bits, and one step counted."""
+    results = []
+    for how in ("constrained_step", "step", "step by parts"):
+        torch.manual_seed(0)
+        optimizer = make(parameters("cpu"), ema_decay=0.9)
+        params = optimizer.parameters_in_order()
+        for _ in range(3):
+            retain, forget = like(params), like(params)
+            constraint = constraint_multiplier(gradient_gram(retain, forget), eta=0.5, max_norm=1.0)
+            if how == "constrained_step":
+                optimizer.constrained_step(retain, forget, constraint)
+                continue
+            for p, gradient in zip(params, retain, strict=True):
+                p.grad = gradient
+            group = optimizer.param_groups[0]
+            with optimizer.pending(dict(zip(params, forget, strict=True)), constraint):
+                for part in [params] if how == "step" else [[p] for p in params]:
+                    group["params"] = part
+                    optimizer.step()
+            group["params"] = params
+        results.append((params, [average for _, average in optimizer.ema_parameters()]))
+        assert float(optimizer.param_groups[0]["step"]) == 3.0
+    for params, averages in results[1:]:
+        same(params, results[0][0])
+        same(averages, results[0][1])
+
+
+@KINDS
+def test_state_can_be_made_before_the_first_step(make: Any) -> None:
+    optimizer = make(parameters("cpu", torch.bfloat16), master_weights=True, ema_decay=0.9)
+    optimizer.initialize_state()
+    for p in optimizer.parameters_in_order():
+        state = optimizer.state[p]
+        assert torch.equal(state["master"], p.detach().float())
+        assert torch.equal(state["ema"], p.detach().float())
+        assert not any(state[name].any() for name in optimizer.MOMENTS)
