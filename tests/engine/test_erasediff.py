@@ -355,6 +355,53 @@ def test_frozen_parameters_stay(model, process, make_batch):
     assert torch.equal(model.label.weight, before)
 
 
+def test_a_retain_teacher_keeps_the_weights_until_something_is_to_be_forgotten(model, process, make_batch):
+    """Where the model is its teacher's equal, r is zero: the step is eta g under the norm barrier, and no drift."""
+    retain, forget = make_batch(1), make_batch(2, seed=1)
+    _, g, _ = gradients_at(model, process, retain, forget, UniformNoise())
+    before = flat(model.parameters())
+    teacher = copy.deepcopy(model)
+    unlearner = EraseDiff(
+        model,
+        ConstrainedSGD(model.parameters(), lr=1.0),
+        process=process,
+        barrier=Norm(0.3),
+        retain_teacher=teacher,
+        max_grad_norm=None,
+    )
+    report = unlearner.step(retain, forget)
+    assert float(report.retain_loss) == 0.0
+    torch.testing.assert_close(before - flat(model.parameters()), 0.3 * g, rtol=1e-4, atol=1e-7)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.equal(flat(teacher.parameters()), before)
+
+
+def test_preservation_loss_is_the_distance_of_two_predictions_at_the_same_states(make_model, process, make_batch):
+    model, teacher = make_model(), make_model()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.05)
+    batch, key, seen = make_batch(1), noise_key(0, 3, "cpu"), []
+
+    def denoiser(module, noisy_sample, timesteps, condition):
+        prediction = module(noisy_sample, timesteps, **condition, return_dict=False)[0]
+        seen.append((noisy_sample.detach().clone(), timesteps.clone(), prediction.detach().double()))
+        return prediction
+
+    objective = DenoisingObjective(process=process, denoiser=denoiser, accumulation_steps=2)
+    loss = objective.preservation_loss(model, teacher, batch, key, torch.autograd.backward)
+    theirs, ours = seen[::2], seen[1::2]
+    for (x, t, _), (y, u, _) in zip(theirs, ours, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(t, u)
+    distance = torch.cat([p - q for (_, _, p), (_, _, q) in zip(theirs, ours, strict=True)]).square().mean()
+    assert float(loss) == pytest.approx(float(distance), rel=1e-5)
+    seen.clear()
+    objective.retain_loss(model, batch, key, None)
+    assert torch.equal(torch.cat([x for x, _, _ in seen]), torch.cat([x for x, _, _ in ours]))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_unknown_option_and_bad_settings_are_refused(model, process):
     optimizer = ConstrainedAdamW(model.parameters(), lr=1e-2)
     with pytest.raises(TypeError, match="gradient_clip"):

@@ -25,6 +25,7 @@ def for_text_to_image(config: Config) -> Config:
             "ema_decay": None,
             "forget_label_dropout": 0.0,
             "target": target,
+            "retain_target": "teacher",
             "eta": usual_eta(config.unlearn.barrier, target),
         },
         "sample": {"num_inference_steps": 30, "batch_size": 4},

@@ -51,8 +51,12 @@ NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
 class UnlearnConfig(Section):
     """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them.
 
-    None for ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit the kind of model:
-    see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it took.
+    ``retain_target`` is what the model is to predict on retained data: the true noise, or what the original model, the
+    teacher, predicts.
+
+    None for ``retain_target``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit
+    the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it
+    took.
 
     ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
     ``images``, and label dropout is then that of captions.
@@ -79,6 +83,7 @@ class UnlearnConfig(Section):
     target: Literal["uniform", "gaussian", "relabel"] | None = None
     relabel_to: tuple[ClassNumber, ...] | None = None
     teacher: Literal["current", "frozen"] = "frozen"
+    retain_target: Literal["true", "teacher"] | None = None
     barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
     eta: Positive | None = None
     inner_steps: Count = 3
@@ -99,6 +104,7 @@ class UnlearnConfig(Section):
         suited = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
+            "retain_target": "true",
             "eta": 0.03 if self.barrier == "norm" and not conditional else usual_eta(self.barrier, target),
             "steps": 100 if conditional else 200,
             "lr": 3e-4,

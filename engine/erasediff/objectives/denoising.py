@@ -87,6 +87,25 @@ class DenoisingObjective:
 
         return sign * self._accumulate(loss, batch, backward)
 
+    def preservation_loss(
+        self, model: nn.Module, teacher: nn.Module, batch: Batch, key: Tensor, backward: Backward | None
+    ) -> Tensor:
+        """E |teacher(x_t) - prediction(x_t)|^2 in the place of L_r, of the same x_t, 0-D float32, detached.
+
+        What the model knew is kept rather than learned again from samples of it: where nothing is lost, the gradient is
+        zero instead of the noise's, so nothing drifts (knowledge distillation, Hinton et al. 2015).
+        """
+
+        def loss(part: Batch, weight: Tensor) -> Tensor:
+            noisy_sample, timesteps = self._noised(part, key, NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP)
+            condition = condition_of(part)
+            with torch.no_grad():
+                target = self.prediction(teacher, noisy_sample, timesteps, condition)
+            prediction = self.prediction(model, noisy_sample, timesteps, condition)
+            return deviation_loss(prediction, target=target, weight=self._weighted(timesteps, weight)).loss
+
+        return self._accumulate(loss, batch, backward)
+
     def forget_loss(
         self, model: nn.Module, batch: Batch, key: Tensor, target: DeviationTarget, backward: Backward | None
     ) -> Tensor:

@@ -31,6 +31,8 @@ class EraseDiff(Solver):
     barrier:   ``Norm`` (default), ``Gap``, ``Fixed`` or ``Cosine``
     target:    ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``
     inner:     settings of the inner solve; it runs only under a barrier that depends on it
+    retain_teacher: the frozen model whose predictions on the retained batch are preserved, instead of its true noise;
+               costs its forward pass, and keeps what the model can do better. None (default): L_r of the paper
     options:   see ``SolverOptions``
 
     Raises ``ValueError`` for settings out of range, ``TypeError`` for an option that does not exist.
@@ -47,11 +49,13 @@ class EraseDiff(Solver):
         barrier: Barrier | None = None,
         target: DeviationTarget | None = None,
         inner: InnerSolve | None = None,
+        retain_teacher: nn.Module | None = None,
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(model, optimizer, process=process, **options)
         self.barrier: Barrier = Norm() if barrier is None else barrier
         self.target: DeviationTarget = UniformNoise() if target is None else target
+        self.retain_teacher = None if retain_teacher is None else retain_teacher.requires_grad_(False).eval()
         self.inner: InnerCopy | None = None
         if self.barrier.needs_inner_solve:
             self.inner = InnerCopy(self.gradients, inner or InnerSolve())
@@ -65,9 +69,7 @@ class EraseDiff(Solver):
         """
         key = self._key()
         inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
-        retain_loss, retain_gradient = self._gradient(
-            retain, lambda backward: self.objective.retain_loss(self.model, retain, key, backward)
-        )
+        retain_loss, retain_gradient = self._gradient(retain, lambda backward: self._retain_loss(retain, key, backward))
         forget_loss, forget_gradient = self._gradient(
             forget, lambda backward: self.objective.forget_loss(self.model, forget, key, self.target, backward)
         )
@@ -79,6 +81,11 @@ class EraseDiff(Solver):
             forget_loss=forget_loss,
             inner_loss=inner_loss,
         )
+
+    def _retain_loss(self, retain: Batch, key: Tensor, backward: Backward | None) -> Tensor:
+        if self.retain_teacher is None:
+            return self.objective.retain_loss(self.model, retain, key, backward)
+        return self.objective.preservation_loss(self.model, self.retain_teacher, retain, key, backward)
 
     def _inner_loss(self, inner: InnerCopy, forget: Batch, key: Tensor) -> Tensor:
         """L_f(phi_K) on the batch, timesteps and noise that this step's L_f(theta) uses."""
