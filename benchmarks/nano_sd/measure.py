@@ -18,6 +18,7 @@ from pixels import as_grey
 from rich.console import Console
 from torch import Tensor
 
+from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff.runs.atomic import atomic_file
 from erasediff.runs.progress import progress_bar
@@ -33,21 +34,41 @@ def main(
     / "model",
     count: Annotated[int, typer.Option(help="Images per class.")] = 40,
     grid: Annotated[Path | None, typer.Option(help="Draw the first ten of each class here.")] = None,
+    forgotten: Annotated[
+        str | None, typer.Option(help="Also tell the other classes' numbers without this one.")
+    ] = None,
     judge: Annotated[Path, typer.Option(help="The classifier that train.py left.")] = CACHE / "judge",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST.")] = DEBIAN_FOLDER,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
 ) -> None:
-    print(json.dumps(measure(model, Judge.load(judge), data, count, seed, grid, Console(stderr=True)), indent=1))
+    console = Console(stderr=True)
+    try:
+        found = measure(model, Judge.load(judge), data, count, seed, grid=grid, forgotten=forgotten, console=console)
+    except UserError as error:
+        console.print(str(error), style="red", highlight=False)
+        raise typer.Exit(2) from None
+    print(json.dumps(found, indent=1))
 
 
 def measure(
-    path: Path, judge: Judge, data: Path, count: int, seed: int, grid: Path | None, console: Console
+    path: Path,
+    judge: Judge,
+    data: Path,
+    count: int,
+    seed: int,
+    *,
+    grid: Path | None = None,
+    forgotten: str | None = None,
+    console: Console,
 ) -> dict[str, Any]:
     """Draws ``count`` images of each class from the checkpoint at ``path``.
 
     ``recognised`` maps each class to the share of its images in which the judge sees it; ``fid`` and ``kid`` compare
-    the judge's features of all images with those of the 10,000 test images.
+    the judge's features of all images with those of the 10,000 test images. With ``forgotten``, ``others`` holds the
+    same of the images of the other classes alone. UserError for a class that does not exist.
     """
+    if forgotten is not None and forgotten not in CLASSES:
+        raise UserError(f"There is no class {forgotten}: choose one of {', '.join(CLASSES)}.")
     model = load_text_to_image(path)
     labels = torch.arange(len(CLASSES)).repeat_interleave(count)
     with progress_bar(console, "Sampling", len(labels)) as bar:
@@ -61,19 +82,28 @@ def measure(
         )
     images = as_grey(drawn)
     answers, features = judge.answer(images)
-    _, real = judge.answer(load(data, "t10k").images)
+    test = load(data, "t10k")
+    _, real = judge.answer(test.images)
     if grid is not None:
         _draw(images.reshape(len(CLASSES), count, *images.shape[1:])[:, :10], grid)
-    return {
+    recognised = (answers == labels).double().reshape(len(CLASSES), count).mean(1)
+    found: dict[str, Any] = {
         "judge_accuracy": judge.accuracy,
         "images_per_class": count,
-        "mean_recognised": (answers == labels).double().mean().item(),
-        "recognised": {
-            name: (answers[labels == label] == label).double().mean().item() for label, name in enumerate(CLASSES)
-        },
+        "mean_recognised": recognised.mean().item(),
+        "recognised": dict(zip(CLASSES, recognised.tolist(), strict=True)),
         "fid": frechet_distance(features, real),
         "kid": kernel_distance(features, real),
     }
+    if forgotten is not None:
+        left = CLASSES.index(forgotten)
+        features, real = features[labels != left], real[test.labels != left]
+        found["others"] = {
+            "mean_recognised": ((recognised.sum() - recognised[left]) / (len(CLASSES) - 1)).item(),
+            "fid": frechet_distance(features, real),
+            "kid": kernel_distance(features, real),
+        }
+    return found
 
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
