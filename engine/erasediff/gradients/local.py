@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.distributed import World
+from erasediff.gradients.counters import Counters
 from erasediff.gradients.naming import named
 from erasediff.gradients.protocol import Shard
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint, gradient_gram
@@ -32,12 +33,17 @@ class LocalGradients:
         self.model = model
         self.optimizer = optimizer
         self.world = World() if world is None else world
-        self.parameters: list[nn.Parameter] = [
-            parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad
+        members: list[tuple[int, nn.Parameter]] = [
+            (index, parameter)
+            for index, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad
         ]
+        self.parameters = [parameter for _, parameter in members]
         if not self.parameters:
             raise ValueError("the optimizer holds no parameter that requires a gradient")
         self.names = list(named(model, self.parameters))
+        self.counters = Counters(optimizer, members)
         self.device = next(model.parameters()).device
 
     @property
@@ -117,20 +123,10 @@ class LocalGradients:
             yield Shard(name, self._start(parameter), flat)
 
     def scalars(self) -> dict[str, Tensor]:
-        return dict(self._scalars())
+        return self.counters.values()
 
     def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
-        for name, value in self._scalars():
-            value.copy_(scalars[name])
-
-    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
-        for index, group in enumerate(self.optimizer.param_groups):
-            if isinstance(group.get("step"), Tensor):
-                yield f"group.{index}.step", group["step"]
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key, value in self.optimizer.state[parameter].items():
-                if isinstance(value, Tensor) and value.ndim == 0 and parameter.ndim != 0:
-                    yield f"{name}.{key}", value
+        self.counters.load(scalars)
 
     def _initialize_state(self) -> None:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erasediff.distributed import World
+from erasediff.gradients.counters import Counters
 from erasediff.gradients.deepspeed import (
     check_engine,
     layout_of,
@@ -41,6 +42,7 @@ class ZeroGradients:
         if any("mask" in state for state in self.optimizer.state.values()):
             raise ValueError("a bit mask (set_mask) would be lost under DeepSpeed: use DDP")
         self.layout = layout_of(engine)
+        self.counters = Counters(self.optimizer, zip(self.layout.groups, self.layout.flats, strict=True))
         self.world = World.current()
         self.device = torch.device(engine.device)
         self.max_grad_norm = take_over_clipping(engine)
@@ -112,16 +114,10 @@ class ZeroGradients:
             yield Shard(self.names[parameter], start, cut)
 
     def scalars(self) -> dict[str, Tensor]:
-        return dict(self._scalars())
+        return self.counters.values()
 
     def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
-        for name, value in self._scalars():
-            value.copy_(scalars[name])
-
-    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
-        for index, group in enumerate(self.optimizer.param_groups):
-            if isinstance(group.get("step"), Tensor):
-                yield f"group.{index}.step", group["step"]
+        self.counters.load(scalars)
 
     def _initialize_state(self) -> None:
         if not isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
