@@ -29,6 +29,7 @@ class NoiseRole(IntEnum):
     FISHER_NOISE = 9
     FISHER_TIMESTEP = 10
     SURROGATE = 11
+    MEMBERSHIP = 12
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66
