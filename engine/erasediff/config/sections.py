@@ -65,9 +65,9 @@ class UnlearnConfig(Section):
     model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
-    method: Literal["erasediff", "esd", "pruning", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"] = (
-        "erasediff"
-    )
+    method: Literal[
+        "erasediff", "esd", "pruning", "saemnesia", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"
+    ] = "erasediff"
     steps: Count | None = None
     batch_size: Count = 64
     lr: Positive | None = None

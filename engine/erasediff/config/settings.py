@@ -8,6 +8,7 @@ from pydantic import Field
 from erasediff.config.distributed import DistributedConfig
 from erasediff.config.fields import Count, Section
 from erasediff.config.methods import EsdConfig, PruningConfig, SalunConfig, SelectiveAmnesiaConfig
+from erasediff.config.saemnesia import SaemnesiaConfig
 from erasediff.config.sections import (
     DataConfig,
     EvaluateConfig,
@@ -47,6 +48,7 @@ class Config(Section):
     pruning: PruningConfig = PruningConfig()
     salun: SalunConfig = SalunConfig()
     selective_amnesia: SelectiveAmnesiaConfig = SelectiveAmnesiaConfig()
+    saemnesia: SaemnesiaConfig = SaemnesiaConfig()
 
     def to_yaml(self) -> str:
         """This configuration as YAML that ``load_config`` reads back to an equal one."""

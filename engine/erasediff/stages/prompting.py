@@ -9,6 +9,7 @@ from erasediff.config import Config, for_text_to_image
 from erasediff.runs.atomic import check_new
 from erasediff.runs.progress import progress_bar
 from erasediff.stages.loading import load_checkpoint
+from erasediff.stages.saemnesia import erasing
 from erasediff.stages.sampling import Drawn, is_picture, write_images
 from erasediff.stages.session import set_up_device
 
@@ -23,7 +24,7 @@ def sample_prompts(
     settings = config.sample
     model = load_checkpoint(config, model_path, set_up_device(config))
     asked = [prompt for prompt in prompts for _ in range(count)]
-    with progress_bar(console, "Sampling", len(asked)) as bar:
+    with erasing(config, model), progress_bar(console, "Sampling", len(asked)) as bar:
         images = model.sample(
             asked,
             negative_prompt=settings.negative_prompt,

@@ -16,6 +16,9 @@ def sample(
         int | None, typer.Option(min=1, help="Images of each class or prompt; by default 50 digits, 1 otherwise.")
     ] = None,
     lora: options.Lora = None,
+    saemnesia: Annotated[
+        Path | None, typer.Option(help="Text-to-image: the folder OUT/saemnesia of concepts to erase while sampling.")
+    ] = None,
     guidance: options.Guidance = None,
     seed: options.Seed = None,
     device: options.Device = None,
@@ -25,7 +28,13 @@ def sample(
 ) -> None:
     """Draw images from a model: one grid, or a folder of single images."""
     full_config = options.configure(
-        config, settings, sample__guidance_scale=guidance, text_to_image__lora=lora, seed=seed, device=device
+        config,
+        settings,
+        sample__guidance_scale=guidance,
+        text_to_image__lora=lora,
+        saemnesia__eraser=saemnesia,
+        seed=seed,
+        device=device,
     )
     numbers, texts = options.class_numbers(classes), options.prompts(prompts)
     with loading(messages):

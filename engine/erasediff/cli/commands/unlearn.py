@@ -4,7 +4,7 @@ from typing import Annotated
 import typer
 
 from erasediff.cli import options
-from erasediff.cli.output import loading, messages
+from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.runs import carry_out, place_and_config, spread
 
 
@@ -99,6 +99,11 @@ def unlearn(
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
+    if full_config.unlearn.method == "saemnesia":
+        with loading(messages):
+            from erasediff.stages.saemnesia import erase_at
+        emit(erase_at(place, full_config, messages), as_json=as_json)
+        return
     spread(full_config)
     with loading(messages):
         from erasediff.stages.any_model import unlearning_session_of

@@ -1,0 +1,44 @@
+"""What the method saemnesia reads: each default is SAeUron's or SAEmnesia's, or says that it is ours."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from erasediff.config.fields import Count, NonNegative, Positive, Section
+
+
+class SaemnesiaConfig(Section):
+    """A sparse autoencoder at one block: see ``erasediff.sae``.
+
+    block:                 whose output is edited; objects' block in Stable Diffusion 1.5 by default
+    images_per_prompt:     drawn of each prompt, in ``num_inference_steps`` with ``guidance_scale``
+    expansion:             n / d
+    epochs, lr:            of the autoencoder; ``supervised_epochs`` and ``supervised_lr`` of the second stage
+    batch_size:            patches in a step
+    dead_after:            patches after which a latent that was not active counts as dead
+    weight, decorrelation, sparsity: of the second stage, as in ``Supervision``: ours, since none is published
+    intervention, strength: as in ``ConceptEraser``; "steer" is the published one, "replace" keeps to real patches
+    bank:                  patches of other concepts kept per timestep for "replace"
+    eraser:                sampling only: the folder of an eraser to attach
+    """
+
+    block: str = "up_blocks.1.attentions.1"
+    images_per_prompt: Count = 80
+    num_inference_steps: Count = 50
+    guidance_scale: NonNegative = 9.0
+    expansion: Count = 16
+    k: Annotated[int, Field(gt=0, le=1024)] = 32
+    epochs: Count = 5
+    lr: Positive = 4e-4
+    supervised_epochs: Count = 5
+    supervised_lr: Positive = 5e-6
+    batch_size: Count = 4096
+    dead_after: Count = 10_000_000
+    weight: NonNegative = 0.1
+    decorrelation: NonNegative = 0.1
+    sparsity: NonNegative = 1e-5
+    intervention: Literal["steer", "replace"] = "replace"
+    strength: float = -1.0
+    bank: Count = 256
+    eraser: Path | None = None

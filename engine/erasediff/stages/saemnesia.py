@@ -1,0 +1,165 @@
+"""Erase the concepts of prompts from a text-to-image model with a sparse autoencoder; its weights stay as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from erasediff.config import Config, for_text_to_image
+from erasediff.errors import UserError
+from erasediff.models.family import TextToImageModel
+from erasediff.runs.atomic import atomic_write, check_new
+from erasediff.runs.folder import RunPlace
+from erasediff.runs.progress import progress_bar
+from erasediff.sae import (
+    ActivationCache,
+    ConceptEraser,
+    SaeTraining,
+    SparseAutoencoder,
+    Supervision,
+    assign_latents,
+    collect_activations,
+    measure_features,
+    train_autoencoder,
+)
+from erasediff.sae.eraser import concept_free
+from erasediff.sae.hooks import block_of
+from erasediff.stages.cache import cache_folder
+from erasediff.stages.loading import load_checkpoint
+from erasediff.stages.session import set_up_device
+
+NAME = "saemnesia"
+
+
+def erase_with_autoencoder(config: Config, out: Path, console: Console) -> dict[str, Any]:
+    """Write OUT/saemnesia, which ``ConceptEraser.load`` reads, and the configuration; returns what is reported of it.
+
+    Activations come from the cache where they are there, and training goes on from OUT/training where a killed run left
+    its state. Each prompt to forget and each prompt to retain is a concept with a latent of its own. UserError for
+    missing prompts, a checkpoint or block that cannot be used, and an OUT/saemnesia that exists.
+    """
+    config = for_text_to_image(config)
+    settings = config.saemnesia
+    forgotten, retained = config.images.forget_prompts, config.images.retain_prompts
+    if config.unlearn.model is None:
+        raise UserError("Say with --model which model to unlearn from.")
+    if not forgotten or not retained:
+        raise UserError("saemnesia tells concepts apart: give --forget-prompts and --retain-prompts.")
+    check_new(out / NAME)
+    model = load_checkpoint(config, config.unlearn.model, set_up_device(config))
+    block_of(model.denoiser_module, settings.block)
+    cache = _activations(config, model, (*forgotten, *retained), console)
+    autoencoder, measured = _trained(config, cache, len(forgotten) + len(retained), model.device, out, console)
+    assigned = measured.pop("assigned")
+    features = measure_features(autoencoder, cache, len(assigned))
+    erased = tuple(range(len(forgotten)))
+    bank, limit = concept_free(autoencoder, cache, features.timesteps, erased, settings.bank)
+    eraser = ConceptEraser(
+        autoencoder=autoencoder,
+        block=settings.block,
+        concepts=(*forgotten, *retained),
+        assigned=assigned,
+        erased=erased,
+        features=features,
+        bank=bank,
+        limit=limit,
+        intervention=settings.intervention,
+        strength=settings.strength,
+    )
+    eraser.save(out / NAME)
+    atomic_write(out / "config.yaml", config.to_yaml())
+    shutil.rmtree(out / "training")
+    return {"eraser": str(out / NAME), "concepts": len(assigned), "erased": len(erased), **measured}
+
+
+def _activations(
+    config: Config, model: TextToImageModel, prompts: tuple[str, ...], console: Console
+) -> ActivationCache:
+    settings = config.saemnesia
+    with progress_bar(console, "Activations", len(prompts) * settings.images_per_prompt) as bar:
+        return collect_activations(
+            model,
+            settings.block,
+            prompts,
+            cache_folder() / "activations",
+            images_per_prompt=settings.images_per_prompt,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            seed=config.seed,
+            batch_size=config.images.encode_batch_size,
+            progress=bar.advance,
+        )
+
+
+def _trained(
+    config: Config, cache: ActivationCache, concepts: int, device: torch.device, out: Path, console: Console
+) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """The autoencoder after both stages, and what is reported of it, the latents assigned included."""
+    settings = config.saemnesia
+    dim = cache.read(0).x.shape[1]
+    autoencoder = SparseAutoencoder(dim, settings.expansion * dim, settings.k, config.seed).to(device)
+    first = SaeTraining(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        dead_after=settings.dead_after,
+        seed=config.seed,
+    )
+    second = SaeTraining(
+        epochs=settings.supervised_epochs,
+        batch_size=settings.batch_size,
+        lr=settings.supervised_lr,
+        dead_after=settings.dead_after,
+        seed=config.seed + 1,
+    )
+    if cache.batch_count(settings.batch_size, 1) == 0:
+        raise UserError(f"There are not {settings.batch_size} patches in a shard: set a smaller saemnesia.batch_size.")
+    training = out / "training"
+    training.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console, "Autoencoder", cache.batch_count(first.batch_size, first.epochs)) as bar:
+        unsupervised = train_autoencoder(
+            autoencoder, cache, first, checkpoint=training / "first.safetensors", progress=bar.advance
+        )
+    assigned = assign_latents(measure_features(autoencoder, cache, concepts))
+    supervision = Supervision(
+        assigned=assigned.to(device),
+        weight=settings.weight,
+        decorrelation=settings.decorrelation,
+        sparsity=settings.sparsity,
+    )
+    with progress_bar(console, "Concepts", cache.batch_count(second.batch_size, second.epochs)) as bar:
+        measured = train_autoencoder(
+            autoencoder,
+            cache,
+            second,
+            supervision=supervision,
+            checkpoint=training / "second.safetensors",
+            progress=bar.advance,
+        )
+    autoencoder.requires_grad_(False)
+    return autoencoder, {"fvu": unsupervised["fvu"], "fvu_supervised": measured["fvu"], "assigned": assigned}
+
+
+def erase_at(place: RunPlace | None, config: Config, console: Console) -> dict[str, Any]:
+    """``erase_with_autoencoder`` in the folder of ``place``. UserError for a dry run, and for one to be resumed."""
+    if place is None:
+        raise UserError("saemnesia trains no weight of the model, so there is no step to plan: leave --dry-run away.")
+    if place.resuming:
+        raise UserError("saemnesia goes on by itself from what a killed run left in --out: leave --resume away.")
+    return erase_with_autoencoder(config, place.path, console)
+
+
+@contextmanager
+def erasing(config: Config, model: TextToImageModel) -> Iterator[None]:
+    """Within the block ``model`` samples without the concepts of ``config.saemnesia.eraser``, where there is one."""
+    if config.saemnesia.eraser is None:
+        yield
+        return
+    with ConceptEraser.load(config.saemnesia.eraser).attached(model.denoiser_module):
+        yield
