@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -24,13 +25,14 @@ CONTENDERS = {
 
 
 def memory(contender: str, size: str, stage: int, per_rank: int) -> dict[str, Any]:
-    """The most that three steps, the engine's making included, take beyond what the process had before."""
+    """The most that two steps take beyond what the process had before the engine was made."""
     warm_up = CONTENDERS[contender]("15M", stage, 2)
     warm_up()
     del warm_up
+    gc.collect()
     before = resident("VmRSS")
     step = CONTENDERS[contender](size, stage, per_rank)
-    # The whole model is there, and its fp32 copies are made, while an engine is built: a peak of loading, not of steps.
+    # The whole model is there while an engine shards it: that peak is one of loading, not of steps.
     step()
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
@@ -45,7 +47,7 @@ def resident(name: str) -> int:
 
 
 def volume(size: str, stage: int, per_rank: int) -> dict[str, Any]:
-    """Of each contender: bytes handed to each kind of collective in its third step; of a gather or scatter, the whole's."""
+    """Bytes that each contender hands to collectives in its third step, by kind; of a gather or scatter, the whole."""
     found = {}
     for contender, make in CONTENDERS.items():
         step = make(size, stage, per_rank)

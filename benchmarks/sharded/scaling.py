@@ -79,9 +79,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             label = part if name == "erasediff" else None
             parts.bar(places, values, 0.36, bottom=base, color=colour, label=label)
             base = [low + value for low, value in zip(base, values, strict=True)]
-    parts.set(title="seconds per step: erasediff left, fine-tuning right", xlabel="GPUs", xticks=range(len(RANKS)))
+    parts.set(title="seconds per step: EraseDiff left, tuning right", xlabel="GPUs", xticks=range(len(RANKS)))
+    parts.title.set_fontsize(9)
     parts.set_xticklabels(RANKS)
-    parts.legend()
+    parts.legend(fontsize=7, loc="lower right")
     assumed = "  ".join(f"{name} {value:.4g}" for name, value in first["assumptions"].items())
     half = assumed.find("  ", len(assumed) // 2)
     figure.supxlabel(f"A model, not a measurement. Assumed: {assumed[:half]}\n{assumed[half:]}", fontsize=6)

@@ -17,6 +17,7 @@ from erasediff.errors import UserError
 from erasediff.models.selection import select, train_only
 from erasediff.planning import Layout, Network, network_of, rank_memory, step_flops, trace
 from erasediff.planning.deepspeed_config import buckets_of
+from erasediff.planning.scaling import Cluster, collective_seconds, scaled_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "flux": 11_901_408_320}
@@ -152,6 +153,26 @@ def test_checkpointing_a_transformer_keeps_only_its_blocks_inputs() -> None:
     network = Network(name="flux", module=module, resolution=256)
     whole, less = (trace(network, batch_size=1, gradient_checkpointing=on) for on in (False, True))
     assert less.activation_bytes < 0.35 * whole.activation_bytes
+
+
+def test_scaling_is_a_roofline_of_the_counts(network: Network) -> None:
+    traced = trace(network, batch_size=1)
+    trained, cluster = 10**9, Cluster(latency_seconds=0.0)
+    ours, plain = (
+        scaled_step(traced, trained, 8, cluster, gradients=gradients, samples_per_rank=4) for gradients in (2, 1)
+    )
+    assert ours.compute == plain.compute == 4 * traced.pass_flops / (989e12 * 0.4)
+    assert ours.reduction == 2 * plain.reduction
+    # Within one node: seven eighths of two bytes per weight, over NVLink.
+    assert plain.gather == pytest.approx(2e9 * 7 / 8 / (450e9 * 0.7))
+    # Between four nodes as well: an eighth of it, three quarters of which each GPU sends over its own adapter.
+    more = collective_seconds(2 * trained, 32, cluster) - plain.gather
+    assert more == pytest.approx(2e9 / 8 * 3 / 4 / (50e9 * 0.8))
+    assert collective_seconds(2 * trained, 1, cluster) == 0
+    # A gradient that backward passes hide costs nothing; half of one hidden leaves the rest.
+    hidden = scaled_step(traced, 1000, 8, cluster, gradients=2, samples_per_rank=4)
+    assert hidden.exposed == 0
+    assert 0 < ours.exposed < ours.reduction
 
 
 def test_mistakes_are_told(tmp_path: Path, config: Path) -> None:

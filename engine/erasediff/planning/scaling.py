@@ -17,7 +17,8 @@ from erasediff.planning.trace import Trace
 class Cluster:
     """Nodes of H100 SXM GPUs. Rates per GPU and second; a share is what is reached of the rate.
 
-    peak_flops:      bfloat16, dense; ``flops_share`` is reached over forward and backward passes
+    peak_flops:      bfloat16, dense; ``flops_share`` is reached over forward and backward passes. The more of it, the
+                     less there is for the second gradient's reduction to hide behind
     memory_bytes:    HBM3
     nvlink_bytes:    each way, among the GPUs of a node
     network_bytes:   each way, InfiniBand NDR, one adapter of 400 Gb/s for each GPU
