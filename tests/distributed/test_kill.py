@@ -1,0 +1,65 @@
+"""A rank that dies, at whatever point: the run ends with one sentence, and its last complete checkpoint goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SECONDS, TINY, curve, ranks_of, run, start, weights
+
+from erasediff.distributed import Peers
+from erasediff.runs.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with settings that write a checkpoint at every other step, and a base model."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny.yaml").write_text(TINY.replace("checkpoint_every: 4", "checkpoint_every: 2"))
+    run("train", "--out", home / "base", "--config", home / "tiny.yaml")
+    return home
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_of_a_rank_at_random_points_loses_nothing(home: Path, tmp_path: Path, kills: int) -> None:
+    steps = 10 * kills
+    begin = ("unlearn", "--model", home / "base/model", "--config", home / "tiny.yaml", "--steps", steps)
+    begin = (*begin, "--launch", "fsdp", "--processes", 2)
+    run(*begin, "--out", tmp_path / "whole")
+
+    out, reached = tmp_path / "killed", 0
+    for number in range(kills):
+        process = start(*begin, "--out", out, *(("--resume", "latest") if number else ()))
+        # Lines from before the kill may be there still: then this one comes while the ranks start.
+        wait_for_step(out, reached + random.randint(1, 6))
+        while len(ranks := ranks_of(process)) < 2:
+            time.sleep(0.05)
+        time.sleep(random.random() * 0.2)
+        rank = random.randrange(2)
+        os.kill(ranks[rank], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert f"Rank {rank} was killed (SIGKILL); --resume latest continues" in errors
+        assert "Traceback" not in errors
+        newest = Checkpoint.of_run(out)
+        for checkpoint in newest:
+            with checkpoint.fragments(Peers()):
+                pass
+        reached = newest[-1].step if newest else 0
+    run("unlearn", "--resume", "latest", "--out", out)
+
+    assert curve(out) == curve(tmp_path / "whole")
+    assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(tmp_path / "whole").items())
+    assert not list(out.glob(".*partial"))

@@ -1,0 +1,139 @@
+"""Runs of several processes from the command line: started by it or by others, stopped, failing, and mistaken."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SECONDS, TINY, curve, finish, run, start, weights
+from diffusers import DDPMPipeline
+
+LAUNCHERS = {
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "erasediff.cli"),
+    "accelerate": (
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "-m",
+        "erasediff.cli",
+    ),
+    "deepspeed": ("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--module", "erasediff.cli"),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with settings, a base model, and an unlearning run on one process."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny.yaml").write_text(TINY)
+    run("train", "--out", home / "base", "--config", home / "tiny.yaml")
+    run(*unlearn(home), "--out", home / "one")
+    return home
+
+
+def unlearn(home: Path) -> tuple[object, ...]:
+    return ("unlearn", "--model", home / "base/model", "--config", home / "tiny.yaml", "--json")
+
+
+def assert_same_curve(out: Path, home: Path) -> None:
+    found, expected = curve(out), curve(home / "one")
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path: Path) -> None:
+    output, errors = run(*unlearn(home), "--out", tmp_path / "run", "--launch", "zero", "--stage", 2, "--processes", 2)
+    assert json.loads(output)["steps_taken"] == 12
+    assert errors.count("12/12") == 1
+    assert_same_curve(tmp_path / "run", home)
+    one = weights(home / "one")
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weight, one[name], rtol=0, atol=2e-5)
+    assert DDPMPipeline.from_pretrained(tmp_path / "run/model").unet.config.num_class_embeds == 11
+
+    resumed = tmp_path / "run"
+    for step, flags in ((4, ("--launch", "none")), (8, ("--launch", "zero", "--stage", 3, "--processes", 3))):
+        run("unlearn", "--resume", resumed / f"checkpoint-{step}", *flags)
+        assert_same_curve(resumed, home)
+    for name, weight in weights(resumed).items():
+        torch.testing.assert_close(weight, one[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: str) -> None:
+    # As a flag, --launch would be one of deepspeed's own.
+    asked = ("--set", "distributed.launch=ddp")
+    output, _ = run(*unlearn(home), "--out", tmp_path / "run", *asked, launcher=LAUNCHERS[name])
+    assert output.count('"steps_taken": 12') == 1
+    assert_same_curve(tmp_path / "run", home)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--batch-size", 5), "unlearn.batch_size is 5, which 2 processes cannot share"),
+        (("--forget", 12), "12"),
+        (("--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
+        (("--method", "salun"), "runs in one process"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    home: Path, tmp_path: Path, flags: tuple[object, ...], sentence: str
+) -> None:
+    out = tmp_path / "run"
+    output, errors = run(*unlearn(home), "--out", out, "--launch", "ddp", "--processes", 2, *flags, code=2)
+    assert output == ""
+    assert errors.count("Error:") == 1
+    assert sentence in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+
+
+def test_a_crash_is_told_by_the_rank_that_crashed(home: Path, tmp_path: Path) -> None:
+    script = tmp_path / "crashing.py"
+    script.write_text(
+        "import os\n"
+        "from erasediff.solver import EraseDiff\n"
+        "step = EraseDiff.step\n"
+        "def crash(self, retain, forget):\n"
+        "    if os.environ['RANK'] == '1' and self.iteration == 5:\n"
+        "        raise KeyError('this one')\n"
+        "    return step(self, retain, forget)\n"
+        "EraseDiff.step = crash\n"
+        "from erasediff.cli import main\n"
+        "main()\n"
+    )
+    launcher = (*LAUNCHERS["torchrun"][:-2], str(script))
+    process = start(*unlearn(home), "--out", tmp_path / "run", "--launch", "ddp", launcher=launcher)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert errors.count("Traceback") - errors.count("torch.distributed.elastic") <= 2
+    assert "Rank 1 failed:" in errors
+    assert "KeyError: 'this one'" in errors
+    assert "Connection closed" not in errors
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+def test_ctrl_c_stops_all_ranks_after_the_same_step(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = ("--steps", 2000, "--launch", "ddp", "--processes", 2)
+    process = start(*unlearn(home), "--out", out, *long)
+    deadline = time.monotonic() + SECONDS
+    while not (out / "checkpoint-4").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = finish(process, 130)
+    assert errors.count("Stopped after step") == 1
+    assert "--resume latest" in errors
+    assert "Traceback" not in errors
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    assert len(curve(out)) == json.loads((last / "manifest.json").read_text())["step"]
