@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from erasediff.config import UnlearnConfig
 from erasediff.methods.protocol import Materials, Recipe
 from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
@@ -31,20 +29,13 @@ def target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> Deviat
             return relabel()
 
 
-def retain_teacher_of(materials: Materials, target: DeviationTarget) -> nn.Module:
-    """The original model; the target's teacher where that is it, since two copies would be one too many."""
-    shared = target.teacher if isinstance(target, Relabel) else None
-    return materials.teacher() if shared is None else shared
-
-
 def own_options(materials: Materials) -> dict[str, Any]:
     """The options that only EraseDiff takes."""
     settings = materials.config.unlearn
-    target = target_of(settings, materials.relabel)
     return {
         "barrier": barrier_of(settings),
-        "target": target,
-        "retain_teacher": retain_teacher_of(materials, target) if settings.retain_target == "teacher" else None,
+        "target": target_of(settings, materials.relabel),
+        "retain_teacher": materials.teacher() if settings.retain_target == "teacher" else None,
         "inner": InnerSolve(
             steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
         ),

@@ -1,6 +1,5 @@
 """The method that a configuration asks for, on any network."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +61,7 @@ def unlearning_method(
     *,
     process: Process,
     relabel: Callable[[], Relabel],
+    teacher: Callable[[], nn.Module],
     denoiser: Denoiser = diffusers_denoiser,
     retain: Batches | None = None,
     forget: Batches | None = None,
@@ -88,7 +88,7 @@ def unlearning_method(
             denoiser=denoiser,
             options=options,
             relabel=relabel,
-            teacher=lambda: copy.deepcopy(network).requires_grad_(False).eval(),
+            teacher=teacher,
             encode_prompts=encode_prompts,
             latent_shape=latent_shape,
             prompts=config.images.forget_prompts,

@@ -1,5 +1,6 @@
 """What a run needs, built but not begun: a model, a method and its batches."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from erasediff.distributed.parallel import in_parallel
 from erasediff.errors import UserError
 from erasediff.methods import Method
 from erasediff.models import ema_weights
-from erasediff.objectives import Relabel
+from erasediff.models.teacher import frozen_copy
 from erasediff.runs.folder import MODEL, RunPlace
 from erasediff.runs.loop import Batches, run_steps
 from erasediff.runs.schedule import LearningRate
@@ -152,12 +153,19 @@ def shared_by_ranks(
     )
 
 
-def made_ahead(relabel: Callable[[], Relabel], *, needed: UnlearnConfig) -> Callable[[], Relabel]:
-    """``relabel``, called now if the method is going to: a frozen teacher is a copy, of weights that are whole."""
-    if needed.method != "erasediff" or needed.target != "relabel":
-        return relabel
-    target = relabel()
-    return lambda: target
+def teacher_of(config: Config, network: nn.Module) -> Callable[[], nn.Module]:
+    """The frozen original of ``network``, one for all who ask, copied when the first does.
+
+    Where ranks are going to share the network, it is copied now if the method will ask: later it is no longer whole.
+    """
+    settings, distributed = config.unlearn, config.distributed
+    cut = distributed.launch == "fsdp" or (distributed.launch == "zero" and distributed.stage == 3)
+    teacher = functools.cache(lambda: frozen_copy(network, share_frozen=not cut))
+    relabelled = settings.target == "relabel" and settings.teacher == "frozen"
+    asks = settings.method == "erasediff" and (relabelled or settings.retain_target == "teacher")
+    if distributed.launch != "none" and asks:
+        teacher()
+    return teacher
 
 
 def precision_of(config: Config) -> torch.dtype | None:

@@ -1,14 +1,13 @@
 """Unlearn images or concepts from a text-to-image model, with any of the methods."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
@@ -26,7 +25,7 @@ from erasediff.stages.method import (
     needed_batches,
     unlearning_method,
 )
-from erasediff.stages.session import Session, made_ahead, precision_of, set_up_device, shared_by_ranks
+from erasediff.stages.session import Session, precision_of, set_up_device, shared_by_ranks, teacher_of
 from erasediff.stages.trained_weights import (
     check_output,
     keep_to_the_salient,
@@ -57,8 +56,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     retain, forget = _batches(config, model, console, rehearse=rehearse)
     parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
-    # Before the network is shared out: a frozen teacher is a copy of the whole.
-    relabel = made_ahead(partial(relabelling, config, model), needed=settings)
+    teacher = teacher_of(config, model.denoiser_module)
     make_optimizer = partial(
         ConstrainedAdamW,
         lr=rate.peak,
@@ -74,7 +72,8 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         optimizer,
         process=model.process,
         denoiser=model.denoiser,
-        relabel=relabel,
+        relabel=partial(relabelling, config, model, teacher),
+        teacher=teacher,
         retain=retain,
         forget=forget,
         encode_prompts=partial(prompt_condition, config, model),
@@ -134,9 +133,8 @@ def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
         network.enable_gradient_checkpointing()
 
 
-def relabelling(config: Config, model: TextToImageModel) -> Relabel:
+def relabelling(config: Config, model: TextToImageModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """The target that asks for the anchor prompts."""
     anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
-    teacher = copy.deepcopy(model.denoiser_module) if config.unlearn.teacher == "frozen" else None
-    return Relabel(choices, teacher)
+    return Relabel(choices, teacher() if config.unlearn.teacher == "frozen" else None)

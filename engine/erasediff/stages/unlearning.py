@@ -1,10 +1,11 @@
 """Unlearn classes of the digits from a model, with any of the methods."""
 
-import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
@@ -22,7 +23,7 @@ from erasediff.stages.method import (
     needed_batches,
     unlearning_method,
 )
-from erasediff.stages.session import RunResult, Session, made_ahead, set_up_device, shared_by_ranks
+from erasediff.stages.session import RunResult, Session, set_up_device, shared_by_ranks, teacher_of
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -56,8 +57,7 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         null_label=model.null_label,
         **share_of(settings.batch_size, "unlearn.batch_size"),
     )
-    # Before the network is shared out: a frozen teacher is a copy of the whole.
-    relabel = made_ahead(partial(relabelling, settings, model), needed=settings)
+    teacher = teacher_of(config, model.unet)
     trained, optimizer = shared_by_ranks(
         config,
         settings,
@@ -73,7 +73,8 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         trained,
         optimizer,
         process=Process.from_scheduler(model.scheduler),
-        relabel=relabel,
+        relabel=partial(relabelling, settings, model, teacher),
+        teacher=teacher,
         retain=retained,
         forget=forgotten,
     )
@@ -105,9 +106,9 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     return config.model_copy(update={"unlearn": settings})
 
 
-def relabelling(settings: UnlearnConfig, model: PixelModel) -> Relabel:
+def relabelling(settings: UnlearnConfig, model: PixelModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """The target that asks for another class. UserError for a model without classes."""
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
-    teacher = copy.deepcopy(model.unet) if settings.teacher == "frozen" else None
-    return Relabel({"class_labels": torch.tensor(settings.relabel_to)}, teacher)
+    choices = {"class_labels": torch.tensor(settings.relabel_to)}
+    return Relabel(choices, teacher() if settings.teacher == "frozen" else None)
