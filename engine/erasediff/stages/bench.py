@@ -67,11 +67,13 @@ def bench(session: Session, *, turns: int, progress: Callable[[], object] = lamb
 
     Both train the same weights on the same samples: EraseDiff half of them as retained and half as forgotten,
     fine-tuning all of them in one batch, with torch's AdamW (fused where it can be). The first turns warm up.
-    UserError unless the session's method is EraseDiff.
+    UserError unless the session's method is EraseDiff, and for several processes.
     """
     method = session.method
     if not isinstance(method, EraseDiff) or session.forget is None:
         raise UserError("bench measures --method erasediff beside fine-tuning: leave other methods away.")
+    if method.gradients.world.size > 1:
+        raise UserError("bench measures one process: leave --launch away. benchmarks/sharded/ measures several.")
     device, forget = method.device, session.forget
     parameters = list(session.network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
