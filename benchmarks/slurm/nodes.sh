@@ -18,6 +18,9 @@ set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
+# torchrun hands the signal on, and must leave the ranks the time to write.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+
 resume=()
 if ((${SLURM_RESTART_COUNT:-0} > 0)); then
     resume=(--resume latest)

@@ -49,7 +49,7 @@ class Fragments:
     def restore(self, method: Sharded) -> None:
         """Write this rank's part of the state to ``method``. UserError where the checkpoint does not hold all of it."""
         for shard in method.shards():
-            for key, tensor in shard.tensors.items():
+            for key, tensor in _filled(shard):
                 tensor.copy_(self._read(shard.name, key, shard.start, tensor.numel()).view_as(tensor))
         if missing := method.scalars().keys() - self._scalars.keys():
             raise self._lacks(sorted(missing)[0])
@@ -81,9 +81,14 @@ def taken_apart(method: Sharded, *, with_shards: bool) -> dict[str, Any]:
     fragments = [
         (shard.name, key, shard.start, tensor.detach().reshape(-1).cpu())
         for shard in shards
-        for key, tensor in shard.tensors.items()
+        for key, tensor in _filled(shard)
     ]
     return {"fragments": fragments, "scalars": method.scalars()}
+
+
+def _filled(shard: Shard) -> Iterator[tuple[str, Tensor]]:
+    """FSDP leaves ranks with nothing of a parameter that has fewer rows than there are ranks."""
+    return ((key, tensor) for key, tensor in shard.tensors.items() if tensor.numel())
 
 
 @contextmanager
