@@ -69,6 +69,8 @@ def engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str,
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    # Compiled when first used, for minutes where others compile it too; gloo needs no shared memory of DeepSpeed's.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return trained
 
@@ -261,13 +263,16 @@ def loaded_in_parts() -> dict[str, Any]:
         asked.append(name)
         return weights[name]
 
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(3, zero={"stage3_param_persistence_threshold": 0})
     model = partitioned_module(lambda: nano._unet(32), read, config)
     held = sum(parameter.numel() for parameter in model.parameters())
     kept = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
     optimizer = ConstrainedAdamW(model.parameters(), lr=1e-4)
     method = EraseDiff(engine(model, optimizer, config), process=process(), barrier=BARRIERS["norm"])
-    same = all(w is None or torch.equal(w, weights[name]) for name, w in full_weights(method.model))
+    same = all([w is None or torch.equal(w, weights[name]) for name, w in full_weights(method.model)])
     total = sum(weight.numel() for weight in weights.values())
     return {
         "held": held,

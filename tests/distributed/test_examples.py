@@ -16,7 +16,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 COMMANDS = {
     "plain_pytorch.py": [sys.executable],
     "accelerate_deepspeed.py": [
-        *("accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--main_process_port", "0"),
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--use_deepspeed",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ),
         *("--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
     ],
     "deepspeed_engine.py": TORCHRUN,
@@ -35,13 +44,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_example(name: str, tmp_path: Path, start: UNet2DConditionModel) -> None:
-    folder = Path(sys.executable).parent
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
-        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
     }
     command = [*COMMANDS[name], str(EXAMPLES / name)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)

@@ -143,7 +143,6 @@ def test_a_model_is_partitioned_as_it_is_made(run_on):
     ("options", "sentence"),
     [
         ({"layout": "local"}, "wrap it in"),
-        ({"layout": "zero-2", "fp16": {"enabled": True}}, "use bf16"),
         ({"layout": "zero-2", "max_grad_norm": 0.5}, "the engine was configured with 1.0"),
         ({"layout": "zero-2", "accumulation": 2, "accumulation_steps": 3}, "the engine was configured with 2"),
         (

@@ -17,9 +17,9 @@ def partitioned_module(
     make: Callable[[], nn.Module],
     read: Callable[[str], Tensor],
     config: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """``make()``'s module for ``deepspeed.initialize`` with the same ZeRO-3 ``config``, with the weights of ``read``.
+    """``make()``'s module for ``deepspeed.initialize`` with the same ZeRO-3 ``config``, with the weights of ``read``,
+    in bf16 if ``config`` enables that, else in fp32.
 
     make: builds the network, whose values do not matter: each submodule is partitioned as soon as it is there
     read: name -> whole tensor, of any device and floating dtype. For a parameter it is called on the first process
@@ -29,7 +29,7 @@ def partitioned_module(
     """
     import deepspeed
 
-    with torch.enable_grad(), deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+    with torch.enable_grad(), deepspeed.zero.Init(config_dict_or_path=config):
         module = make()
     is_main = World.current().is_main
     for name, parameter in module.named_parameters():
