@@ -1,11 +1,13 @@
 """Measure a checkpoint: how often the judge sees what the prompt says, and how far its images are from real ones.
 
-``python benchmarks/nano_sd/measure.py MODEL`` prints one JSON object; ``--grid FILE.png`` draws a row per class.
+``python benchmarks/nano_sd/measure.py MODEL`` prints one JSON object; ``--grid FILE.png`` draws a row per class,
+``--record NAME`` appends the object to ``results/nano_sd.jsonl`` under that name.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,9 @@ from erasediff.runs.atomic import atomic_file
 from erasediff.runs.progress import progress_bar
 from erasediff.stages.cache import cache_folder
 
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from record import append, environment
+
 GUIDANCE_SCALE = 3.0
 INFERENCE_STEPS = 25
 CACHE = cache_folder() / "nano-sd"
@@ -37,6 +42,7 @@ def main(
     forgotten: Annotated[
         str | None, typer.Option(help="Also tell the other classes' numbers without this one.")
     ] = None,
+    record: Annotated[str | None, typer.Option(help="Also append the object to the committed results.")] = None,
     judge: Annotated[Path, typer.Option(help="The classifier that train.py left.")] = CACHE / "judge",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST.")] = DEBIAN_FOLDER,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
@@ -48,6 +54,8 @@ def main(
         console.print(str(error), style="red", highlight=False)
         raise typer.Exit(2) from None
     print(json.dumps(found, indent=1))
+    if record is not None:
+        append("nano_sd", [{"model": record, "seed": seed, **found, **environment("cpu")}])
 
 
 def measure(
