@@ -1,0 +1,134 @@
+"""Who unlearns, from which images: each contender holds a model of its own and takes one kept update at a time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from published import Published, PublishedLoop
+from rich.console import Console
+
+from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, Stream, forget_classes, read_images
+from erasediff.models.family import TextToImageModel
+from erasediff.models.load import load_text_to_image
+from erasediff.objectives import Relabel
+from erasediff.solver import EraseDiff, Norm
+from erasediff.stages.cache import cache_folder
+from erasediff_kernels import ConstrainedAdamW
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """``seconds`` and ``cpu_seconds`` count ``step`` alone, whatever is done between steps."""
+
+    name: str
+    model: TextToImageModel
+    step: Callable[[], None]
+    steps: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    settings: dict[str, float | int | str] = field(default_factory=dict)
+
+    def advance(self, steps: int) -> None:
+        """Takes ``steps`` updates that stay in the weights, with all that the method does before them."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self.step()
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        self.steps += steps
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The checkpoint, what is forgotten and retained of the images, and the prompt that takes the forgotten's place."""
+
+    checkpoint: Path
+    retain: CachedImages
+    forget: CachedImages
+    anchor: str
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of_class(
+        cls, checkpoint: Path, data: Path, forgotten: str, anchor: str, batch_size: int, seed: int, console: Console
+    ) -> Task:
+        model = load_text_to_image(checkpoint)
+        fill = partial(
+            LatentCache(cache_folder()).fill,
+            model=model,
+            buckets=Buckets.only(*model.default_size),
+            console=console,
+            batch_size=100,
+        )
+        chosen = forget_classes(read_images(str(data)), [forgotten])
+        return cls(checkpoint, fill(chosen.retain), fill(chosen.forget), anchor, batch_size, seed)
+
+    def batches(self) -> tuple[CachedBatches, CachedBatches]:
+        """(retain, forget), the same for every contender."""
+        batches = partial(CachedBatches, batch_size=self.batch_size, seed=self.seed)
+        return (
+            batches(self.retain, stream=Stream.RETAIN, caption_dropout=0.1),
+            batches(self.forget, stream=Stream.FORGET),
+        )
+
+
+def erasediff(task: Task, lr: float, eta: float) -> Contender:
+    """The engine's step as ``erasediff unlearn`` takes it: barrier norm, relabelling and retention by the original."""
+    model = load_text_to_image(task.checkpoint)
+    network = model.denoiser_module
+    teacher = copy.deepcopy(network)
+    method = EraseDiff(
+        network,
+        ConstrainedAdamW(network.parameters(), lr),
+        process=model.process,
+        denoiser=model.denoiser,
+        barrier=Norm(eta),
+        target=Relabel(model.encode_prompts([task.anchor]), teacher),
+        retain_teacher=teacher,
+        seed=task.seed,
+    )
+    retain, forget = task.batches()
+
+    def step() -> None:
+        # The report stays unread, as between two log lines of a run.
+        method.step(retain.at(method.iteration), forget.at(method.iteration))
+
+    return Contender(
+        name="erasediff", model=model, step=step, settings={"lr": lr, "eta": eta, "batch_size": task.batch_size}
+    )
+
+
+def published(task: Task, settings: Published) -> Contender:
+    """The public loop, repaired, over the same batches."""
+    model = load_text_to_image(task.checkpoint)
+    retain, forget = task.batches()
+    pass_length = -(-len(task.forget) // task.batch_size)
+    loop = PublishedLoop(
+        model.denoiser_module,
+        process=model.process,
+        denoiser=model.denoiser,
+        anchor=model.encode_prompts([task.anchor]),
+        retain=retain,
+        forget=forget,
+        pass_length=pass_length,
+        settings=settings,
+        seed=task.seed,
+    )
+    return Contender(
+        name="published",
+        model=model,
+        step=loop.step,
+        settings={
+            "lr": settings.lr,
+            "multiplier": settings.multiplier,
+            "inner_passes": settings.inner_passes,
+            "pass_length": pass_length,
+            "batch_size": task.batch_size,
+        },
+    )
