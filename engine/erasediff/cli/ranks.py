@@ -44,7 +44,7 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     peers = Peers.connect()
     code = _ended(command, peers, said)
     if code != 0:
-        _wait_to_be_told(peers, code, said)
+        _wait_to_be_told(peers, said)
     for stream in (sys.stdout, sys.stderr, said):
         stream.flush()
     # Not the interpreter's way out: what a lost process has left in a collective would hold it up.
@@ -66,11 +66,16 @@ def _ended(command: Callable[[], int], peers: Peers, said: TextIO) -> int:
             return _lost(error, peers)
         print(f"Rank {peers.rank} failed:\n{traceback.format_exc()}", file=said, flush=True)
         peers.fail(1, f"Rank {peers.rank} failed, see its traceback: {type(error).__name__}: {error}")
+        peers.tell()
         return 1
 
 
 def _pass_on(failure: PeerFailed, peers: Peers) -> int:
-    if peers.is_main:
+    try:
+        was_told = peers.was_told(0)
+    except RuntimeError:
+        was_told = False
+    if peers.is_main and not was_told:
         print_error(str(failure))
     return failure.exit_code
 
@@ -101,12 +106,13 @@ def _lost(error: Exception, peers: Peers) -> int:
     return _pass_on(PeerFailed(peers.rank, 1, f"Another process of this run is gone or silent: {reason}."), peers)
 
 
-def _wait_to_be_told(peers: Peers, code: int, said: TextIO) -> None:
+def _wait_to_be_told(peers: Peers, said: TextIO) -> None:
     """A launcher ends all ranks when the first one ends: the main one must have spoken by then."""
     try:
         if peers.is_main:
             peers.tell()
         elif not peers.was_told(GRACE_SECONDS) and (failure := peers.failure()) is not None:
+            peers.tell()
             print_error(str(failure), Console(file=said, highlight=False))
     except RuntimeError:
         # The store was the main rank's, and is gone with it.
