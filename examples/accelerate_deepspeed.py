@@ -16,18 +16,18 @@ def main() -> None:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     unlearner = EraseDiff(unet, optimizer, process=tiny.SCHEDULER)
 
-    rank, size = accelerator.process_index, accelerator.num_processes
+    # From torch: on a machine without GPUs, Accelerate takes each DeepSpeed process for a run of its own.
+    has_group = torch.distributed.is_initialized()
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if has_group else (0, 1)
     streams = (tiny.batches(STEPS, stream=stream, rank=rank, size=size) for stream in range(2))
     for step, (retain, forget) in enumerate(zip(*streams, strict=True)):
         retain, forget = ({k: v.to(accelerator.device) for k, v in batch.items()} for batch in (retain, forget))
         report = unlearner.step(retain, forget)
-        if (step + 1) % 5 == 0:
-            accelerator.print(
-                f"{step + 1} retain {report.retain_loss:.5f} forget {report.forget_loss:.5f} {report.multiplier:.5f}"
-            )
+        if rank == 0 and (step + 1) % 5 == 0:
+            print(f"{step + 1} retain {report.retain_loss:.5f} forget {report.forget_loss:.5f} {report.multiplier:.5f}")
 
-    state = accelerator.get_state_dict(unet)
-    if accelerator.is_main_process:
+    state = dict(unlearner.full_weights())
+    if rank == 0:
         accelerator.unwrap_model(unet).save_pretrained("unlearned", state_dict=state)
     accelerator.end_training()
 
