@@ -109,7 +109,7 @@ def conditional_metrics(
         recognised=recognised,
         asked=tuple(int((class_labels == c).sum()) for c in range(num_classes)),
         forgotten_rate=_share(right),
-        forgotten_bound=_upper_bound(right),
+        forgotten_bound=upper_bound(right),
         forgotten_nearest=_share(nearest[asked_forgotten] == class_labels[asked_forgotten]),
         forgotten_none=_share(answers[asked_forgotten] == NONE),
         forgotten_elsewhere=_share(_any_of(answers[~asked_forgotten], forget)),
@@ -133,7 +133,7 @@ def unconditional_metrics(judge: Judge, sample: Tensor, real: Images, forget: tu
         none=_share(answers == NONE),
         count=len(sample),
         forgotten_share=_share(is_forgotten),
-        forgotten_bound=_upper_bound(is_forgotten),
+        forgotten_bound=upper_bound(is_forgotten),
         forgotten_nearest=_share(_any_of(judge.nearest_class(sample), forget)),
         proportions=tuple(shares[c] / kept if kept and c in retained else 0.0 for c in range(num_classes)),
         discrepancy=judge.discrepancy(sample[~is_forgotten], real.of_classes(retained).sample),
@@ -150,7 +150,7 @@ def _share(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-def _upper_bound(hits: Tensor) -> float:
+def upper_bound(hits: Tensor) -> float:
     """Upper end of the 95% interval of the share of bool [N] (Wilson 1927); 1 for none."""
     n, share, z = len(hits), _share(hits), 1.96
     if n == 0:

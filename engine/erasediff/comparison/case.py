@@ -1,0 +1,132 @@
+"""One method on one task with one seed, carried out by the command line in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from erasediff.errors import UserError
+from erasediff.runs.atomic import atomic_write, remove_directory
+from erasediff.runs.folder import MODEL
+
+COST, LOG = "cost.json", "unlearn.log"
+ARTEFACTS = ("mask.safetensors", "lora.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run took. ``seconds`` and ``cpu_seconds`` are those of the whole process, imports and saving included.
+
+    training_seconds: of the steps alone, on the clock; other work on the machine makes it longer
+    peak_bytes:       the most resident memory of the process
+    artefact_bytes:   what someone who has the original needs in order to have the result: the mask or the LoRA, where
+                      the method leaves one, otherwise the tensors that changed
+    """
+
+    seconds: float
+    cpu_seconds: float
+    training_seconds: float
+    peak_bytes: int
+    artefact_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """``settings`` are dotted names, as for ``--set``; without a ``method`` it is the base model, left alone."""
+
+    task: str
+    method: str | None
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.replace('/', '-')}-{self.method or 'base'}-{self.seed}-{self.fingerprint}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings: with others, it is another case."""
+        described = json.dumps([self.method, dict(sorted(self.settings.items()))], default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:8]
+
+    def identity(self) -> dict[str, Any]:
+        """What a line of results is found again by."""
+        return {"task": self.task, "method": self.method or "base", "seed": self.seed, "settings": self.fingerprint}
+
+
+def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
+    """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
+
+    A run that was cut short begins again, so that its cost is that of a whole one. UserError if the command fails.
+    """
+    if case.method is None:
+        return base, None
+    run = runs / case.name
+    if not (run / COST).exists():
+        remove_directory(run)
+        cost = _run(case, base, run)
+        atomic_write(run / COST, json.dumps(asdict(cost)) + "\n")
+    return run / MODEL, Cost(**json.loads((run / COST).read_text()))
+
+
+def _run(case: Case, base: Path, run: Path) -> Cost:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = run.parent / f"{case.name}.log"
+    began = time.perf_counter()
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command(case, base, run), stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            printed = process.stdout.read()
+        # Popen.wait would not tell what the process took.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        said = log.read_text().strip().splitlines() or ["nothing"]
+        raise UserError(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
+    result = json.loads(printed)
+    log.replace(run / LOG)
+    return Cost(
+        seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        training_seconds=result["seconds"],
+        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        artefact_bytes=artefact_bytes(base, run),
+    )
+
+
+def command(case: Case, base: Path, run: Path) -> Sequence[str]:
+    """The command line of ``case``."""
+    assert case.method is not None
+    settings = {"unlearn.model": str(base), "unlearn.method": case.method, "seed": case.seed} | dict(case.settings)
+    assignments = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    return [sys.executable, "-m", "erasediff.cli", "unlearn", *assignments, "--out", str(run), "--json"]
+
+
+def artefact_bytes(base: Path, run: Path) -> int:
+    """Bytes of the mask or LoRA in ``run``, or of those tensors of its model that are not the ``base``'s."""
+    for name in ARTEFACTS:
+        if (run / name).exists():
+            return (run / name).stat().st_size
+    changed = 0
+    for file in sorted((run / MODEL).rglob("*.safetensors")):
+        with safe_open(file, "pt") as new, safe_open(base / file.relative_to(run / MODEL), "pt") as old:
+            for name in new.keys():  # noqa: SIM118
+                tensor = new.get_tensor(name)
+                if not torch.equal(tensor, old.get_tensor(name)):
+                    changed += tensor.nbytes
+    return changed

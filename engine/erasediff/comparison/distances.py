@@ -1,0 +1,32 @@
+"""How far one set of features is from another as a distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frechet_distance(features: Tensor, real: Tensor) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of [N, D] and [M, D], in fp64 (Heusel et al. 2017; FID's formula).
+
+    The features are whatever the judge of a task has, not Inception's: the numbers of two tasks cannot be compared.
+    """
+    (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (features, real))
+    root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
+    return float((m - n).square().sum() + c.trace() + d.trace() - 2 * root)
+
+
+def kernel_distance(features: Tensor, real: Tensor) -> float:
+    """The unbiased squared MMD of [N, D] and [M, D] in the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; KID's).
+
+    Over all images, where KID averages over blocks of 1,000. It may be a little below zero.
+    """
+    x, y = features.double(), real.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_off_diagonal(k: Tensor) -> Tensor:
+        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+    return float(mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())

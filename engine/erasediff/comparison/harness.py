@@ -1,0 +1,86 @@
+"""Every method on every task with every seed, each measured in every way that its task knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from erasediff.comparison.case import Case, carried_out
+from erasediff.comparison.lines import Lines
+
+Measurement = Callable[[Path, Case, Path | None], Mapping[str, Any]]
+"""The numbers of the model at a path, which is that of the case; the last path is the oracle's, where there is one."""
+
+BASE, ORACLE = "base", "retrain"
+"""Measured first: the others are compared with them."""
+
+
+class Task(Protocol):
+    """Something to forget, from a model that it begins with.
+
+    name: as in "digits/3": the group before the slash has a table of its own
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def base(self, seed: int, console: Console) -> Path:
+        """The model to unlearn from; trained now if it has to be."""
+        ...
+
+    def settings(self, method: str) -> Mapping[str, Any]:
+        """Dotted settings of ``method`` on this task. UserError for a method that it has none of."""
+        ...
+
+    def measurements(self, method: str) -> Mapping[str, Measurement]:
+        """By name, in the order to take them; "quality" is what the table begins with."""
+        ...
+
+
+def compare(
+    tasks: Sequence[Task], methods: Sequence[str], seeds: Sequence[int], *, lines: Lines, runs: Path, console: Console
+) -> None:
+    """Take every measurement that has no line in ``lines``; unlearned models are kept in ``runs``.
+
+    UserError for a method that a task does not know, before anything is run, and for a run that fails.
+    """
+    first = [name for name in (BASE, ORACLE) if name in methods]
+    cases = [
+        (task, _case(task, method, seed))
+        for seed in seeds
+        for task in tasks
+        for method in dict.fromkeys([*first, *methods])
+    ]
+    for number, (task, case) in enumerate(cases, start=1):
+        missing = {
+            name: measurement
+            for name, measurement in task.measurements(case.method or BASE).items()
+            if not lines.has(case.identity() | {"measurement": name})
+        }
+        if not missing:
+            continue
+        title = f"{number} of {len(cases)}: {case.task}, {case.method or BASE}, seed {case.seed}"
+        base = task.base(case.seed, console)
+        with console.status(title):
+            oracle = carried_out(_case(task, ORACLE, case.seed), base, runs)[0] if ORACLE in methods else None
+            model, cost = carried_out(case, base, runs)
+            for name, measurement in missing.items():
+                line = {
+                    **case.identity(),
+                    "measurement": name,
+                    "values": measurement(model, case, oracle),
+                    "chosen": dict(case.settings),
+                    "cost": None if cost is None else asdict(cost),
+                }
+                lines.append(line)
+        console.print(f"{title}: {', '.join(missing)}")
+
+
+def _case(task: Task, method: str, seed: int) -> Case:
+    if method == BASE:
+        return Case(task=task.name, method=None, seed=seed, settings={})
+    return Case(task=task.name, method=method, seed=seed, settings=task.settings(method))
