@@ -44,7 +44,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 METHODS = (BASE, *SETTINGS)
 
-RELEARNED_IMAGES, RELEARNING_STEPS, RELEARNING_LR = 50, (5, 10, 20, 40, 80), 3e-4
+RELEARNED_IMAGES, RELEARNING_STEPS, RELEARNING_LR = 50, (5, 10, 20, 40, 80), 1e-4
 OTHER_NOISE = 1_000
 """Added to the seed of the oracle's images: from the noise of those they are held against, they would be pairs."""
 
@@ -63,7 +63,7 @@ class DigitsTask:
     def config(self, seed: int) -> Config:
         values: dict[str, Any] = {"seed": seed, "unlearn.forget": [self.digit]}
         if self.short:
-            values |= {"train.steps": 60, "evaluate.per_class": 10, "evaluate.forgotten": 20}
+            values |= {"train.steps": 20, "evaluate.per_class": 10, "evaluate.forgotten": 20}
         return load_config(None, values)
 
     def base(self, seed: int, console: Console) -> Path:
@@ -74,7 +74,7 @@ class DigitsTask:
         if method not in SETTINGS:
             raise UserError(f"The digits are not compared with the method {method}: choose from {', '.join(SETTINGS)}.")
         settings = {"unlearn.forget": [self.digit], **SETTINGS[method]}
-        return settings | {"unlearn.steps": 60 if method == ORACLE else 10} if self.short else settings
+        return settings | {"unlearn.steps": 20 if method == ORACLE else 10} if self.short else settings
 
     def measurements(self, method: str) -> Mapping[str, Measurement]:
         chosen: dict[str, Measurement] = {"quality": self.quality}
