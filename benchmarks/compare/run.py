@@ -60,7 +60,7 @@ def main(
             save(table, relearning, results.with_name(f"{results.stem}-{table.group}-relearning.svg"))
         atomic_write(results.with_suffix(".md"), "\n".join(_section(table) for table in tables))
     except UserError as error:
-        console.print(str(error), style="red", highlight=False)
+        console.print(str(error), style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -102,7 +102,7 @@ def test_the_verdict_names_who_is_better_on_both(tmp_path: Path) -> None:
     assert [row.method for row in table.rows][:2] == ["base", "retrain"]
     assert "No method" in verdict(table)
     (table,) = tables([ours, line("salun", 0.02, 0.98), base])
-    assert "beaten in forgetting and retention by salun" in verdict(table)
+    assert "somewhere better: salun (forgotten rate 0.0, retained +1.0 points)" in verdict(table)
     # Not on the same runs: no comparison.
     (table,) = tables([ours, line("salun", 0.0, 0.98, seed=1)])
     assert table.better_than("erasediff") == []
@@ -158,6 +158,17 @@ def test_what_has_a_line_is_not_measured_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no unheard"):
         compare([task], ["base", "unheard"], [1], lines=lines, runs=tmp_path / "runs", console=console)
     assert len(lines.read()) == 2, "nothing is run before every method is known"
+
+
+def test_a_method_that_fails_does_not_keep_the_others_from_their_lines(tmp_path: Path) -> None:
+    class Failing(ToyTask):
+        def settings(self, method: str) -> Mapping[str, Any]:
+            return {"unlearn.steps": -1}
+
+    lines, task = Lines(tmp_path / "lines.jsonl"), Failing(tmp_path)
+    with pytest.raises(UserError, match=r"2 of 4 cases failed.*unlearn\.steps"):
+        compare([task], ["base", "neggrad"], [0, 1], lines=lines, runs=tmp_path / "runs", console=Console(quiet=True))
+    assert {(each["method"], each["seed"]) for each in lines.read()} == {("base", 0), ("base", 1)}
 
 
 def test_a_task_that_does_not_exist_is_a_sentence() -> None:

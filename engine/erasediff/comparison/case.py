@@ -24,6 +24,10 @@ COST, LOG = "cost.json", "unlearn.log"
 ARTEFACTS = ("mask.safetensors", "lora.safetensors")
 
 
+class FailedRun(UserError):
+    """A method that did not come to its end."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What a run took. ``seconds`` and ``cpu_seconds`` are those of the whole process, imports and saving included.
@@ -68,7 +72,7 @@ class Case:
 def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
     """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
 
-    A run that was cut short begins again, so that its cost is that of a whole one. UserError if the command fails.
+    A run that was cut short begins again, so that its cost is that of a whole one. FailedRun if the command fails.
     """
     if case.method is None:
         return base, None
@@ -97,7 +101,7 @@ def _run(case: Case, base: Path, run: Path) -> Cost:
     seconds = time.perf_counter() - began
     if process.returncode:
         said = log.read_text().strip().splitlines() or ["nothing"]
-        raise UserError(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
+        raise FailedRun(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
     result = json.loads(printed)
     log.replace(run / LOG)
     return Cost(

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from erasediff.comparison.case import Case, carried_out
+from erasediff.comparison.case import Case, FailedRun, carried_out
 from erasediff.comparison.lines import Lines
+from erasediff.errors import UserError
 
 Measurement = Callable[[Path, Case, Path | None], Mapping[str, Any]]
 """The numbers of the model at a path, which is that of the case; the last path is the oracle's, where there is one."""
@@ -46,7 +47,7 @@ def compare(
 ) -> None:
     """Take every measurement that has no line in ``lines``; unlearned models are kept in ``runs``.
 
-    UserError for a method that a task does not know, before anything is run, and for a run that fails.
+    UserError for a method that a task does not know, before anything is run; for runs that fail, after all the others.
     """
     first = [name for name in (BASE, ORACLE) if name in methods]
     cases = [
@@ -55,6 +56,7 @@ def compare(
         for task in tasks
         for method in dict.fromkeys([*first, *methods])
     ]
+    failures = []
     for number, (task, case) in enumerate(cases, start=1):
         missing = {
             name: measurement
@@ -66,8 +68,13 @@ def compare(
         title = f"{number} of {len(cases)}: {case.task}, {case.method or BASE}, seed {case.seed}"
         base = task.base(case.seed, console)
         with console.status(title):
-            oracle = carried_out(_case(task, ORACLE, case.seed), base, runs)[0] if ORACLE in methods else None
-            model, cost = carried_out(case, base, runs)
+            try:
+                oracle = carried_out(_case(task, ORACLE, case.seed), base, runs)[0] if ORACLE in methods else None
+                model, cost = carried_out(case, base, runs)
+            except FailedRun as failure:
+                failures.append(failure)
+                console.print(f"{title}: {failure}", soft_wrap=True)
+                continue
             for name, measurement in missing.items():
                 line = {
                     **case.identity(),
@@ -78,6 +85,8 @@ def compare(
                 }
                 lines.append(line)
         console.print(f"{title}: {', '.join(missing)}")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(cases)} cases failed; the first: {failures[0]}")
 
 
 def _case(task: Task, method: str, seed: int) -> Case:

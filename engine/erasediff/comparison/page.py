@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from erasediff.comparison.lines import Lines
 from erasediff.comparison.plots import data_url, relearning, trade_off
-from erasediff.comparison.table import Line, Table, cell, gaps, tables
+from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Number, Table, cell, gaps, tables
+from erasediff.report.table import points
 from erasediff.runs.atomic import atomic_write
 
 OURS = "erasediff"
@@ -65,7 +66,20 @@ def verdict(table: Table) -> str:
     better = table.better_than(OURS)
     if not better:
         return "No method on the same runs is as good as EraseDiff in forgetting and retention and better in one."
-    return f"EraseDiff is beaten in forgetting and retention by {' and '.join(better)}."
+    rows = {row.method: row.numbers for row in table.rows}
+    margins = [
+        f"{method} ({', '.join(f'{label} {_more(rows, method, label)}' for label in (FORGOTTEN, RETAINED))} points)"
+        for method in better
+    ]
+    return f"Nowhere worse than EraseDiff in forgetting and retention, and somewhere better: {', '.join(margins)}."
+
+
+def _more(rows: Mapping[str, Mapping[str, Number]], method: str, label: str) -> str:
+    """What ``method`` has more than EraseDiff."""
+    theirs, ours = rows[method][label], rows[OURS][label]
+    assert theirs is not None
+    assert ours is not None
+    return points(theirs - ours)
 
 
 def _chosen(lines: Sequence[Line], table: Table) -> dict[str, dict[str, object]]:
