@@ -20,6 +20,7 @@ from pixels import as_grey
 from rich.console import Console
 from torch import Tensor
 
+from erasediff.comparison.distances import frechet_distance, kernel_distance
 from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff.runs.atomic import atomic_file
@@ -112,26 +113,6 @@ def measure(
             "kid": kernel_distance(features, real),
         }
     return found
-
-
-def frechet_distance(features: Tensor, real: Tensor) -> float:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the features' means and covariances (Heusel et al. 2017)."""
-    (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (features, real))
-    root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
-    return float((m - n).square().sum() + c.trace() + d.trace() - 2 * root)
-
-
-def kernel_distance(features: Tensor, real: Tensor) -> float:
-    """The unbiased squared MMD in the kernel (x.y / dimensions + 1)^3 (Binkowski et al. 2018) over all images."""
-    x, y = features.double(), real.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_off_diagonal(k: Tensor) -> Tensor:
-        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-
-    return float(mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
 def _draw(rows: Tensor, path: Path) -> None:

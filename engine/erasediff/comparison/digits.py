@@ -27,15 +27,15 @@ from erasediff.stages.loading import load_model
 from erasediff.stages.session import set_up_device
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    # Its defaults. On the 3, the teacher's predictions as the retain target, lr 2e-4 in 200 steps and 5e-4, eta 0.25 and
-    # 1, and the uniform target forgot all as well and kept 99.8 to 99.9%: they differ in an image or two of 900.
+    # Its defaults. On the 3, these forgot all as well and kept 99.8 to 99.9%, an image or two of 900 more or less: the
+    # teacher's predictions as the retain target, lr 2e-4 in 200 steps and 5e-4, eta 0.25 and 1, the uniform target.
     "erasediff": {},
     # Not tuned: EraseDiff's target, learning rate and steps, half of the weights, both losses alike.
     "salun": {"salun.retain_weight": 1.0},
     # Its defaults.
     "selective-amnesia": {},
-    # EraseDiff's losses, since digits have no prompts for ESD's. On the 3, scores at 0.05 pruned nothing; at 0.1 and 0.2,
-    # with sparsity weights of 0 to 0.1, all was forgotten and 2 to 12% kept: no setting that did both was found.
+    # EraseDiff's losses, since digits have no prompts for ESD's. On the 3, scores at 0.05 pruned nothing; at 0.1 and
+    # 0.2, with sparsity weights of 0 to 0.1, all was forgotten and 2 to 12% kept: no setting did both.
     "pruning": {"pruning.objective": "erasediff", "pruning.sparsity_weight": 0.01, "unlearn.lr": 0.2},
     # Controls: the same steps at the same learning rate, one without anything to forget, one with nothing to retain.
     "finetune": {},
