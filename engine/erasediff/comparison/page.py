@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from erasediff.comparison.lines import Lines
 from erasediff.comparison.plots import data_url, relearning, trade_off
-from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Number, Table, cell, gaps, tables
+from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Table, cell, gaps, tables
 from erasediff.report.table import points
 from erasediff.runs.atomic import atomic_write
 
@@ -65,21 +65,15 @@ def verdict(table: Table) -> str:
         return "EraseDiff was not run."
     better = table.better_than(OURS)
     if not better:
-        return "No method on the same runs is as good as EraseDiff in forgetting and retention and better in one."
-    rows = {row.method: row.numbers for row in table.rows}
+        return "On the same runs, no method is as good as EraseDiff in forgetting and retention and better in one."
     margins = [
-        f"{method} ({', '.join(f'{label} {_more(rows, method, label)}' for label in (FORGOTTEN, RETAINED))} points)"
-        for method in better
+        f"{method} ({FORGOTTEN} {points(forgotten)}, {RETAINED} {points(retained)} points)"
+        for method, (forgotten, retained) in better.items()
     ]
-    return f"Nowhere worse than EraseDiff in forgetting and retention, and somewhere better: {', '.join(margins)}."
-
-
-def _more(rows: Mapping[str, Mapping[str, Number]], method: str, label: str) -> str:
-    """What ``method`` has more than EraseDiff."""
-    theirs, ours = rows[method][label], rows[OURS][label]
-    assert theirs is not None
-    assert ours is not None
-    return points(theirs - ours)
+    return (
+        "On the runs that both have, nowhere worse than EraseDiff in forgetting and retention, and somewhere better: "
+        f"{', '.join(margins)}."
+    )
 
 
 def _chosen(lines: Sequence[Line], table: Table) -> dict[str, dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,19 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """``numbers`` by the column's label, over ``runs``: tasks of the group times seeds."""
+    """``numbers`` by the column's label, over all runs; ``outcomes`` by (task, seed): (forgotten rate, retained)."""
 
     method: str
-    runs: int
-    seeds: tuple[int, ...]
-    tasks: tuple[str, ...]
+    outcomes: Mapping[tuple[str, int], tuple[float, float]]
     numbers: Mapping[str, Number]
+
+    @property
+    def tasks(self) -> set[str]:
+        return {task for task, _ in self.outcomes}
+
+    @property
+    def seeds(self) -> set[int]:
+        return {seed for _, seed in self.outcomes}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +54,21 @@ class Table:
         """Those of which there is any number."""
         return [column for column in COLUMNS if any(row.numbers[column.label] is not None for row in self.rows)]
 
-    def better_than(self, method: str) -> list[str]:
-        """Methods that are nowhere worse in forgetting and retention than ``method``, and somewhere better.
+    def better_than(self, method: str) -> dict[str, tuple[float, float]]:
+        """Methods nowhere worse than ``method`` in forgetting and retention, and somewhere better.
 
-        Base and oracle are no contenders, nor is a method of other tasks and seeds.
+        With what each has more of (forgotten rate, retained), on average over the runs that both have. Base and oracle
+        are no contenders.
         """
         rows = {row.method: row for row in self.rows if row.method not in (BASE, ORACLE)}
-        ours = rows.get(method)
-        if ours is None:
-            return []
-        return [
-            row.method
-            for row in rows.values()
-            if (row.tasks, row.seeds) == (ours.tasks, ours.seeds) and _dominates(row.numbers, ours.numbers)
-        ]
+        if method not in rows:
+            return {}
+        margins = {name: _margin(row, rows[method]) for name, row in rows.items()}
+        return {
+            name: margin
+            for name, margin in margins.items()
+            if margin is not None and margin[0] <= 0 <= margin[1] and margin != (0, 0)
+        }
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
@@ -78,9 +86,7 @@ def gaps(table: Table) -> list[str]:
         found.append(f"Only {fewest} seed{'s' if fewest > 1 else ''} of three: differences of a point are noise.")
     most = {task for row in table.rows for task in row.tasks}
     found += [
-        f"{row.method} was not run on {', '.join(sorted(most - set(row.tasks)))}."
-        for row in table.rows
-        if most - set(row.tasks)
+        f"{row.method} was not run on {', '.join(sorted(most - row.tasks))}." for row in table.rows if most - row.tasks
     ]
     for column in COLUMNS:
         having = [row.method for row in table.rows if row.numbers[column.label] is not None]
@@ -95,7 +101,7 @@ def markdown(table: Table) -> str:
     """The table in Markdown."""
     columns = table.columns()
     heading = ["method", "runs", *(column.label for column in columns)]
-    rows = [[row.method, str(row.runs), *(cell(column, row) for column in columns)] for row in table.rows]
+    rows = [[row.method, str(len(row.outcomes)), *(cell(column, row) for column in columns)] for row in table.rows]
     aligned = ["---", *["---:"] * (len(heading) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, aligned, *rows))
 
@@ -117,9 +123,10 @@ def _table(group: str, lines: list[Line]) -> Table:
         rows.append(
             Row(
                 method=method,
-                runs=len(quality),
-                seeds=tuple(sorted({line["seed"] for line in quality})),
-                tasks=tuple(sorted({line["task"] for line in quality})),
+                outcomes={
+                    (line["task"], line["seed"]): (line["values"]["forgotten_rate"], line["values"]["retained_mean"])
+                    for line in quality
+                },
                 numbers={column.label: _over_runs(column, own) for column in COLUMNS},
             )
         )
@@ -159,19 +166,14 @@ def _mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
     return {step: sum(each[step] for each in by_step) / len(by_step) for step in shared}
 
 
-def _dominates(theirs: Mapping[str, Number], ours: Mapping[str, Number]) -> bool:
-    # As losses: less is better.
-    pairs = [(theirs[FORGOTTEN], ours[FORGOTTEN]), (_negated(theirs[RETAINED]), _negated(ours[RETAINED]))]
-    known = [(their, our) for their, our in pairs if their is not None and our is not None]
-    return (
-        len(known) == len(pairs)
-        and all(their <= our for their, our in known)
-        and any(their < our for their, our in known)
-    )
-
-
-def _negated(number: Number) -> Number:
-    return None if number is None else -number
+def _margin(theirs: Row, ours: Row) -> tuple[float, float] | None:
+    """What they have more of; None where no run is shared."""
+    shared = theirs.outcomes.keys() & ours.outcomes.keys()
+    if not shared:
+        return None
+    forgotten = sum(theirs.outcomes[run][0] - ours.outcomes[run][0] for run in shared)
+    retained = sum(theirs.outcomes[run][1] - ours.outcomes[run][1] for run in shared)
+    return forgotten / len(shared), retained / len(shared)
 
 
 def _value(name: str) -> Callable[[Line], Number]:
@@ -182,9 +184,12 @@ def _cost(name: str) -> Callable[[Line], Number]:
     return lambda line: None if line["cost"] is None else line["cost"][name]
 
 
-def _last_rate(line: Line) -> Number:
-    rate: float = line["values"]["curve"][-1][1]
-    return rate
+def _steps_to_half(line: Line) -> Number:
+    return next((float(step) for step, rate in line["values"]["curve"] if rate >= 0.5), math.inf)
+
+
+def _steps(number: float) -> str:
+    return "never" if math.isinf(number) else f"{number:.3g}"
 
 
 def _percent(share: float) -> str:
@@ -271,11 +276,11 @@ COLUMNS: Sequence[Column] = (
         shown=_thousandths,
     ),
     Column(
-        label="relearned",
-        note="rate after the last step of fine-tuning on a few images of the class; the curve is below",
+        label="steps to relearn",
+        note="of fine-tuning on a few images of the class, until half of what is asked for is drawn; see the curve",
         measurement="relearning",
-        find=_last_rate,
-        shown=_percent,
+        find=_steps_to_half,
+        shown=_steps,
     ),
     Column(
         label="inverted word",
