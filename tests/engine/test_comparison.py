@@ -204,6 +204,3 @@ def test_the_short_form_runs_every_part(tmp_path: Path) -> None:
     assert rows["erasediff"]["artefact MiB"] == rows["finetune"]["artefact MiB"] > 2e6
     assert "steps to relearn" in rows["erasediff"]
     assert Path(result["report"]).read_text().count("<picture>") == 2
-    # All lines are there: the same command runs nothing and says the same.
-    again = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
-    assert json.loads(again.stdout)["rows"] == result["rows"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import resource
 import subprocess
 import sys
 import time
@@ -21,6 +21,9 @@ from erasediff.runs.atomic import atomic_write, remove_directory
 from erasediff.runs.folder import MODEL
 
 COST, LOG = "cost.json", "unlearn.log"
+LOOK_EVERY = 0.2
+"""Seconds between looks at the peak memory, which only grows."""
+
 ARTEFACTS = ("mask.safetensors", "lora.safetensors")
 
 
@@ -33,7 +36,7 @@ class Cost:
     """What a run took. ``seconds`` and ``cpu_seconds`` are those of the whole process, imports and saving included.
 
     training_seconds: of the steps alone, on the clock; other work on the machine makes it longer
-    peak_bytes:       the most resident memory of the process
+    peak_bytes:       the most resident memory of the process, as Linux tells; None elsewhere
     artefact_bytes:   what someone who has the original needs in order to have the result: the mask or the LoRA, where
                       the method leaves one, otherwise the tensors that changed
     """
@@ -41,7 +44,7 @@ class Cost:
     seconds: float
     cpu_seconds: float
     training_seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
     artefact_bytes: int
 
 
@@ -87,18 +90,19 @@ def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
 def _run(case: Case, base: Path, run: Path) -> Cost:
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.parent / f"{case.name}.log"
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = None
     with log.open("w") as errors:
         process = subprocess.Popen(
             command(case, base, run), stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
         )
-        assert process.stdout is not None
-        with process.stdout:
-            printed = process.stdout.read()
-        # Popen.wait would not tell what the process took.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - began
+        while True:
+            try:
+                printed, _ = process.communicate(timeout=LOOK_EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                peak = _peak_bytes(process.pid) or peak
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         said = log.read_text().strip().splitlines() or ["nothing"]
         raise FailedRun(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
@@ -106,11 +110,21 @@ def _run(case: Case, base: Path, run: Path) -> Cost:
     log.replace(run / LOG)
     return Cost(
         seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         training_seconds=result["seconds"],
-        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_bytes=peak,
         artefact_bytes=artefact_bytes(base, run),
     )
+
+
+def _peak_bytes(process: int) -> int | None:
+    """VmHWM of a process that runs. Its ru_maxrss may be that of the process which started it, if that is larger."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return None
+    peaks = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")]
+    return peaks[0] if peaks else None
 
 
 def command(case: Case, base: Path, run: Path) -> Sequence[str]:
