@@ -35,7 +35,6 @@ def build(folder: Path) -> Path:
     return library
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C++ compiler, on Linux")
 def test_cuda_sources_pass_the_operator_tests(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def image_losses(
         key = noise_key(seed, draw, sample.device)
         timesteps = torch.full_like(ids, int((draw + 0.5) / draws * process.num_train_timesteps))
         alpha, sigma = process.coefficients(timesteps)
-        address = {"key": key, "role": int(NoiseRole.MEMBERSHIP)}
-        noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, **address)
+        role = int(NoiseRole.MEMBERSHIP)
+        noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, key=key, role=role)
         prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], condition_of(batch))
         losses = [
             denoising_loss(
@@ -51,7 +51,8 @@ def image_losses(
                 prediction_type=process.prediction_type,
                 weight=torch.ones(1, device=sample.device),
                 sample_ids=ids[i : i + 1],
-                **address,
+                key=key,
+                role=role,
             ).loss
             for i in range(len(sample))
         ]

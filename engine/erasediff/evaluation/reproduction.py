@@ -16,7 +16,7 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     ``queries`` [M, ...] are of the same shape per row; any dtype, compared in float32.
     """
     y = references.flatten(1).float()
-    found = [torch.cdist(x.flatten(1).float(), y).min(1) for x in queries.split(CHUNK)]
+    found = [torch.cdist(x.flatten(1).float(), y).min(1) for x in queries.split(CHUNK)]  # type: ignore[no-untyped-call]
     return torch.cat([pair.values for pair in found]), torch.cat([pair.indices for pair in found])
 
 
@@ -44,6 +44,6 @@ def reproduces(drawn: Sequence[Tensor], training: Sequence[Tensor], index: Tenso
     again = torch.ones(len(index), dtype=torch.bool)
     for queries, references in zip(drawn, training, strict=True):
         distance, found = nearest(queries, references)
-        wanted, place = index.unique(return_inverse=True)
+        wanted, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         again &= (found == index) & (distance < isolation(wanted, references)[place])
     return again

@@ -16,7 +16,7 @@ def group_by_latent(indices: Tensor, latents: int) -> tuple[Tensor, Tensor]:
 
 
 def scatter_outer(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -> Tensor:
-    """outer_i = sum of values_bj rows_b over all (b, j) with indices_bj = i: z^T rows for the z [N, n] of a sparse code.
+    """outer_i = sum of values_bj rows_b over all (b, j) with indices_bj = i: z^T rows for a sparse code z [N, n].
 
     The gradient of `sparse_decode` with respect to its weight, and of an encoder with respect to W_enc. The entries are
     sorted by latent first, and each latent is added up in one place and in order: no atomics, the same bits each run.

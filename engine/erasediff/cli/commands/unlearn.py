@@ -43,7 +43,9 @@ def unlearn(
     ] = False,
     method: Annotated[
         str | None,
-        typer.Option(help="erasediff, esd, pruning, saemnesia, salun, selective-amnesia, retrain, finetune or neggrad."),
+        typer.Option(
+            help="erasediff, esd, pruning, saemnesia, salun, selective-amnesia, retrain, finetune or neggrad."
+        ),
     ] = None,
     barrier: Annotated[str | None, typer.Option(help="norm, gap, fixed or cosine.")] = None,
     eta: Annotated[float | None, typer.Option(help="The barrier's strength (fixed: the multiplier itself).")] = None,
