@@ -28,7 +28,9 @@ def main() -> None:
 
     state = dict(unlearner.full_weights())
     if rank == 0:
-        accelerator.unwrap_model(unet).save_pretrained("unlearned", state_dict=state)
+        whole = tiny.unet()
+        whole.load_state_dict(state)
+        whole.save_pretrained("unlearned")
     accelerator.end_training()
 
 

@@ -34,7 +34,9 @@ def main() -> None:
 
     state = dict(unlearner.full_weights())
     if rank == 0:
-        unet.save_pretrained("unlearned", state_dict=state)
+        whole = tiny.unet()
+        whole.load_state_dict(state)
+        whole.save_pretrained("unlearned")
     torch.distributed.destroy_process_group()
 
 

@@ -25,7 +25,8 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, DTensor):
             whole = tensor.full_tensor()
-            yield name, whole.cpu() if is_main else None
+            # The copy also waits for the gathering, which is asynchronous.
+            yield name, whole.to("cpu", copy=True) if is_main else None
         else:
             with gathered(tensor):
                 copy = tensor.detach().cpu().clone() if is_main else None
