@@ -7,7 +7,8 @@ namespace erasediff::cuda {
 namespace {
 
 template <class Stored>
-__global__ void __launch_bounds__(kThreads)
+// The least bound on blocks: for a tighter one of its own choice, ptxas spills on sm_80.
+__global__ void __launch_bounds__(kThreads, 1)
     scatter_outer_kernel(const Stored* values, const Stored* rows, const int64_t* order, const int64_t* starts,
                          Stored* outer, int64_t k, int64_t dim) {
   using T = Compute<Stored>;
