@@ -43,7 +43,9 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
 
     peers = Peers.connect()
     code = _ended(command, peers, said)
-    if code != 0:
+    if code == 0:
+        peers.leave(GRACE_SECONDS)
+    else:
         _wait_to_be_told(peers, said)
     for stream in (sys.stdout, sys.stderr, said):
         stream.flush()

@@ -110,6 +110,16 @@ class Peers:
             time.sleep(POLL_SECONDS)
         return True
 
+    def leave(self, seconds: float) -> None:
+        """Go, the main rank last but for ``seconds`` at most: the store may be its own, and end with it."""
+        if self.store is None:
+            return
+        self.store.set(f"left/{self.rank}", "done")
+        deadline = time.monotonic() + seconds
+        everyone = [f"left/{rank}" for rank in range(self.size)]
+        while self.is_main and not self.store.check(everyone) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
     def _get(self, key: str, seconds: float | None) -> bytes:
         assert self.store is not None
         began = time.monotonic()
