@@ -31,6 +31,7 @@ def assembled(results: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
     return whole
 
 
+@pytest.mark.slow
 def test_state_goes_on_in_another_layout_on_another_number_of_processes(run_on):
     """Two ranks under stage 2, one plain process, three under stage 3, two under FSDP2: one curve."""
     undisturbed = run_on(1, CASES, "state_after", 12, {"layout": "local", **GAP})[0]
