@@ -235,7 +235,7 @@ UNLEARN = ("unlearn", "--model", "base/model", "--out", "out", "--config", "tiny
         (UNLEARN, "Nothing to forget"),
         ((*UNLEARN, "--forget", "3", "--retain", "2,3"), "The forget set and the retain set share"),
         ((*UNLEARN, "--forget", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
-        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'erasediff', 'finetune' or 'neggrad'"),
+        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'finetune' or 'neggrad'"),
         (("unlearn", "--forget", "3", "--out", "out"), "--model"),
         (("unlearn", "--model", "absent", "--forget", "3", "--out", "out"), "absent is not a diffusers model folder"),
         (

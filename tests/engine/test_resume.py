@@ -117,7 +117,7 @@ original = finetune.FineTune.step
 def slow(self, retain, forget=None):
     report = original(self, retain, forget)
     if self.iteration == 9:
-        print("in a long step", flush=True)
+        print("in a long step", file=sys.__stdout__, flush=True)
         time.sleep({SECONDS_TO_WAIT})
     return report
 finetune.FineTune.step = slow
