@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from erasediff.gradients import Gradients, Shard, averaged_weights, full_weights, gradients_for
@@ -16,6 +15,9 @@ from erasediff.process import Process, noise_key
 from erasediff.solver.barrier import Barrier, Gap
 from erasediff.solver.report import StepReport
 from erasediff_kernels import constraint_multiplier
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 T = TypeVar("T", int, float, float | None)
 

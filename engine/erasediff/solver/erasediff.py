@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from erasediff.gradients import Shard
@@ -16,6 +15,9 @@ from erasediff.solver.barrier import Barrier, Norm
 from erasediff.solver.base import Solver, SolverOptions
 from erasediff.solver.inner import InnerCopy, InnerSolve
 from erasediff.solver.report import StepReport
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class EraseDiff(Solver):
