@@ -108,13 +108,8 @@ def round_trip(
     scratch: Annotated[Path | None, typer.Option(help="Where the copies go.")] = None,
 ) -> None:
     """Folder -> folder and folder -> single file -> folder, bit by bit, with the denoiser loaded in bfloat16."""
-    line: dict[str, Any] = {
-        "what": "round trip",
-        "model": folder.name,
-        "gib": round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**30, 2),
-        "load": round(os.getloadavg()[0], 1),
-        "versions": {library: version(library) for library in ("torch", "diffusers", "transformers")},
-    }
+    gib = round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**30, 2)
+    line: dict[str, Any] = {"what": "round trip", "model": folder.name, "gib": gib, **circumstances()}
     with tempfile.TemporaryDirectory(dir=scratch) as temporary, PeakMemory() as peak:
         first, single, second = (Path(temporary, name) for name in ("first", "model.safetensors", "second"))
         begun = time.perf_counter()
@@ -132,10 +127,7 @@ def round_trip(
         load_text_to_image(single, config=folder, dtype=torch.bfloat16).save(second)
         line["single_file_identical"] = identical(folder, second)
     line["peak_gib"] = round(peak.kib / 2**20, 2)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line, indent=2))
+    keep(line)
     if not (line["folder_identical"] and line["single_file_identical"]):
         raise typer.Exit(1)
 
@@ -171,13 +163,24 @@ def step(
             "what": "step",
             "model": folder.name,
             "settings": settings,
-            "load": round(os.getloadavg()[0], 1),
-            "versions": {library: version(library) for library in ("torch", "diffusers", "transformers")},
+            **circumstances(),
             "plan": plan,
         }
         if real:
             _, line["peak_bytes"], line["seconds"] = run([*command, "--out", str(Path(temporary, "run"))], temporary)
             line["real_to_plan"] = round(line["peak_bytes"] / plan["peak_bytes"], 4)
+    keep(line)
+
+
+def circumstances() -> dict[str, Any]:
+    return {
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {library: version(library) for library in ("torch", "diffusers", "transformers")},
+    }
+
+
+def keep(line: dict[str, Any]) -> None:
+    """Append ``line`` to the results, and show it."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -49,3 +49,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``run(*arguments, code=0)``: the command line, in this process, which ends with that exit code."""
+    # Here, since the kernels' tests run where nothing but the kernels is installed.
+    from erasediff.cli import main
+
+    def command(*arguments: object, code: int = 0) -> None:
+        monkeypatch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+
+    return command
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """An empty folder to run in, with the module's ``NANO`` as ``nano.yaml``; the cache is there too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "nano.yaml").write_text(request.module.NANO)
+    return tmp_path

@@ -12,6 +12,7 @@ from learning import Memorised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from erasediff.comparison.distances import frechet_distance, kernel_distance
 from erasediff.evaluation.membership import image_losses, membership_auc
 from erasediff.evaluation.reproduction import nearest, reproduces
 from erasediff.models.family import TextToImageModel
@@ -21,7 +22,7 @@ from erasediff.runs.atomic import atomic_file
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
 from fashion import CLASSES, Clothes, prompt
 from judge import Judge
-from measure import GUIDANCE_SCALE, INFERENCE_STEPS, frechet_distance, kernel_distance
+from measure import GUIDANCE_SCALE, INFERENCE_STEPS
 from pixels import as_grey, as_rgb
 
 TIMESTEP_DRAWS = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from safetensors.torch import load_file
 from torch import nn
 
-from erasediff.cli import main
 from erasediff.methods import ESD
 from erasediff.models.selection import select
 from erasediff.objectives import NegativeGuidance, Trajectories
@@ -174,25 +172,9 @@ run: {log_every: 1, checkpoint_every: 1}
 """
 
 
-def run(*arguments: object, code: int = 0) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == code
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "nano.yaml").write_text(NANO)
-    return tmp_path
-
-
 @pytest.mark.usefixtures("here", "one_thread")
 @pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
-def test_a_prompt_alone_is_enough(name: str, nano_folder: Callable[[str], Path]) -> None:
+def test_a_prompt_alone_is_enough(run: Callable[..., None], name: str, nano_folder: Callable[[str], Path]) -> None:
     source = nano_folder(name)
     erase = ("--method", "esd", "--forget-prompts", "a sneaker;a shoe", "--set", "esd.erase_from=a boot")
     run("unlearn", "--model", source, *erase, "--train", "esd-x", "--out", "out", "--config", "nano.yaml")
@@ -205,7 +187,9 @@ def test_a_prompt_alone_is_enough(name: str, nano_folder: Callable[[str], Path])
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_resumed_from_a_checkpoint_ends_with_the_same_files(here: Path, nano_folder: Callable[[str], Path]) -> None:
+def test_resumed_from_a_checkpoint_ends_with_the_same_files(
+    run: Callable[..., None], here: Path, nano_folder: Callable[[str], Path]
+) -> None:
     erase = ("--method", "esd", "--forget-prompts", "a sneaker", "--config", "nano.yaml")
     for out in ("whole", "part"):
         run("unlearn", "--model", nano_folder("sd"), *erase, "--out", out)
@@ -225,7 +209,11 @@ def test_resumed_from_a_checkpoint_ends_with_the_same_files(here: Path, nano_fol
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(
-    flags: tuple[str, ...], said: str, nano_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., None],
+    flags: tuple[str, ...],
+    said: str,
+    nano_folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = "nano.yaml" if "esd" in flags else None
     chosen = ("--config", config) if config else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from erasediff import Norm, Process
-from erasediff.cli import main
 from erasediff.errors import UserError
 from erasediff.methods.pruning import PrunedEraseDiff
 from erasediff.models.masks import (
@@ -130,25 +128,9 @@ def test_erasediffs_objective_prunes_and_leaves_weights_alone(
         assert bool(((value == original[name]) | (value == 0)).all()), name
 
 
-def run(*arguments: object, code: int = 0) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == code
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "nano.yaml").write_text(NANO)
-    return tmp_path
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_concept_is_pruned_from_a_prompt_and_the_original_is_restored(
-    here: Path, nano_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., None], here: Path, nano_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = nano_folder("sd")
     prune = ("--method", "pruning", "--forget-prompts", "a sneaker", "--set", "pruning.attack_prompts=[a sn, shoe]")
@@ -184,7 +166,11 @@ def test_a_concept_is_pruned_from_a_prompt_and_the_original_is_restored(
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(
-    flags: tuple[str, ...], said: str, nano_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., None],
+    flags: tuple[str, ...],
+    said: str,
+    nano_folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prune = ("--method", "pruning", "--forget-prompts", "a sneaker", "--config", "nano.yaml")
     run("unlearn", "--model", nano_folder("sd"), *prune, *flags, "--out", "out", code=2)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from erasediff.comparison.lines import Lines
 from erasediff.comparison.plots import data_url, relearning, trade_off
 from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Table, cell, gaps, tables
 from erasediff.report.table import points
+from erasediff.report.templates import template_environment
 from erasediff.runs.atomic import atomic_write
 
 OURS = "erasediff"
@@ -20,14 +19,8 @@ def write_page(path: Path, lines: Lines, command: str) -> list[Table]:
     """Write the page of ``lines`` to ``path`` and return its tables; ``command`` is what it says to repeat."""
     read = lines.read()
     found = tables(read)
-    environment = Environment(
-        loader=PackageLoader("erasediff", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("compare.html.j2").render(
+    template = template_environment().get_template("compare.html.j2")
+    page = template.render(
         tables=[
             {
                 "table": table,

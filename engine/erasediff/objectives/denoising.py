@@ -70,9 +70,7 @@ class DenoisingObjective:
         def loss(part: Batch, weight: Tensor) -> Tensor:
             noisy_sample, timesteps = self._noised(part, key, noise, timestep)
             alpha, sigma = self.process.coefficients(timesteps)
-            with self._precision(noisy_sample.device):
-                conditioning = self.process.conditioning[timesteps]
-                prediction = self.denoiser(model, noisy_sample, conditioning, condition_of(part))
+            prediction = self.prediction(model, noisy_sample, timesteps, condition_of(part))
             return denoising_loss(
                 prediction.to(noisy_sample.dtype),
                 part["sample"],

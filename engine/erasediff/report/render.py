@@ -2,27 +2,20 @@
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from erasediff.evaluation import ConditionalMetrics, UnconditionalMetrics
 from erasediff.evaluation.targets import Target, conditional_targets, unconditional_targets
 from erasediff.report.contents import Column, Contents
 from erasediff.report.curves import QUANTITIES, curve, recorded
 from erasediff.report.pictures import strip
 from erasediff.report.table import class_shares, metric_rows, percent, points
+from erasediff.report.templates import template_environment
 
 PICTURE_COLUMNS = 10
 
 
 def render(contents: Contents) -> str:
     """The report as one HTML page that needs nothing else: no network, no script, no other file."""
-    environment = Environment(
-        loader=PackageLoader("erasediff", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters |= {"percent": percent, "points": points}
     return environment.get_template("report.html.j2").render(
         contents=contents,
