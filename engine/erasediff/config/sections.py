@@ -76,7 +76,7 @@ class UnlearnConfig(Section):
     weight_decay: NonNegative = 0.0
     ema_decay: Fraction | None = 0.9
     retain_label_dropout: Fraction = 0.1
-    forget_label_dropout: Fraction = 0.1
+    forget_label_dropout: Fraction = 0.0
     min_snr_gamma: Positive | None = None
     max_grad_norm: Positive | None = 1.0
     accumulation_steps: Count = 1
@@ -95,8 +95,10 @@ class UnlearnConfig(Section):
         """These settings with each None filled in; ``retained`` are the classes to retain.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
-        mean over several that the loss settles for is a blur. Without labels there is nothing to relabel; small steps
-        under a weak barrier take the forgotten images away before the others suffer.
+        mean over several that the loss settles for is a blur. The null label is left out of it (no label dropout of
+        forgotten images): every image is guided away from its prediction, so what that takes on, the others lose. The
+        others keep what the original predicts for them. Without labels there is nothing to relabel; small steps under a
+        weak barrier take the forgotten images away before the others suffer.
         """
         target = self.target or ("relabel" if conditional else "gaussian")
         first = self.forget[0] if self.forget else 0
@@ -104,10 +106,10 @@ class UnlearnConfig(Section):
         suited = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
-            "retain_target": "true",
+            "retain_target": "teacher" if conditional else "true",
             "eta": 0.03 if self.barrier == "norm" and not conditional else usual_eta(self.barrier, target),
             "steps": 100 if conditional else 200,
-            "lr": 3e-4,
+            "lr": 2e-4 if conditional else 3e-4,
         }
         if self.method == "retrain":
             # As long as the base model was trained.
