@@ -27,6 +27,7 @@ def for_text_to_image(config: Config) -> Config:
             "target": target,
             "retain_target": "teacher",
             "eta": usual_eta(config.unlearn.barrier, target),
+            **(config.pruning.usual() if config.unlearn.method == "pruning" else {}),
         },
         "sample": {"num_inference_steps": 30, "batch_size": 4},
     }
@@ -34,8 +35,6 @@ def for_text_to_image(config: Config) -> Config:
 
 
 def _usual_lr(config: Config) -> float:
-    if config.unlearn.method == "pruning":
-        return config.pruning.lr
     return 1e-4 if config.text_to_image.train == "lora" else 1e-5
 
 

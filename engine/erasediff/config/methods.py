@@ -1,5 +1,6 @@
 """What only one method reads; every default is the literature's, or says that it is ours."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -30,20 +31,44 @@ class EsdConfig(Section):
 
 
 class PruningConfig(Section):
-    """A learned mask over weights: see ``methods.pruning``. No value is the paper's: it publishes none.
+    """Weights that are left out: see ``methods.pruning``. No value of the learned mask is the paper's: it has none.
 
-    objective:       whose loss the mask is learned with
-    initial_score:   of every weight; a weight is pruned where its score falls below 0
+    variant:         a mask that is learned, or one computed from activations (ConceptPrune: ``methods.held_mask``)
+    objective:       whose loss the mask is learned with, or the surviving weights tuned with
+    share:           learned: of each layer's weights, how many may be pruned, those that the concept drives most;
+                     training-free: of each neuron's, how many are pruned per bin of timesteps at most
+    observations:    batches that activations are measured on
+    initial_score:   of every weight that may be pruned; it is where its score falls below 0
     sparsity_weight: of the penalty on the pruned share
     lr:              of the scores, where unlearn.lr is not set
+    timestep_bins:   training-free: ranges of timesteps with scores of their own
+    finetune_steps:  training-free: steps for the surviving weights, after the observations
+    mask:            of an earlier pruning: it is held, and the surviving weights are tuned in all steps
     attack_prompts:  for the report on neurons: prompts that are to bring the concept back
     """
 
+    variant: Literal["learned", "training-free"] = "learned"
     objective: Literal["esd", "erasediff"] = "esd"
-    initial_score: Positive = 3.0
-    sparsity_weight: NonNegative = 1.0
-    lr: Positive = 0.05
+    share: Share = 0.05
+    observations: Count = 16
+    initial_score: Positive = 1.0
+    sparsity_weight: NonNegative = 0.0
+    lr: Positive = 0.1
+    timestep_bins: Count = 10
+    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    mask: Path | None = None
     attack_prompts: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the masks' scores are what is trained."""
+        return self.variant == "learned" and self.mask is None
+
+    def usual(self) -> dict[str, float | int]:
+        """Settings of ``unlearn`` that follow: scores are learned at a rate of their own, observations are steps."""
+        if self.learned:
+            return {"lr": self.lr}
+        return {} if self.mask is not None else {"steps": self.observations + self.finetune_steps}
 
 
 class SalunConfig(Section):

@@ -13,7 +13,7 @@ from erasediff.errors import UserError
 from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import Batch, NegativeGuidance, Trajectories
 from erasediff.process import Process
-from erasediff.solver import Fixed, Solver, SolverOptions, StepReport
+from erasediff.solver import Barrier, Fixed, Solver, SolverOptions, StepReport
 
 
 class ESD(Solver):
@@ -32,6 +32,9 @@ class ESD(Solver):
     erase_from: likewise, of what the concept is erased from; None: see ``NegativeGuidance``
     shape:      (C, h, w) of a sample
     batch_size: of this process
+    references: likewise [M, ...], of what is to stay (ours): every other trajectory is then of one of these, the
+                frozen model's prediction there is preserved, and ``barrier`` (default: both losses alike) balances the
+                two as in ``EraseDiff``. None (default): as published. ``ValueError`` where a process's batch is odd
     """
 
     name: ClassVar[str] = "esd"
@@ -52,14 +55,20 @@ class ESD(Solver):
         guidance_scale: float = 3.0,
         num_inference_steps: int = 50,
         latents_from: Literal["frozen", "current"] = "frozen",
+        references: Mapping[str, Tensor] | None = None,
+        barrier: Barrier | None = None,
         **options: Unpack[SolverOptions],
     ) -> None:
+        if references is not None and batch_size % 2:
+            raise ValueError(f"half of the trajectories are of references: batch_size must be even, got {batch_size}")
         super().__init__(model, optimizer, process=process, **options)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.concepts, self.null, self.erase_from = dict(concepts), dict(null), erase_from
         self.guidance = guidance or NegativeGuidance()
         self.guidance_scale = guidance_scale
         self.latents_from = latents_from
+        self.references = None if references is None else dict(references)
+        self.barrier: Barrier = Fixed(1.0) if barrier is None else barrier
         self.attack: dict[str, Tensor] | None = None
         """Conditions that are to bring the concept back; for diagnosis alone."""
         world = self.gradients.world
@@ -84,8 +93,18 @@ class ESD(Solver):
             **self.condition(self.iteration),
         }
         self._advance(sample, predictions)
-        loss, gradient = self._gradient(batch, lambda backward: self.objective.given_loss(self.model, batch, backward))
-        return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
+        if self.references is None:
+            loss, gradient = self._towards_target(batch)
+            return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
+        retain = {name: value[1::2] for name, value in (batch | {"target": predictions[0]}).items()}
+        retain_loss, retain_gradient = self._towards_target(retain)
+        forget_loss, forget_gradient = self._towards_target({name: value[::2] for name, value in batch.items()})
+        return self._update(
+            retain_gradient, forget_gradient, self.barrier, retain_loss=retain_loss, forget_loss=forget_loss
+        )
+
+    def _towards_target(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        return self._gradient(batch, lambda backward: self.objective.given_loss(self.model, batch, backward))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "trajectories": self.trajectories.sample}
@@ -131,10 +150,25 @@ class ESD(Solver):
     def _guided(self, concept: Tensor, null: Tensor) -> Tensor:
         return torch.lerp(null, concept, self.guidance_scale)
 
-    def condition(self, iteration: int, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Each trajectory's own of the ``rows`` [N, ...] of a condition, by default of the concepts."""
+    def condition(self, iteration: int, concepts: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Each trajectory's own condition; with ``concepts`` [N, ...], one of these in the place of a concept."""
         number, _ = self.trajectories.places(iteration)
-        return {name: value[number % value.shape[0]] for name, value in (rows or self.concepts).items()}
+        rows = concepts or self.concepts
+        if self.references is None:
+            return {name: value[number % value.shape[0]] for name, value in rows.items()}
+        turn = number // 2
+        of_concept = self.of_concept()
+        found = {}
+        for name, value in rows.items():
+            other = self.references[name]
+            where = of_concept.view(-1, *(1,) * (value.ndim - 1))
+            found[name] = torch.where(where, value[turn % value.shape[0]], other[turn % other.shape[0]])
+        return found
+
+    def of_concept(self) -> Tensor:
+        """Bool [B]: which trajectories are of a concept, rather than of a reference; the same at every iteration."""
+        slots = self.trajectories.slots
+        return torch.ones_like(slots, dtype=torch.bool) if self.references is None else slots % 2 == 0
 
     def frozen_pair(self, sample: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """The frozen model's predictions (e_c, e_0) of the states ``sample`` at ``iteration``."""

@@ -62,8 +62,10 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
-    iteration: int
-    """Steps taken so far."""
+    @property
+    def iteration(self) -> int:
+        """Steps taken so far."""
+        ...
 
     def step(self, retain: Batch, forget: Batch) -> StepReport: ...
 

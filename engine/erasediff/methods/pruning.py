@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +16,25 @@ from erasediff.config import Config
 from erasediff.errors import UserError
 from erasediff.methods import erasediff, esd
 from erasediff.methods.esd import ESD
+from erasediff.methods.held_mask import HeldMask
 from erasediff.methods.neurons import concept_neurons
+from erasediff.methods.observing import InputNorms, Observations, of_batches, on_trajectories, over_inputs
 from erasediff.methods.protocol import Materials, Method, Needs, Recipe
-from erasediff.models.masks import add_masks, merge_masks, save_masks, weight_masks, without_masks
+from erasediff.models.masks import (
+    add_masks,
+    limit_masks,
+    load_masks,
+    masked_weights,
+    merge_masks,
+    save_masks,
+    weight_masks,
+    without_masks,
+)
 from erasediff.runs.atomic import atomic_write
 from erasediff.solver import Barrier, EraseDiff, Solver, StepReport
 
 MASK, NEURONS = "mask.safetensors", "neurons.json"
+NEURON_OBSERVATIONS = 8
 
 
 class SparsityPenalty(Solver):
@@ -32,6 +45,7 @@ class SparsityPenalty(Solver):
 
     sparsity_weight: float
     score_count: int
+    observations: Observations
 
     def _update(
         self, retain: list[Tensor], forget: list[Tensor], barrier: Barrier, **losses: Tensor | None
@@ -47,8 +61,10 @@ class PrunedESD(SparsityPenalty, ESD):
     """min over M of L_ESD(theta o M), M in {0, 1} per weight, theta frozen (2405.16534, P-ESD).
 
     The paper publishes neither relaxation nor schedule. Ours: M = 1[sigmoid(s) > 1/2] with a straight-through gradient,
-    every score s at ``initial_score`` first, and a penalty on the pruned share. A pruned weight can come back. The
-    frozen model is the same network without its masks: no second copy.
+    every score s at ``initial_score`` first, and a penalty on the pruned share. A pruned weight can come back. Only
+    weights that the concept drives may go (``correlated``), and what the network predicts for other prompts is
+    preserved (``references`` of ``ESD``): without either, all weights come near the threshold together, and the network
+    is lost at once. The frozen model is the same network without its masks: no second copy.
     """
 
     name: ClassVar[str] = "pruning"
@@ -65,38 +81,98 @@ class PrunedEraseDiff(SparsityPenalty, EraseDiff):
     name: ClassVar[str] = "pruning"
 
 
+@torch.no_grad()
+def correlated(method: Solver, observations: Observations, count: int) -> dict[str, Tensor]:
+    """|w| (|x| under the concept - |x| elsewhere) of each masked weight, by the masked module's name.
+
+    |x| is the root mean square of the weight's input. The paper finds a concept's neurons by their activations before
+    and after erasing; here the comparison is between prompts, so that it can be made before.
+    """
+    layers = {name: module for name, module, _ in weight_masks(method.model)}
+    seen = InputNorms.none(layers, 1, method.device)
+    for observation in observations(count):
+        seen.observe(method, layers, observation)
+    found = {}
+    for name, _, _ in weight_masks(method.model):
+        elsewhere, concept = seen.norms(name)[:, 0]
+        weight: Any = layers[name].weight
+        found[name] = weight.abs() * over_inputs(weight, concept - elsewhere)
+    return found
+
+
 def trained(config: Config, network: nn.Module, selected: Any) -> list[nn.Parameter]:
-    """The scores of the masks over the selected weights."""
-    return add_masks(network, selected, config.pruning.initial_score)
+    """The scores of the masks over the selected weights or, where no mask is learned, those weights."""
+    scores = add_masks(network, selected, config.pruning.initial_score)
+    if config.pruning.learned:
+        return scores
+    for score in scores:
+        score.requires_grad_(False)
+    weights = list(masked_weights(network))
+    for weight in weights:
+        weight.requires_grad_(True)
+    return weights
 
 
-def make(materials: Materials) -> PrunedESD | PrunedEraseDiff:
+def make(materials: Materials) -> PrunedESD | PrunedEraseDiff | HeldMask:
     settings = materials.config.pruning
     given: dict[str, Any] = {"process": materials.process, **materials.options}
-    method: PrunedESD | PrunedEraseDiff
+    method: ESD | EraseDiff
+    observations: Observations
     if settings.objective == "esd":
-        options = esd.own_options(materials)
-        method = PrunedESD(materials.network, materials.optimizer, **options, **given)
-        if settings.attack_prompts:
-            method.attack = esd.floats(materials.encode_prompts(settings.attack_prompts))
+        method = _of_prompts(materials, given)
+        observations = partial(on_trajectories, method)
     else:
-        options = erasediff.own_options(materials)
-        method = PrunedEraseDiff(materials.network, materials.optimizer, **options, **given)
-    method.sparsity_weight = settings.sparsity_weight
-    method.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(materials.network))
+        kind = PrunedEraseDiff if settings.learned else EraseDiff
+        method = kind(materials.network, materials.optimizer, **erasediff.own_options(materials), **given)
+        observations = partial(of_batches, method, materials.retain_batches, materials.forget_batches)
+    if isinstance(method, PrunedESD | PrunedEraseDiff):
+        method.observations = observations
+        method.sparsity_weight = settings.sparsity_weight
+        limit_masks(method.model, correlated(method, observations, settings.observations), settings.share)
+        method.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(materials.network))
+        return method
+    for _, _, mask in weight_masks(materials.teacher()):
+        mask.active = False
+    return HeldMask(
+        method,
+        observations,
+        masks=None if settings.mask is None else load_masks(settings.mask),
+        count=settings.observations,
+        share=settings.share,
+        bins=settings.timestep_bins,
+    )
+
+
+def _of_prompts(materials: Materials, given: dict[str, Any]) -> ESD:
+    config, settings = materials.config, materials.config.pruning
+    if materials.batch_size % 2:
+        raise UserError("Half of what pruning looks at is to stay: give an even unlearn.batch_size.")
+    others = config.images.retain_prompts or (() if config.esd.erase_from is None else (config.esd.erase_from,))
+    options = esd.own_options(materials) | {
+        "references": esd.floats(materials.encode_prompts([*others, ""])),
+        "barrier": erasediff.barrier_of(config.unlearn),
+    }
+    if settings.learned:
+        method: ESD = PrunedESD(materials.network, materials.optimizer, **options, **given)
+    else:
+        method = ESD(materials.network, materials.optimizer, teacher=materials.teacher(), **options, **given)
+    if settings.attack_prompts:
+        method.attack = esd.floats(materials.encode_prompts(settings.attack_prompts))
     return method
 
 
 def finish(method: Method, path: Path) -> None:
     """Make the masks part of the model, and write them and the neurons that they are about beside it."""
-    assert isinstance(method, PrunedESD | PrunedEraseDiff)
-    if all(bool((mask.score > 0).all()) for _, _, mask in weight_masks(method.model)):
+    assert isinstance(method, PrunedESD | PrunedEraseDiff | HeldMask)
+    solver = method.tuned if isinstance(method, HeldMask) else method
+    if all(bool((mask.score > 0).all()) for _, _, mask in weight_masks(solver.model)):
         raise UserError(
-            "No weight was pruned: raise pruning.sparsity_weight, the learning rate or the number of steps."
+            "No weight was pruned: raise pruning.share, the learning rate or the number of steps, or lower "
+            "pruning.sparsity_weight."
         )
-    if isinstance(method, PrunedESD):
-        atomic_write(path.with_name(NEURONS), json.dumps(concept_neurons(method), indent=1) + "\n")
-    save_masks(merge_masks(method.model), path.with_name(MASK))
+    neurons = concept_neurons(solver, method.observations(NEURON_OBSERVATIONS))
+    atomic_write(path.with_name(NEURONS), json.dumps(neurons, indent=1) + "\n")
+    save_masks(merge_masks(solver.model), path.with_name(MASK))
 
 
 def needs(config: Config) -> Needs:

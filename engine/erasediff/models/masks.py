@@ -19,6 +19,10 @@ from erasediff.runs.atomic import atomic_file
 from erasediff_kernels import pack_mask, unpack_mask
 
 FORMAT = "erasediff-mask-1"
+OUT_OF_REACH = 30.0
+"""A score whose derivative, 1e-13, is nothing beside Adam's epsilon: its weight stays."""
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _HardMask(torch.autograd.Function):
@@ -53,20 +57,48 @@ class WeightMask(nn.Module):
 def add_masks(network: nn.Module, names: Sequence[str], initial_score: float) -> list[nn.Parameter]:
     """Mask the weights called ``names``, freeze them, and return the masks' scores, which are to be trained.
 
-    Biases and other vectors are left alone. A copy of a masked network shares its classes with it: merge only one of
-    them. UserError if nothing else is among ``names``.
+    Those of linear layers and convolutions alone: biases, norms and embeddings are left as they are. A copy of a masked
+    network shares its classes with it: merge only one of them. UserError if nothing else is among ``names``.
     """
     parameters = dict(network.named_parameters())
-    chosen = [name for name in names if name.rpartition(".")[2] == "weight" and parameters[name].ndim > 1]
-    if not chosen:
-        raise UserError("There is no weight matrix among the selected weights to mask: choose others with --train.")
+    layers = maskable_layers(network, names)
     network.requires_grad_(False)
     scores = []
-    for name in chosen:
-        mask = WeightMask(parameters[name], initial_score)
-        parametrize.register_parametrization(network.get_submodule(name.rpartition(".")[0]), "weight", mask)
+    for name, layer in layers.items():
+        mask = WeightMask(parameters[f"{name}.weight"], initial_score)
+        parametrize.register_parametrization(layer, "weight", mask)
         scores.append(mask.score)
     return scores
+
+
+def maskable_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers, by name, whose weights are among ``names`` and can be masked. UserError for none."""
+    owners = {name.removesuffix(".weight"): network.get_submodule(name.rpartition(".")[0]) for name in names}
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in owners.items() if f"{name}.weight" in names and isinstance(layer, LAYERS)
+    }
+    if not layers:
+        raise UserError("There is no weight matrix among the selected weights to mask: choose others with --train.")
+    return layers
+
+
+@torch.no_grad()
+def limit_masks(network: nn.Module, importance: Mapping[str, Tensor], share: float) -> None:
+    """Put all scores out of reach but those of the ``share`` of each layer's weights with the largest importance.
+
+    importance: by the masked module's name, like its weight; a weight of which it is not positive stays as well
+    """
+    for name, _, mask in weight_masks(network):
+        mask.score.masked_fill_(~most_important(importance[name], share), OUT_OF_REACH)
+
+
+def most_important(importance: Tensor, share: float) -> Tensor:
+    """Bool, like ``importance``: where it is positive and among the largest ``share`` of all."""
+    values = importance.flatten()
+    count = max(1, round(share * values.numel()))
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[values.topk(count).indices] = True
+    return chosen.reshape(importance.shape) & (importance > 0)
 
 
 def weight_masks(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightMask]]:
@@ -76,6 +108,13 @@ def weight_masks(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightMas
             for mask in module.parametrizations.weight:
                 if isinstance(mask, WeightMask):
                     yield name, module, mask
+
+
+def masked_weights(network: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights under the masks, whole."""
+    for _, module, _ in weight_masks(network):
+        parametrized: Any = module
+        yield parametrized.parametrizations.weight.original
 
 
 @contextmanager

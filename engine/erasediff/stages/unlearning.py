@@ -95,9 +95,10 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
     retained = sorted(set(retain.class_labels.tolist()))
     settings = config.unlearn.resolved(conditional=conditional, retained=retained)
-    if settings.method == "pruning" and config.unlearn.lr is None:
-        # What is trained are scores, not weights.
-        settings = settings.model_copy(update={"lr": config.pruning.lr})
+    if settings.method == "pruning":
+        usual = config.pruning.usual().items()
+        own = {name: value for name, value in usual if getattr(config.unlearn, name) is None}
+        settings = settings.model_copy(update=own)
     unknown = set(settings.relabel_to or ()) - set(retained)
     if unknown:
         raise UserError(
