@@ -205,7 +205,6 @@ def test_resumed_from_a_checkpoint_ends_with_the_same_files(
     [
         (("--method", "esd"), "--forget-prompts"),
         (("--method", "finetune", "--set", "esd.eta=2"), "esd.eta is for --method esd"),
-        (("--method", "salun", "--forget-prompts", "a"), "--anchor-prompts"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(

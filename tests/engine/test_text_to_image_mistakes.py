@@ -127,7 +127,6 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         ((*SD, *CATS, "--train", "xatn"), "did you mean xattn?"),
         ((*SD, *CATS, "--train", "re:attn3"), "matches no weight of this model"),
         ((*SD, *CATS, "--train", "lora", "--set", "text_to_image.saliency=0.5"), "Saliency"),
-        ((*SD, *CATS, "--target", "relabel"), "--anchor-prompts"),
         ((*SD, *CATS, "--set", "text_to_image.attention=xformers"), "Attention cannot run this way"),
         ((*SD, *CATS, "--set", "images.height=33"), "give multiples of"),
         ((*SD, *CATS, "--set", "images.bucket_step=64"), "smaller than the bucket step"),

@@ -13,9 +13,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 def for_text_to_image(config: Config) -> Config:
     """``config`` with what nobody has set at the usual values for text-to-image models instead of the digits'.
 
-    The target is that of the paper, or relabelling where there are prompts to relabel to.
+    The target is relabelling: to the anchor prompts or, without any, to the retained caption nearest to the forgotten.
     """
-    target = config.unlearn.target or ("relabel" if config.text_to_image.anchor_prompts else "uniform")
+    target = config.unlearn.target or "relabel"
     suited = {
         "threads": None,
         "unlearn": {

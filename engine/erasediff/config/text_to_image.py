@@ -53,7 +53,8 @@ class TextToImageConfig(Section):
     lora_rank, lora_alpha:   of the LoRA to train, on the layers that the selection ``lora_targets`` names
     saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
     saliency_batches:        forgotten batches that saliency is measured on
-    anchor_prompts:          what the target "relabel" puts in the place of what is forgotten
+    anchor_prompts:          what the target "relabel" puts in the place of what is forgotten; without any, the retained
+                             caption under which the model denoises the forgotten images best
     """
 
     config: Path | None = None

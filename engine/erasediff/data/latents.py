@@ -50,10 +50,11 @@ class Encoders(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The SHA-256 of an image file, the size in pixels that it was brought to, and the keys of its tensors."""
+    """The SHA-256 of an image file, the size in pixels that it was brought to, its caption, and its tensors' keys."""
 
     digest: str
     size: Size
+    text: str
     latent: str
     caption: str
 
@@ -141,7 +142,7 @@ class LatentCache:
             self._fill_captions(captions, model, batch_size, console)
             self._fill_latents(dict(keyed), model, mirror, batch_size, broken, console)
         entries = tuple(
-            Entry(item.digest, item.fit.size, key, captions[item.image.caption])
+            Entry(item.digest, item.fit.size, item.image.caption, key, captions[item.image.caption])
             for key, item in keyed
             if key in self.latents
         )

@@ -30,6 +30,7 @@ class NoiseRole(IntEnum):
     FISHER_TIMESTEP = 10
     SURROGATE = 11
     MEMBERSHIP = 12
+    ANCHOR = 13
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

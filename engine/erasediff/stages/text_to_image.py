@@ -15,6 +15,7 @@ from erasediff.models.attention import set_attention
 from erasediff.models.family import TextToImageModel
 from erasediff.objectives import Relabel
 from erasediff.runs.loop import Batches
+from erasediff.stages.anchors import anchored
 from erasediff.stages.latent_batches import image_size, latent_batches, rehearsal_batches
 from erasediff.stages.loading import load_checkpoint
 from erasediff.stages.method import (
@@ -54,6 +55,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     selected = selected_weights(config, model.denoiser_module)
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = _batches(config, model, console, rehearse=rehearse)
+    config = anchored(config, model, retain, forget, console)
     parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
     teacher = teacher_of(config, model.denoiser_module)
@@ -103,10 +105,6 @@ def _checked(config: Config) -> Path:
         raise UserError("Say with --model which model to unlearn from.")
     if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
-    if settings.method == "salun" and not config.text_to_image.anchor_prompts:
-        raise UserError("SalUn relabels what is forgotten: say with --anchor-prompts what to put in its place.")
-    if settings.target == "relabel" and not config.text_to_image.anchor_prompts:
-        raise UserError("The target relabel needs prompts to put in the place of what is forgotten: --anchor-prompts.")
     return settings.model
 
 

@@ -32,7 +32,10 @@ def unlearn(
     retain_prompts: Annotated[
         str | None, typer.Option(help="Retain what the model makes of prompts: 'a;b', or a .txt file.")
     ] = None,
-    anchor_prompts: Annotated[str | None, typer.Option(help="What --target relabel puts in the place.")] = None,
+    anchor_prompts: Annotated[
+        str | None,
+        typer.Option(help="What --target relabel puts in the place; by default chosen among what is retained."),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(help="full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
