@@ -133,9 +133,14 @@ def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None
     noise, relabel = step_flops(traced), step_flops(traced, relabel=True)
     assert noise.total == noise.fine_tuning
     assert relabel.total == noise.total + traced.forward_flops
+    trained = train_only(network.module, select(network.module, "xattn"))
+    traced = trace(network, batch_size=2)
     with_teacher = rank_memory(network, Layout(), traced, teacher=True)
-    elements = sum(parameter.numel() for parameter in network.module.parameters())
-    assert with_teacher.peak == rank_memory(network, Layout(), traced).peak + 4 * elements
+    assert with_teacher.teacher == 4 * sum(parameter.numel() for parameter in trained), "the rest is shared"
+    assert with_teacher.peak == rank_memory(network, Layout(), traced).peak + with_teacher.teacher
+    whole = 4 * sum(parameter.numel() for parameter in network.module.parameters())
+    partitioned = rank_memory(network, Layout(stage=3, ranks=2), traced, teacher=True)
+    assert partitioned.teacher == pytest.approx(whole / 2, abs=4)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])

@@ -32,4 +32,5 @@ def buckets_of(path: Path | None) -> Layout:
         reduce_bucket_size=size("reduce_bucket_size"),
         stage3_prefetch_bucket_size=size("stage3_prefetch_bucket_size"),
         stage3_param_persistence_threshold=size("stage3_param_persistence_threshold"),
+        stage3_max_reuse_distance=size("stage3_max_reuse_distance"),
     )

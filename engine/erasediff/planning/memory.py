@@ -36,6 +36,7 @@ class Layout:
     overlap_comm: bool = False
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_param_persistence_threshold: int = 100_000
+    stage3_max_reuse_distance: int = 1_000_000_000
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or (self.stage is None and self.ranks > 1):
@@ -117,11 +118,12 @@ def rank_memory(
     """What each rank of ``layout`` holds during a step on ``traced.batch_size`` samples at a time.
 
     averages: the optimizer keeps a running average of the trained weights
-    teacher:  a frozen copy of the network predicts the forget target
+    teacher:  a frozen copy of the network predicts the forget target; under ZeRO-3 it is partitioned too
     """
     sizes = sizes_of(network, layout.stage3_param_persistence_threshold)
     half = sizes.trained_bytes < FP32
-    frozen_teacher = sizes.weights * sizes.weight_bytes if teacher else 0
+    # Weights that are not trained are the network's own, where nobody cuts them.
+    frozen_teacher = sizes.trained * sizes.trained_bytes if teacher else 0
     moments, average = 2 * FP32 * sizes.trained, FP32 * sizes.trained if averages else 0
     gradient = sizes.trained * sizes.trained_bytes
     if not layout.stage:
@@ -153,8 +155,11 @@ def rank_memory(
     gathered, weights = 0, sizes.weights * sizes.weight_bytes
     if layout.stage == 3:
         weights = -(-weights // shards)
-        at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size
+        # What the backward pass needs again soon stays whole after the forward pass: there and back is twice the way.
+        kept = layout.stage3_max_reuse_distance // 2
+        at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size + kept
         gathered = min(sizes.weights, at_once) * sizes.weight_bytes
+        frozen_teacher = weights if teacher else 0
     on_device = {} if layout.offload_optimizer else optimizer
     on_host = optimizer if layout.offload_optimizer else {}
     gradients, host_gradients = 2 * gradient, 0
