@@ -81,7 +81,7 @@ class CollectiveBytes(TorchDispatchMode):
 
 def throughput(size: str, stage: int, per_rank: int, turns: int) -> dict[str, Any]:
     """Seconds of each turn of each contender; they take turns in the same processes."""
-    names = ("erasediff", "deepspeed")
+    names = list(CONTENDERS)
     steps = {name: CONTENDERS[name](size, stage, per_rank) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, turns):

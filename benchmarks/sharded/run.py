@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,11 +33,11 @@ STAGES = (0, 1, 2, 3)
 Line = dict[str, Any]
 
 
-def memory(ranks: int) -> Iterator[Line]:
+def memory(ranks: int, stages: Sequence[int]) -> Iterator[Line]:
     """The most that a rank takes during a step on the 100 M parameter model, and what ``erasediff plan`` says."""
     network = planned("100M")
     traced = trace(network, batch_size=1)
-    for stage in STAGES:
+    for stage in stages:
         measured = run_ranks("memory", ranks, contender="erasediff", size="100M", stage=stage, per_rank=2)
         layout = Layout(
             stage=stage,  # type: ignore[arg-type]
@@ -58,10 +58,10 @@ def memory(ranks: int) -> Iterator[Line]:
         }
 
 
-def volume(ranks: int) -> Iterator[Line]:
+def volume(ranks: int, stages: Sequence[int]) -> Iterator[Line]:
     """Bytes handed to collectives in a step, of EraseDiff and of plain fine-tuning under the same stage."""
     gradient = 4 * sum(parameter.numel() for parameter in planned("15M").module.parameters())
-    for stage in STAGES:
+    for stage in stages:
         counted = run_ranks("volume", ranks, size="15M", stage=stage, per_rank=4)[0]
         for contender, result in counted.items():
             yield {
@@ -75,11 +75,10 @@ def volume(ranks: int) -> Iterator[Line]:
             }
 
 
-def throughput(ranks: int, turns: int) -> Iterator[Line]:
+def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns: int) -> Iterator[Line]:
     """Seconds per step on the same number of samples, in turns within the same processes."""
-    for count in (1, ranks):
-        for stage in STAGES:
-            per_rank = 8
+    for count in ranks:
+        for stage in stages:
             results = run_ranks("throughput", count, size="15M", stage=stage, per_rank=per_rank, turns=turns)
             # A step ends when its last rank does.
             seconds = {
@@ -105,12 +104,15 @@ def throughput(ranks: int, turns: int) -> Iterator[Line]:
 def main(
     only: Annotated[str | None, typer.Option(help="memory, volume or throughput.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes.")] = 2,
-    turns: Annotated[int, typer.Option(help="Steps of each contender that count.")] = 9,
+    stage: Annotated[list[int] | None, typer.Option(help="These stages alone.")] = None,
+    samples: Annotated[int, typer.Option(help="Of each rank's step, for the throughput.")] = 32,
+    turns: Annotated[int, typer.Option(help="Steps of each contender that count.")] = 5,
 ) -> None:
+    stages = stage or STAGES
     parts: dict[str, Callable[[], Iterator[Line]]] = {
-        "memory": lambda: memory(ranks),
-        "volume": lambda: volume(ranks),
-        "throughput": lambda: throughput(ranks, turns),
+        "memory": lambda: memory(ranks, stages),
+        "volume": lambda: volume(ranks, stages),
+        "throughput": lambda: throughput(sorted({1, ranks}), stages, samples, turns),
     }
     for name in parts if only is None else [only]:
         began = time.perf_counter()
