@@ -146,15 +146,25 @@ def take_steps(method: EraseDiff, steps: range) -> list[dict[str, float]]:
 
 
 def train(steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The reports of ``steps`` steps, and on the first process the weights and their averages after them."""
+    """The reports of ``steps`` steps, |r| / |g| in each, and on the first process weights and averages after them."""
     method = unlearner(**options)
+    grams: list[Tensor] = []
+    reduced = method._reduced
+
+    def noted(gram: Tensor, losses: list[Tensor]) -> tuple[Tensor, ...]:
+        found = reduced(gram, losses)
+        grams.append(found[0])
+        return found
+
+    method._reduced = noted  # type: ignore[method-assign]
     reports = take_steps(method, range(steps))
     weights = dict(full_weights(method.model))
     with averaged_weights(method.gradients):
         averages = dict(full_weights(method.model))
     again = dict(full_weights(method.model))
     assert all(weight is None or torch.equal(weight, again[name]) for name, weight in weights.items())
-    return {"reports": reports, "weights": weights, "averages": averages}
+    scales = [float((gram[0] / gram[2]).sqrt()) for gram in grams]
+    return {"reports": reports, "scales": scales, "weights": weights, "averages": averages}
 
 
 def state_after(steps: int, options: dict[str, Any]) -> dict[str, Any]:

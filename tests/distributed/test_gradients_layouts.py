@@ -17,7 +17,12 @@ from torch import Tensor
 CASES = Path(__file__).with_name("cases.py")
 STEPS = 20
 TOLERANCE = 2e-6
-"""Of multipliers, losses and weights, as |difference| / |value|: the order in which ranks are summed differs."""
+"""Of losses, norms and weights, as |difference| / |value|: the order in which ranks are summed differs.
+
+lambda is a difference, a / |g|^2 - <r,g> / |g|^2. Its Gram values are summed in fp64, over ranks too, but of gradients
+in fp32: their rounding moves lambda by up to |r| / |g| times as much, however small lambda is. With a relabelled target
+|r| / |g| is 1.8 to 24 times lambda here, or lambda is 0.
+"""
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +47,10 @@ def relative_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 def check(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert all(result["reports"] == results[0]["reports"] for result in results), "every rank must tell the same"
     for step, (report, reference) in enumerate(zip(results[0]["reports"], expected["reports"], strict=True)):
-        assert report == pytest.approx(reference, rel=TOLERANCE, abs=1e-7), step
+        found, exact = dict(report), dict(reference)
+        rounding = TOLERANCE * (exact["multiplier"] + expected["scales"][step])
+        assert found.pop("multiplier") == pytest.approx(exact.pop("multiplier"), rel=0, abs=rounding), step
+        assert found == pytest.approx(exact, rel=TOLERANCE, abs=1e-7), step
     for what in ("weights", "averages"):
         assert relative_difference(results[0][what], expected[what]) < TOLERANCE, what
 
