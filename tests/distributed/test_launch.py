@@ -83,7 +83,7 @@ def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: st
         (("--batch-size", 5), "unlearn.batch_size is 5, which 2 processes cannot share"),
         (("--forget", 12), "12"),
         (("--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
-        (("--method", "salun"), "runs in one process"),
+        (("--method", "pruning", "--set", "pruning.objective=erasediff"), "runs in one process, since"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(

@@ -41,6 +41,12 @@ def test_threshold_of_half_types(dtype: torch.dtype) -> None:
     assert saliency_threshold([gradient], 0.5) == gradient.float().abs().sort(descending=True).values[499]
 
 
+def test_padding_of_a_shard_is_below_everything() -> None:
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    padded = [torch.cat([values, torch.zeros(100)])]
+    assert saliency_threshold(padded, 0.4, count=300) == saliency_threshold([values], 0.4)
+
+
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1])
 def test_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="must lie in"):
@@ -56,15 +62,15 @@ def test_only_salient_weights_move(nano: Any, nano_folder: Callable[[str], Path]
     generator = torch.Generator().manual_seed(0)
     condition = model.encode_prompts(["a dog"] * 2)
     batches = [{"sample": torch.randn(2, 4, 16, 16, generator=generator), **condition} for _ in range(3)]
-    gradients = forget_gradients(module, parameters, objective, batches)
-    again = forget_gradients(module, parameters, objective, batches)
+    optimizer = ConstrainedAdamW(parameters, lr=1e-2)
+    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.denoiser)
+    gradients = forget_gradients(module, unlearner.gradients, objective, batches)
+    again = forget_gradients(module, unlearner.gradients, objective, batches)
     assert all(torch.equal(own, other) for own, other in zip(gradients, again, strict=True))
     assert all(parameter.grad is None for parameter in parameters)
 
-    optimizer = ConstrainedAdamW(parameters, lr=1e-2)
-    moving = set_saliency_mask(optimizer, parameters, gradients, share=0.3)
+    moving = set_saliency_mask(unlearner.gradients, gradients, share=0.3)
     assert moving == pytest.approx(0.3, abs=0.01)
-    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.denoiser)
     unlearner.step(batches[0], batches[1])
     threshold = saliency_threshold(gradients, 0.3)
     for parameter, old, gradient in zip(parameters, before, gradients, strict=True):

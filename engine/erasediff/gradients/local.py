@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from erasediff.distributed import World
 from erasediff.gradients.counters import Counters
+from erasediff.gradients.masking import masked_gram, set_masks
 from erasediff.gradients.naming import named
 from erasediff.gradients.protocol import Shard
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint, gradient_gram
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
 
 
 class LocalGradients:
@@ -70,17 +71,11 @@ class LocalGradients:
         return taken
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
-        masks = [self.optimizer.state[parameter].get("mask") for parameter in self.parameters]
-        if all(mask is None for mask in masks):
-            return gradient_gram(retain, forget)
-        # Elements that a bit mask freezes have no part in the step, so none in its multiplier or norm.
-        whole = [index for index, mask in enumerate(masks) if mask is None]
-        masked = [index for index, mask in enumerate(masks) if mask is not None]
-        values = torch.zeros(3, dtype=torch.float64, device=retain[0].device)
-        for part in filter(None, (whole, masked)):
-            r, g = ([gradients[index] for index in part] if gradients else [] for gradients in (retain, forget))
-            values = values + gradient_gram(r, g, [masks[index] for index in part] if part is masked else ())
-        return values
+        return masked_gram(self.optimizer, self.parameters, retain, forget)
+
+    def set_masks(self, masks: list[Tensor]) -> None:
+        members = [(parameter, self._here(parameter.detach())) for parameter in self.parameters]
+        set_masks(self.optimizer, members, masks)
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
@@ -116,7 +111,7 @@ class LocalGradients:
             parameter = self.parameters[index]
             tensors = {"weight": weight}
             for key, value in self.optimizer.state[parameter].items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and key != "master":
+                if isinstance(value, Tensor) and value.shape == parameter.shape and key not in ("master", "mask"):
                     tensors[key] = self._here(value)
             tensors.update((key, values[index]) for key, values in aligned.items())
             flat = {key: value.view(-1) if value.is_contiguous() else value for key, value in tensors.items()}

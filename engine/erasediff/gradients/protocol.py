@@ -72,6 +72,13 @@ class Gradients(Protocol):
         """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false."""
         ...
 
+    def set_masks(self, masks: list[Tensor]) -> None:
+        """Freeze the elements whose entry in ``masks``, bool, one for each tensor of ``take``, is False.
+
+        They have no part in the Gram values either. ``ValueError`` for an optimizer that takes no masks.
+        """
+        ...
+
     def weights(self) -> list[Tensor]:
         """This process's trained weights, fp32 masters where there are, one for each tensor of ``take``."""
         ...

@@ -16,9 +16,10 @@ from erasediff.gradients.deepspeed import (
     return_boundary,
     take_over_clipping,
 )
+from erasediff.gradients.masking import masked_gram, set_masks
 from erasediff.gradients.naming import named
 from erasediff.gradients.protocol import Shard
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint, gradient_gram
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
 
 
 class ZeroGradients:
@@ -32,7 +33,7 @@ class ZeroGradients:
     more gradient partition.
 
     Raises ``ValueError`` for engines that ``deepspeed.check_engine`` or ``deepspeed.layout_of`` do not know, and for
-    bit masks.
+    bit masks that the optimizer had of whole parameters.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -40,7 +41,7 @@ class ZeroGradients:
         self.engine = engine
         self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
         if any("mask" in state for state in self.optimizer.state.values()):
-            raise ValueError("a bit mask (set_mask) would be lost under DeepSpeed: use DDP")
+            raise ValueError("set_mask was called for parameters that the engine has cut: use gradients.set_masks")
         self.layout = layout_of(engine)
         self.counters = Counters(self.optimizer, zip(self.layout.groups, self.layout.flats, strict=True))
         self.world = World.current()
@@ -74,7 +75,11 @@ class ZeroGradients:
         return self.layout.take()
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
-        return gradient_gram(retain, forget)
+        return masked_gram(self.optimizer, self.layout.flats, retain, forget)
+
+    def set_masks(self, masks: list[Tensor]) -> None:
+        flats = self.layout.flats
+        set_masks(self.optimizer, [(flat, flat.detach()) for flat in flats], masks)
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
@@ -104,7 +109,11 @@ class ZeroGradients:
         for parameter, start, index, offset, length in self.layout.fragments():
             flat = flats[index]
             state = self.optimizer.state[flat].items()
-            kept = {key: value for key, value in state if isinstance(value, Tensor) and value.shape == flat.shape}
+            kept = {
+                key: value
+                for key, value in state
+                if isinstance(value, Tensor) and value.shape == flat.shape and key != "mask"
+            }
             others = {key: values[index] for key, values in aligned.items()}
             tensors = {"weight": flat.detach(), **kept, **others}
             cut = {

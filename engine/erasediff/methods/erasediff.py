@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from erasediff.config import UnlearnConfig
-from erasediff.methods.protocol import Materials, Recipe
+from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
 from erasediff.solver import Barrier, Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm
 
@@ -52,4 +52,9 @@ def make(materials: Materials) -> EraseDiff:
     )
 
 
-RECIPE = Recipe(name=EraseDiff.name, make=make)
+def asks_for_a_teacher(settings: UnlearnConfig) -> bool:
+    """Whether ``own_options`` will."""
+    return settings.retain_target == "teacher" or (settings.target == "relabel" and settings.teacher == "frozen")
+
+
+RECIPE = Recipe(name=EraseDiff.name, make=make, needs=lambda config: Needs(teacher=asks_for_a_teacher(config.unlearn)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
+from erasediff.gradients import Shard
 from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import Batch, NegativeGuidance, Trajectories
 from erasediff.process import Process
@@ -113,11 +114,23 @@ class ESD(Solver):
         super().load_state_dict(state)
         self.trajectories.sample, self.trajectories.iteration = state["trajectories"], self.iteration
 
+    def own_shards(self) -> Iterator[Shard]:
+        """The states of this process's trajectories, of the pool of all."""
+        pool = self.trajectories
+        if pool.sample is None:
+            pool.sample = torch.empty(len(pool.slots), *pool.shape, device=self.device)
+        pool.sample = pool.sample.contiguous()
+        first = int(pool.slots[0]) * pool.sample[0].numel()
+        yield Shard("trajectories", first, {"trajectories": pool.sample.view(-1)})
+
+    def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
+        super().load_scalars(scalars)
+        self.trajectories.iteration = self.iteration
+
     def states(self) -> Tensor:
         """x_t of every trajectory now.
 
-        A pool that is not there, at the beginning or on another number of processes, is sampled anew from its noise:
-        the frozen model arrives at the same one, the current model at that of its weights now.
+        A pool that is not there, at the beginning, is sampled from its noise.
         """
         pool = self.trajectories
         if pool.sample is None or pool.iteration != self.iteration:
@@ -237,4 +250,4 @@ def floats(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in condition.items()}
 
 
-RECIPE = Recipe(name=ESD.name, make=make, needs=lambda _: Needs(retain=False, forget=False))
+RECIPE = Recipe(name=ESD.name, make=make, needs=lambda _: Needs(retain=False, forget=False, teacher=True))

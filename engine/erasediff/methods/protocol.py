@@ -20,10 +20,12 @@ class Needs:
     """What a method looks at, so that a run asks for no more.
 
     retain, forget: batches of that kind; of a method that needs neither, both are empty
+    teacher:        a frozen copy of the network; where ranks share the network, it is made before they do
     """
 
     retain: bool = True
     forget: bool = True
+    teacher: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

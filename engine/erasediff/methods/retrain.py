@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from erasediff.errors import UserError
+from erasediff.gradients.naming import unwrapped
 from erasediff.methods.finetune import FineTune
 from erasediff.methods.protocol import Materials, Needs, Recipe
 
@@ -21,24 +21,30 @@ class Retrain(FineTune):
 
     name: ClassVar[str] = "retrain"
 
+    @torch.no_grad()
+    def draw_weights(self) -> None:
+        """A diffusers network's initial weights, the same for the same ``seed``; the global random state is left alone.
 
-def draw_weights(network: nn.Module, seed: int) -> None:
-    """A diffusers network's initial weights, the same for the same ``seed``; the global random state is left alone.
-
-    UserError for a network of which only a part is trained: the rest would stay random.
-    """
-    if not all(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError("Retraining begins with new weights everywhere: train all of them, with --train full.")
-    diffusers_network: Any = network
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(diffusers_network).from_config(diffusers_network.config)
-    network.load_state_dict(fresh.state_dict())
+        Each process draws all of them and keeps its shard. UserError for a network of which only a part is trained:
+        the rest would stay as it was.
+        """
+        network: Any = unwrapped(self.model)
+        if not all(parameter.requires_grad for parameter in network.parameters()):
+            raise UserError("Retraining begins with new weights everywhere: train all of them, with --train full.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            fresh = dict(type(network).from_config(network.config).named_parameters())
+        for name, start, tensors in self.gradients.shards():
+            for key in tensors.keys() & {"weight", "ema"}:
+                tensor = tensors[key]
+                tensor.copy_(fresh[name].flatten()[start : start + tensor.numel()].view_as(tensor))
+        self.gradients.refresh()
 
 
 def make(materials: Materials) -> Retrain:
-    draw_weights(materials.network, materials.config.seed)
-    return Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
+    method = Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
+    method.draw_weights()
+    return method
 
 
 RECIPE = Recipe(name=Retrain.name, make=make, needs=lambda _: Needs(forget=False))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+
 from erasediff.errors import UserError
-from erasediff.methods.protocol import Materials, Recipe
+from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.models.saliency import forget_gradients, set_saliency_mask
-from erasediff.objectives import DenoisingObjective
-from erasediff.solver import EraseDiff, Fixed
+from erasediff.objectives import Batch
+from erasediff.solver import EraseDiff, Fixed, Solver
 
 
 class SalUn(EraseDiff):
@@ -36,14 +39,15 @@ def make(materials: Materials) -> SalUn:
         target=materials.relabel(),
         **materials.options,
     )
-    parameters = [parameter for parameter in materials.network.parameters() if parameter.requires_grad]
-    objective = DenoisingObjective(
-        process=method.objective.process, denoiser=materials.denoiser, autocast=method.objective.autocast
-    )
-    batches = materials.forget_batches(settings.batches)
-    gradients = forget_gradients(materials.network, parameters, objective, batches, seed=config.seed)
-    set_saliency_mask(materials.optimizer, parameters, gradients, share=settings.share)
+    keep_to_the_salient(method, materials.forget_batches(settings.batches), share=settings.share)
     return method
 
 
-RECIPE = Recipe(name=SalUn.name, make=make)
+def keep_to_the_salient(method: Solver, batches: Iterable[Batch], *, share: float) -> None:
+    """Let ``method`` move only the ``share`` of weights that matter most to ``batches`` of forgotten data."""
+    objective = dataclasses.replace(method.objective, min_snr_gamma=None, antithetic=False)
+    values = forget_gradients(method.model, method.gradients, objective, batches, seed=method.seed)
+    set_saliency_mask(method.gradients, values, share=share)
+
+
+RECIPE = Recipe(name=SalUn.name, make=make, needs=lambda config: Needs(teacher=config.unlearn.teacher == "frozen"))

@@ -2,96 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from erasediff.gradients import Gradients
 from erasediff.objectives import Batch, DenoisingObjective
 from erasediff.process import NoiseRole, noise_key
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, pack_mask
 
-EXPONENT_BITS = 16
+HALF_BITS = 16
 """A magnitude's upper half: sign, exponent and seven bits of mantissa, a step of less than 1%."""
+HALF_MASK = (1 << HALF_BITS) - 1
 
 
 def forget_gradients(
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    gradients: Gradients,
     objective: DenoisingObjective,
     batches: Iterable[Batch],
     *,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Gradients, summed over ``batches`` of forgotten data, of the loss that the model was trained with.
+    """This process's share of the gradient, summed over ``batches`` of forgotten data, of the loss that the model was
+    trained with: one tensor for each of ``gradients.weights()``, zero where the loss does not reach.
 
     The quantity of SalUn's eq. 3, at the original weights. Noise and timesteps are addressed by (seed, number of the
-    batch). Gradients that ``parameters`` had are lost. One tensor per parameter, zero where the loss does not reach.
+    batch). ``ValueError`` without a batch.
     """
-    device = parameters[0].device
-    for parameter in parameters:
-        parameter.grad = None
+    total: list[Tensor] = []
     for step, batch in enumerate(batches):
+        gradients.begin(objective.micro_batch_count(batch))
         objective.true_loss(
             model,
             batch,
-            noise_key(seed, step, device),
-            torch.autograd.backward,
+            noise_key(seed, step, gradients.device),
+            gradients.backward,
             noise=NoiseRole.FORGET_NOISE,
             timestep=NoiseRole.FORGET_TIMESTEP,
         )
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return gradients
+        taken = gradients.take()
+        if total:
+            torch._foreach_add_(total, taken)
+        else:
+            total = taken
+    if not total:
+        raise ValueError("saliency needs at least one batch of forgotten data")
+    return total
 
 
-def saliency_threshold(gradients: Sequence[Tensor], share: float) -> Tensor:
+def saliency_threshold(
+    gradients: Sequence[Tensor],
+    share: float,
+    *,
+    count: int | None = None,
+    summed: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Tensor:
     """The magnitude, 0-D float32, that ``share`` of all elements reach: SalUn's gamma, exact, without sorting.
 
+    count:  how many elements there are; more in ``gradients``, which must be zero, are padding. None: all of them
+    summed: from this process's counts to those of all elements, where ``gradients`` are a shard
+
     Non-negative floats are ordered as their bits are. A count of their upper halves finds the bin that the threshold is
-    in, and kthvalue runs on that bin alone: under a hundredth of the elements for any smooth distribution.
+    in, and one of the lower halves in that bin finds it: all that shards exchange is two counts of 65,536 bins.
 
     Raises ``ValueError`` for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: it must lie in (0, 1]")
-    device = gradients[0].device
-    counts = torch.zeros(1 << EXPONENT_BITS, dtype=torch.int64, device=device)
-    for gradient in gradients:
-        counts += torch.bincount(_upper_half(gradient), minlength=counts.numel())
-    total = int(counts.sum())
-    rank = total - max(1, round(share * total))
-    cumulated = counts.cumsum(0)
-    chosen = int(torch.searchsorted(cumulated, rank, right=True))
-    before = int(cumulated[chosen - 1]) if chosen else 0
-    inside = [_magnitude(gradient)[_upper_half(gradient) == chosen] for gradient in gradients]
-    return torch.cat(inside).kthvalue(rank - before + 1).values
+    # From the top: padding lies below everything.
+    rank = max(1, round(share * (sum(gradient.numel() for gradient in gradients) if count is None else count)))
+    upper, above = _bin_of(summed(_counted(bits >> HALF_BITS for bits in map(_bits, gradients))), rank)
+    inside = (bits[bits >> HALF_BITS == upper] & HALF_MASK for bits in map(_bits, gradients))
+    lower, _ = _bin_of(summed(_counted(inside)), rank - above)
+    return torch.tensor(upper << HALF_BITS | lower, dtype=torch.int32, device=gradients[0].device).view(torch.float32)
 
 
-def set_saliency_mask(
-    optimizer: ConstrainedAdamW | ConstrainedSGD,
-    parameters: Sequence[nn.Parameter],
-    gradients: Sequence[Tensor],
-    *,
-    share: float = 0.5,
-) -> float:
-    """Let ``optimizer`` move only the ``share`` of weights whose gradient is largest; returns the share that moves.
+def set_saliency_mask(gradients: Gradients, values: Sequence[Tensor], *, share: float = 0.5) -> float:
+    """Let the optimizer move only the ``share`` of weights whose entry in ``values`` is largest; returns what moves.
+
+    values: as ``forget_gradients`` returns them
 
     SalUn's default is one half, its gamma the median of the magnitudes. Equal magnitudes stand or fall together.
     """
-    threshold = saliency_threshold(gradients, share)
-    moving = torch.zeros((), dtype=torch.int64, device=threshold.device)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        mask = torch.empty_like(parameter, dtype=torch.bool).copy_(gradient.abs().float() >= threshold)
-        moving += mask.sum()
-        optimizer.set_mask(parameter, pack_mask(mask))
-    return int(moving) / sum(parameter.numel() for parameter in parameters)
+    device = gradients.device
+
+    def summed(counts: Tensor) -> Tensor:
+        return gradients.world.sum(counts.to(device)) // gradients.replicas
+
+    here = sum(shard.tensors["weight"].numel() for shard in gradients.shards())
+    count = int(summed(torch.tensor(here)))
+    threshold = saliency_threshold(values, share, count=count, summed=summed)
+    masks = [value.abs().float() >= threshold for value in values]
+    gradients.set_masks(masks)
+    padding = sum(value.numel() for value in values) - here
+    moving = sum((mask.sum() for mask in masks), torch.zeros((), dtype=torch.int64, device=threshold.device))
+    # Padding is free to move where the threshold is zero.
+    moving = moving - padding * (threshold == 0).to(torch.int64)
+    return int(summed(moving)) / count
 
 
-def _magnitude(gradient: Tensor) -> Tensor:
-    return gradient.detach().abs().float().flatten()
+def _bits(gradient: Tensor) -> Tensor:
+    """int32: the bits of the magnitudes as float32."""
+    return gradient.detach().abs().float().flatten().view(torch.int32)
 
 
-def _upper_half(gradient: Tensor) -> Tensor:
-    return _magnitude(gradient).view(torch.int32) >> EXPONENT_BITS
+def _counted(parts: Iterable[Tensor]) -> Tensor:
+    """int64 [65536]: how often each number occurs."""
+    return sum(torch.bincount(part, minlength=1 << HALF_BITS) for part in parts)  # type: ignore[return-value]
+
+
+def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
+    """(the bin of the ``rank``-th largest element, how many elements are in larger bins)."""
+    from_the_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_the_top, rank))
+    return len(counts) - 1 - place, int(from_the_top[place - 1]) if place else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,8 @@ class Sharded(Protocol):
     """A method whose state can be taken apart: see ``erasediff.solver.Solver``."""
 
     def shards(self) -> Iterator[Shard]: ...
+
+    def own_shards(self) -> Iterator[Shard]: ...
 
     def scalars(self) -> dict[str, Tensor]: ...
 
@@ -48,7 +51,7 @@ class Fragments:
     @torch.no_grad()
     def restore(self, method: Sharded) -> None:
         """Write this rank's part of the state to ``method``. UserError where the checkpoint does not hold all of it."""
-        for shard in method.shards():
+        for shard in chain(method.shards(), method.own_shards()):
             for key, tensor in _filled(shard):
                 tensor.copy_(self._read(shard.name, key, shard.start, tensor.numel()).view_as(tensor))
         if missing := method.scalars().keys() - self._scalars.keys():
@@ -76,11 +79,11 @@ class Fragments:
 
 
 def taken_apart(method: Sharded, *, with_shards: bool) -> dict[str, Any]:
-    """What this rank writes; without shards, what is the same on all ranks alone."""
+    """What this rank writes; without the weights' shards, what is not the same on all ranks alone."""
     shards: Iterable[Shard] = method.shards() if with_shards else ()
     fragments = [
         (shard.name, key, shard.start, tensor.detach().reshape(-1).cpu())
-        for shard in shards
+        for shard in chain(shards, method.own_shards())
         for key, tensor in _filled(shard)
     ]
     return {"fragments": fragments, "scalars": method.scalars()}
@@ -109,7 +112,8 @@ def of_one_process(path: Path, file: Path) -> Fragments:
     """The state of a run on one process, as fragments."""
     state = load_state(file)
     method = state["method"]["state"]
-    optimizer, inner = method["optimizer"], method.get("inner")
+    optimizer = method["optimizer"]
+    aligned = {key: value for key, value in method.items() if isinstance(value, list)}
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     pieces: dict[tuple[str, str], list[Piece]] = {}
     for place, name in enumerate(state["parameters"]):
@@ -117,9 +121,10 @@ def of_one_process(path: Path, file: Path) -> Fragments:
         kept = optimizer["state"].get(numbers[place], {})
         tensors = {key: value for key, value in kept.items() if key != "mask" and value.shape == weight.shape}
         tensors["weight"] = tensors.pop("master", weight)
-        if inner is not None:
-            tensors["inner"] = inner[place]
+        tensors |= {key: values[place] for key, values in aligned.items()}
         pieces |= {(name, key): [Piece(0, value.reshape(-1))] for key, value in tensors.items()}
+    own = {key: value for key, value in method.items() if isinstance(value, Tensor) and value.ndim}
+    pieces |= {(key, key): [Piece(0, value.reshape(-1))] for key, value in own.items()}
     scalars = {"iteration": torch.tensor(method["iteration"]), "skipped": method["skipped"]}
     scalars |= {f"group.{index}.step": group["step"] for index, group in enumerate(optimizer["param_groups"])}
     return Fragments(path, pieces, scalars)

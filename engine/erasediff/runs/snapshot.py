@@ -8,13 +8,9 @@ import torch
 from torch import nn
 
 from erasediff.distributed import Peers
-from erasediff.errors import UserError
 from erasediff.methods import Method
 from erasediff.runs.checkpoint import Checkpoint
 from erasediff.runs.fragments import Sharded, taken_apart
-
-SHARED = frozenset({"iteration", "skipped", "optimizer", "inner"})
-"""What ``Method.state_dict`` has in common with shards and scalars."""
 
 
 class Snapshot(Protocol):
@@ -48,7 +44,7 @@ class WholeSnapshot:
     def restore(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_whole:
             with checkpoint.fragments(Peers.current()) as fragments:
-                fragments.restore(shardable(self.method))
+                fragments.restore(cast(Sharded, self.method))
             return
         state = checkpoint.load(next(self.model.parameters()).device)
         missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
@@ -64,7 +60,7 @@ class SharedSnapshot:
     """Of the ranks together: each writes and reads its part. Random states return where the ranks are as many again."""
 
     def __init__(self, method: Method, peers: Peers, *, replicated: bool, device: torch.device) -> None:
-        self.method = shardable(method)
+        self.method = cast(Sharded, method)
         self.name = method.name
         self.peers = peers
         self.replicated = replicated
@@ -93,13 +89,6 @@ def snapshot_of(method: Method, model: nn.Module, *, shared: bool) -> Snapshot:
         return WholeSnapshot(method, model)
     gradients = cast(Any, method).gradients
     return SharedSnapshot(method, Peers.current(), replicated=gradients.replicated, device=gradients.device)
-
-
-def shardable(method: Method) -> Sharded:
-    """UserError for a method with state of its own that cannot be taken apart."""
-    if not SHARED.issuperset(method.state_dict()):
-        raise UserError(f"The method {method.name} cannot change its number of processes: use --launch none.")
-    return cast(Sharded, method)
 
 
 def _frozen(model: nn.Module) -> set[str]:

@@ -136,8 +136,12 @@ class Solver:
         """What this process holds of the weights and of all that belongs to them: see ``Gradients.shards``."""
         return self.gradients.shards()
 
+    def own_shards(self) -> Iterator[Shard]:
+        """What belongs to samples rather than weights: this process's part, in every layout."""
+        return iter(())
+
     def scalars(self) -> dict[str, Tensor]:
-        """With ``shards``, all that a resumed run needs, whatever its number of processes; the same on each."""
+        """With the shards, all that a resumed run needs, whatever its number of processes; the same on each."""
         iteration = torch.tensor(self.iteration)
         return {"iteration": iteration, "skipped": self.skipped, **self.gradients.scalars()}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from erasediff.config import Config, UnlearnConfig, differences
+from erasediff.distributed.joining import share_of
 from erasediff.errors import UserError
 from erasediff.methods import RECIPES, Materials, Method
 from erasediff.objectives import Batch, Denoiser, Relabel, diffusers_denoiser
@@ -92,7 +93,7 @@ def unlearning_method(
             encode_prompts=encode_prompts,
             latent_shape=latent_shape,
             prompts=config.images.forget_prompts,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size // share_of(settings.batch_size, "unlearn.batch_size")["world_size"],
             forget_batches=lambda count: _first(forget, count),
             retain_batches=lambda count: _first(retain, count),
         )

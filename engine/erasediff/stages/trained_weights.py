@@ -1,6 +1,5 @@
 """Which weights of a text-to-image model are trained, and how they are saved."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,12 +9,8 @@ from erasediff.config import Config
 from erasediff.errors import UserError
 from erasediff.models import lora
 from erasediff.models.family import TextToImageModel
-from erasediff.models.saliency import forget_gradients, set_saliency_mask
 from erasediff.models.selection import select, train_only
-from erasediff.objectives import Batch, DenoisingObjective
 from erasediff.runs.folder import MODEL, SINGLE_FILE
-from erasediff.stages.session import precision_of
-from erasediff_kernels import ConstrainedAdamW
 
 ADAPTERS = "lora.safetensors"
 
@@ -32,24 +27,6 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
     if settings.train != "lora":
         return train_only(network, selected)
     return lora.add(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=selected, seed=config.seed)
-
-
-def keep_to_the_salient(
-    config: Config,
-    model: TextToImageModel,
-    optimizer: ConstrainedAdamW,
-    parameters: list[nn.Parameter],
-    forget: Iterable[Batch],
-) -> None:
-    """Let ``optimizer`` move only the asked share of the weights, those that matter most to ``forget``."""
-    share = config.text_to_image.saliency
-    if share is None:
-        return
-    objective = DenoisingObjective(
-        process=model.process.to(model.device), denoiser=model.denoiser, autocast=precision_of(config)
-    )
-    gradients = forget_gradients(model.denoiser_module, parameters, objective, forget, seed=config.seed)
-    set_saliency_mask(optimizer, parameters, gradients, share=share)
 
 
 def check_output(config: Config, model: TextToImageModel) -> None:
