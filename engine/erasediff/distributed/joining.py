@@ -46,6 +46,8 @@ def join(settings: DistributedConfig, device: torch.device) -> None:
     if settings.launch == "none" or peers.store is None or dist.is_initialized():
         return
     peers.seconds = settings.timeout
+    if settings.launch == "zero":
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from erasediff.config import DistributedConfig
 from erasediff.distributed.peers import Peers
-from erasediff.distributed.zero_config import zero_config
+from erasediff.distributed.zero_config import zero_config, zero_stage
 from erasediff.errors import UserError
+from erasediff.gradients import gather_in_forward, partition
+from erasediff.models.components import Weights
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], O]
@@ -29,11 +32,13 @@ def in_parallel(
     batch_size: int,
     accumulation_steps: int,
     max_grad_norm: float | None,
+    weights: Weights | None = None,
 ) -> tuple[nn.Module, O]:
     """What a method is to train, and the optimizer of it: ``network`` itself, or what now stands around it.
 
     parameters: those of ``network`` that are trained; all others require no gradient
     batch_size: of all ranks together
+    weights:    of a network whose parameters are on the meta device: the main rank reads them one by one
 
     The network is sharded where it is: its parameters are no longer whole under FSDP and ZeRO-3. UserError for settings
     that do not go together, and without DeepSpeed where it is asked for.
@@ -51,7 +56,6 @@ def in_parallel(
     if settings.launch == "fsdp":
         _shard(network, settings)
         return network, make_optimizer([p for p in network.parameters() if p.requires_grad])
-    optimizer = make_optimizer(parameters)
     config = zero_config(
         settings,
         batch_size=batch_size,
@@ -60,7 +64,42 @@ def in_parallel(
         max_grad_norm=max_grad_norm,
         bf16=any(parameter.dtype == torch.bfloat16 for parameter in network.parameters()),
     )
+    if any(parameter.is_meta for parameter in network.parameters()):
+        assert weights is not None
+        names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        _import_deepspeed()
+        partition(network, partial(_read, weights), config)
+        parameters = [network.get_parameter(name) for name in names]
+    optimizer = make_optimizer(parameters)
     return _engine(network, optimizer, config), optimizer
+
+
+def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights: Weights | None) -> nn.Module:
+    """A frozen copy of the network, spread as the network will be where that is cut into shards (FSDP, ZeRO-3).
+
+    weights: as in ``in_parallel``
+    """
+    if settings.launch == "fsdp":
+        _shard(teacher, settings)
+    elif settings.launch == "zero" and zero_stage(settings) == 3:
+        bf16 = any(parameter.dtype == torch.bfloat16 for parameter in teacher.parameters())
+        config = zero_config(
+            settings,
+            batch_size=Peers.current().size,
+            processes=Peers.current().size,
+            accumulation_steps=1,
+            max_grad_norm=None,
+            bf16=bf16,
+        )
+        _import_deepspeed()
+        partition(teacher, partial(_read, weights or {}), config)
+        gather_in_forward(teacher)
+    return teacher
+
+
+def _read(weights: Weights, name: str) -> Tensor:
+    # What a LoRA adapts lies one module deeper, by peft's name for it.
+    return weights[name.replace(".base_layer.", ".")]()
 
 
 def _shard(network: nn.Module, settings: DistributedConfig) -> None:
@@ -76,11 +115,19 @@ def _shard(network: nn.Module, settings: DistributedConfig) -> None:
 
 
 def _engine(network: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> nn.Module:
-    os.environ.setdefault("DS_ACCELERATOR", next(network.parameters()).device.type)
+    deepspeed = _import_deepspeed()
+    engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+    return engine
+
+
+def _import_deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError:
         raise UserError("--launch zero needs DeepSpeed: install erasediff[zero].") from None
     deepspeed.utils.logger.setLevel("ERROR")
-    engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
-    return engine
+    # Shared memory for the ranks of a CPU, compiled for minutes when first used; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its own calls, at every step; nobody here can mend them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed

@@ -27,7 +27,7 @@ def zero_config(
     """
     own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config)
     zero = dict(own.pop("zero_optimization", {}))
-    asked = settings.stage if "stage" in settings.model_fields_set or "stage" not in zero else zero["stage"]
+    asked = zero_stage(settings, zero)
     said: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch_size, "the batch size"),
         "train_micro_batch_size_per_gpu": (
@@ -62,6 +62,17 @@ def zero_config(
     counted = {name: value for name, (value, _) in said.items() if name != "train_batch_size"}
     own.pop("train_batch_size", None)
     return {**common, **own, **counted, "zero_optimization": zero}
+
+
+def zero_stage(settings: DistributedConfig, own: dict[str, Any] | None = None) -> int:
+    """The stage of the run: as ``settings`` say, or where they say nothing, a person's own ``zero_optimization``.
+
+    own: that section, where it has been read already
+    """
+    if own is None:
+        own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config).get("zero_optimization", {})
+    said = "stage" in settings.model_fields_set or own.get("stage", AUTO) == AUTO
+    return settings.stage if said else int(own["stage"])
 
 
 def _read(path: Path) -> dict[str, Any]:

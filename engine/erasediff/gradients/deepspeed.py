@@ -8,7 +8,7 @@ have one tensor for each of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
@@ -60,16 +60,25 @@ def is_engine(model: object) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
-def gathered(parameter: Tensor, modified_by: int | None = None) -> AbstractContextManager[object]:
-    """``parameter`` is whole within the block, on each process, if it is one that ZeRO-3 has partitioned.
-
-    modified_by: the rank whose changes within the block are kept; None where nothing changes
-    """
-    if not hasattr(parameter, "ds_id"):
+def gathered(*parameters: Tensor) -> AbstractContextManager[object]:
+    """Those of ``parameters`` that ZeRO-3 has partitioned are whole within the block, on each process."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modified_by)  # type: ignore[no-any-return]
+    return deepspeed.zero.GatheredParameters(cut)  # type: ignore[no-any-return]
+
+
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What cuts one whole parameter as ZeRO-3 under ``config`` does, with the first process's values.
+
+    Every process must call it for the same parameters in the same order; the parameter's own storage is freed.
+    """
+    import deepspeed
+
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
+    return lambda parameter: init._convert_to_zero_parameters([parameter])
 
 
 def check_engine(engine: Any) -> None:

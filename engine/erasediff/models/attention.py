@@ -26,25 +26,33 @@ class AttentionChoice:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def set_attention(module: nn.Module, choice: str = "auto", *, dtype: torch.dtype | None = None) -> AttentionChoice:
+def set_attention(
+    module: nn.Module,
+    choice: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> AttentionChoice:
     """Let all attention of a denoiser run by ``choice``: "native" (torch), "xformers", "flash" (flash-attn) or "auto".
 
-    A backend is probed on the module's device, forward and backward, with each of its head sizes in ``dtype``: that of
-    autocast if there is one, None for the weights' own. UserError for an explicit choice that cannot run.
+    A backend is probed, forward and backward, with each of its head sizes. ``dtype`` is that of autocast if there is
+    one, None for the weights' own; ``device`` None is the weights' own. UserError for an explicit choice that cannot
+    run.
     """
     if choice not in ("auto", *BACKENDS):
         raise UserError(f"There is no attention {choice!r}: give auto, {', '.join(BACKENDS)}.")
     weight = next(module.parameters())
+    place = device or weight.device
     heads = sorted({(attention.heads, attention.inner_dim // attention.heads) for attention in _attentions(module)})
     refused: dict[str, str] = {}
     for backend in BACKENDS if choice == "auto" else (choice,):
-        reason = _probe(backend, heads, weight.device, dtype or weight.dtype)
+        reason = _probe(backend, heads, place, dtype or weight.dtype)
         if reason is None:
             use_backend(module, backend)
             return AttentionChoice(backend, refused)
         refused[backend] = reason
     tried = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
-    raise UserError(f"Attention cannot run this way on {weight.device}: {tried}.")
+    raise UserError(f"Attention cannot run this way on {place}: {tried}.")
 
 
 def use_backend(module: nn.Module, backend: str) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint import Checkpoint, has
 from erasediff.models.names import canonical_name
+from erasediff.models.tensor_file import StoredTensor
 
+Weights = Mapping[str, Callable[[], Tensor]]
+"""The entries of a module's state_dict, each read from the disk when it is called for."""
 LIBRARIES = ("diffusers", "transformers")
 
 
@@ -69,19 +73,30 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> list[int]:
     return sizes
 
 
-def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
-    module: Any = check_component(checkpoint, component)
+def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: torch.dtype) -> Weights:
+    """What the checkpoint holds of ``module``, which is its empty component, in the shapes and dtypes it will have."""
     stored = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     # T5's largest layers overflow in float16, and it is written to have them in float32.
     wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
-    state = {}
-    for name, tensor in module.state_dict().items():
-        if (source := stored.get(canonical_name(name))) is not None:
-            target = source.dtype
-            if source.dtype.is_floating_point:
-                target = torch.float32 if wide & set(name.split(".")) else dtype
-            state[name] = source.load().reshape(tensor.shape).to(device, target, copy=True)
+
+    def loading(name: str, source: StoredTensor, shape: torch.Size) -> Callable[[], Tensor]:
+        target = source.dtype
+        if source.dtype.is_floating_point:
+            target = torch.float32 if wide & set(name.split(".")) else dtype
+        return lambda: source.load().reshape(shape).to(target)
+
+    return {
+        name: loading(name, source, tensor.shape)
+        for name, tensor in module.state_dict().items()
+        if (source := stored.get(canonical_name(name))) is not None
+    }
+
+
+def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
+    module: Any = check_component(checkpoint, component)
+    weights = stored_weights(checkpoint, component, module, dtype)
+    state = {name: load().to(device, copy=True) for name, load in weights.items()}
     module.load_state_dict(state, strict=False, assign=True)
     if hasattr(module, "tie_weights"):
         module.tie_weights()

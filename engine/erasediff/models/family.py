@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from erasediff.models.components import Weights
 from erasediff.objectives import Batch
 from erasediff.process import Process
 
@@ -35,6 +36,20 @@ class TextToImageModel(Protocol):
     @property
     def original_layout(self) -> str | None:
         """The layout of the family's single files; None for a family without."""
+        ...
+
+    @property
+    def denoiser_is_empty(self) -> bool:
+        """Whether its weights are on the disk alone, and its parameters on the meta device."""
+        ...
+
+    def whole_denoiser(self) -> nn.Module:
+        """``denoiser_module``, or where that is empty, one with weights that lives as long as the caller holds it."""
+        ...
+
+    @property
+    def denoiser_weights(self) -> Weights:
+        """The denoiser's weights as the checkpoint has them, in the dtype of the model, to be read one by one."""
         ...
 
     @property

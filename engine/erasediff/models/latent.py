@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint import Checkpoint, has, weighted_components
-from erasediff.models.components import check_component, load_component
+from erasediff.models.components import Weights, check_component, load_component, stored_weights
 from erasediff.models.family import Layout
 from erasediff.models.fingerprint import fingerprint
 from erasediff.models.modelspec import STABILITY_AI, modelspec
@@ -40,6 +40,8 @@ class LatentModel(ABC):
     flow:               whether it is trained by flow matching
     usual_guidance:     guidance scale of a sample that asks for none
 
+    empty: the denoiser has no weights yet (its parameters are on the meta device): who shards it fills it
+
     Raises ``UserError`` for a checkpoint that is incomplete, damaged or whose parts do not fit each other, before any
     weight is read.
     """
@@ -52,9 +54,12 @@ class LatentModel(ABC):
     flow: ClassVar[bool]
     usual_guidance: ClassVar[float]
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, empty: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.device = torch.device(device)
         self.encoder_names = [
             name for name in self.text_encoders if name not in self.optional_encoders or has(checkpoint, name)
         ]
@@ -77,7 +82,9 @@ class LatentModel(ABC):
             for name in (encoder.replace("text_encoder", "tokenizer") for encoder in self.encoder_names)
         }
         self._encoders: dict[str, nn.Module] | None = None
-        self.denoiser_module = load_component(checkpoint, self.denoiser_component, dtype, device)
+        self.denoiser_module = self._empty_denoiser()
+        if not empty:
+            self.denoiser_module = self.whole_denoiser()
 
     @abstractmethod
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
@@ -89,9 +96,24 @@ class LatentModel(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]: ...
 
+    def _empty_denoiser(self) -> nn.Module:
+        module = check_component(self.checkpoint, self.denoiser_component)
+        # diffusers' own ``to`` warns of modules kept in float32 even where there are none.
+        return nn.Module.to(module, self.dtype).eval()
+
+    def whole_denoiser(self) -> nn.Module:
+        if not self.denoiser_is_empty:
+            return self.denoiser_module
+        return load_component(self.checkpoint, self.denoiser_component, self.dtype, self.device)
+
     @property
-    def device(self) -> torch.device:
-        return next(self.denoiser_module.parameters()).device
+    def denoiser_weights(self) -> Weights:
+        module = check_component(self.checkpoint, self.denoiser_component)
+        return stored_weights(self.checkpoint, self.denoiser_component, module, self.dtype)
+
+    @property
+    def denoiser_is_empty(self) -> bool:
+        return any(parameter.is_meta for parameter in self.denoiser_module.parameters())
 
     @property
     def latent_scale(self) -> int:
@@ -159,7 +181,7 @@ class LatentModel(ABC):
     def restore_encoders(self) -> None:
         _ = self.encoders
 
-    def _pipeline(self) -> Any:
+    def _pipeline(self, denoiser: nn.Module | None = None) -> Any:
         """The diffusers pipeline of these components, without a safety checker, which would black out measurements."""
         settings = {name: value for name, value in self.checkpoint.index.items() if isinstance(value, bool)}
         settings["requires_safety_checker"] = False
@@ -168,7 +190,7 @@ class LatentModel(ABC):
             **dict.fromkeys(name.replace("text_encoder", "tokenizer") for name in self.optional_encoders),
             **self.encoders,
             **self.tokenizers,
-            self.denoiser_component: self.denoiser_module,
+            self.denoiser_component: self.denoiser_module if denoiser is None else denoiser,
             "scheduler": type(self.scheduler).from_config(self.scheduler.config),
         }
         parameters = signature(self.pipeline_class.__init__).parameters
@@ -194,9 +216,10 @@ class LatentModel(ABC):
     ) -> Tensor:
         height, width = height or self.default_size[0], width or self.default_size[1]
         shape = self.latent_shape(height, width)
-        pipeline = self._pipeline()
-        was_training = self.denoiser_module.training
-        self.denoiser_module.eval()
+        denoiser = self.whole_denoiser()
+        pipeline = self._pipeline(denoiser)
+        was_training = denoiser.training
+        denoiser.eval()
         images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
         for first in range(0, len(prompts), batch_size):
             ids = torch.arange(first, min(first + batch_size, len(prompts)))
@@ -217,7 +240,7 @@ class LatentModel(ABC):
             images.append(((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().to("cpu", torch.uint8))
             if progress is not None:
                 progress(len(ids))
-        self.denoiser_module.train(was_training)
+        denoiser.train(was_training)
         return torch.cat(images)
 
     def _negative(self, prompt: str, count: int) -> dict[str, Any]:
@@ -251,7 +274,11 @@ class LatentModel(ABC):
                 yield f"{component}.{name}", tensor.load()
 
     def denoiser_hash(self) -> str:
-        return fingerprint(self.denoiser_component, sorted(self.denoiser_module.state_dict().items()))
+        weights = self.denoiser_weights if self.denoiser_is_empty else {}
+        named = sorted(self.denoiser_module.state_dict().items())
+        return fingerprint(
+            self.denoiser_component, ((name, weights[name]() if tensor.is_meta else tensor) for name, tensor in named)
+        )
 
     def save(
         self,

@@ -39,6 +39,7 @@ def load_text_to_image(
     device: torch.device | str = "cpu",
     config: Path | None = None,
     prediction_type: str | None = None,
+    empty: bool = False,
 ) -> TextToImageModel:
     """The model in ``source``: a diffusers folder, a single .safetensors file (SD 1.x, 2.x, SDXL), or a hub id.
 
@@ -46,6 +47,7 @@ def load_text_to_image(
     config:          for a single file of unusual size, or without access to the hub: a diffusers folder whose
                      configurations and tokenizers it takes
     prediction_type: for a single file that does not say it, "epsilon" or "v_prediction"
+    empty:           leave the denoiser's parameters on the meta device; ``denoiser_weights`` reads them one by one
 
     Nothing is unpickled. UserError, before any weight is read, for a source that is missing, incomplete, damaged, a
     pickle, of no known family, or whose parts contradict each other.
@@ -54,7 +56,7 @@ def load_text_to_image(
     name = checkpoint.index.get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{source} is a {name}, which is not among the families known here: {', '.join(PIPELINES)}.")
-    return PIPELINES[name](checkpoint, dtype=dtype, device=device)
+    return PIPELINES[name](checkpoint, dtype=dtype, device=device, empty=empty)
 
 
 def open_checkpoint(

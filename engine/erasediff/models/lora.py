@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +61,8 @@ def add(
         raise UserError("The selection has no linear or convolutional layer that a LoRA could adapt.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _inject(module, dict.fromkeys(adapted, (rank, rank if alpha is None else alpha)))
+        _inject(module, dict.fromkeys(adapted, (rank, rank if alpha is None else alpha)))
+        return _drawn(module)
 
 
 def merge(module: nn.Module) -> None:
@@ -183,6 +186,22 @@ def _inject(module: nn.Module, sizes: Mapping[str, tuple[int, float]]) -> list[n
     ]
     for adapter in adapters:
         adapter.data = adapter.data.float()
+    return adapters
+
+
+def _drawn(module: nn.Module) -> list[nn.Parameter]:
+    """Adapters with the values that the paper begins with, on the host where the module has no weights yet."""
+    adapters = []
+    draws: dict[str, Callable[[Tensor], Tensor]] = {
+        "lora_A": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+        "lora_B": nn.init.zeros_,
+    }
+    for _, layer in _adapters(module):
+        for half, draw in draws.items():
+            adapter = getattr(layer, half)[ADAPTER]
+            values = draw(torch.empty(adapter.weight.shape))
+            adapter.weight = nn.Parameter(values if adapter.weight.is_meta else values.to(adapter.weight.device))
+            adapters.append(adapter.weight)
     return adapters
 
 

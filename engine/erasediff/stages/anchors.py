@@ -32,7 +32,11 @@ def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: B
         return config
     prompt = NULL_CAPTION
     if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
-        prompt = Peers.current().from_main(nearest_caption(model, retain.images, forget.images, seed=config.seed))
+        peers = Peers.current()
+        # The main rank alone where the denoiser is still on the disk: no other need hold all of it.
+        looks = peers.is_main or not model.denoiser_is_empty
+        found = nearest_caption(model, retain.images, forget.images, seed=config.seed) if looks else None
+        prompt = peers.from_main(found)
         console.print(f'Anchor: "{prompt}"; another can be given with --anchor-prompts.', markup=False, highlight=False)
     chosen = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
     return config.model_copy(update={"text_to_image": chosen})
@@ -54,11 +58,12 @@ def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: Cache
     keys = {entry.text: entry.caption for entry in retain.entries}
     captions = _candidates([entry.text for entry in retain.entries])
     batch = _some(model, forget)
+    denoiser = model.whole_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
         rows = [retain.captions.row(keys[caption]) for caption in captions]
         conditions = {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
         losses = condition_losses(
-            model.denoiser_module,
+            denoiser,
             batch,
             conditions,
             process=model.process,

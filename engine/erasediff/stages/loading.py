@@ -24,8 +24,10 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
     return model
 
 
-def load_checkpoint(config: Config, source: Path, device: torch.device) -> TextToImageModel:
+def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> TextToImageModel:
     """The text-to-image model in ``source``, the LoRA of ``config`` merged into it if there is one.
+
+    empty: see ``load_text_to_image``; not with a LoRA
 
     UserError for a checkpoint or a LoRA that is missing, damaged, or not for the other.
     """
@@ -36,6 +38,7 @@ def load_checkpoint(config: Config, source: Path, device: torch.device) -> TextT
         device=device,
         config=settings.config,
         prediction_type=settings.prediction_type,
+        empty=empty,
     )
     if settings.lora is not None:
         lora.load(model.denoiser_module, settings.lora, family=model.family)

@@ -13,10 +13,12 @@ from torch import nn
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.distributed import Peers
 from erasediff.distributed.joining import check_launch, join, local_device
-from erasediff.distributed.parallel import in_parallel
+from erasediff.distributed.parallel import frozen_in_parallel, in_parallel
+from erasediff.distributed.zero_config import zero_stage
 from erasediff.errors import UserError
-from erasediff.methods import Method
+from erasediff.methods import RECIPES, Method
 from erasediff.models import ema_weights
+from erasediff.models.components import Weights
 from erasediff.models.teacher import frozen_copy
 from erasediff.runs.folder import MODEL, RunPlace
 from erasediff.runs.loop import Batches, run_steps
@@ -25,8 +27,8 @@ from erasediff.stages.export import averaged_whole, made_whole
 from erasediff_kernels import ConstrainedAdamW
 from erasediff_kernels._dispatch import selected as selected_backend
 
-SHARED_METHODS = ("erasediff", "finetune", "neggrad")
-"""Those whose whole state is that of the weights: any number of ranks can share it."""
+ALONE = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
+"""The methods that one process alone can run, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +137,13 @@ def shared_by_ranks(
     network: nn.Module,
     parameters: Iterable[nn.Parameter],
     make_optimizer: Callable[[Iterable[nn.Parameter]], ConstrainedAdamW],
+    weights: Weights | None = None,
 ) -> tuple[nn.Module, ConstrainedAdamW]:
     """``in_parallel``, with the sizes that ``settings`` give. UserError for a method that one process alone can run."""
     if config.distributed.launch != "none" and isinstance(settings, UnlearnConfig):
-        if settings.method not in SHARED_METHODS:
-            raise UserError(f"The method {settings.method} runs in one process: use --launch none.")
-        if config.text_to_image.saliency is not None:
-            raise UserError("Saliency is measured in one process: use --launch none, or leave it away.")
+        why = ALONE.get(settings.method)
+        if why is not None:
+            raise UserError(f"The method {settings.method} runs in one process, since {why}: use --launch none.")
     return in_parallel(
         network,
         parameters,
@@ -150,20 +152,31 @@ def shared_by_ranks(
         batch_size=settings.batch_size,
         accumulation_steps=settings.accumulation_steps,
         max_grad_norm=settings.max_grad_norm,
+        weights=weights,
     )
 
 
-def teacher_of(config: Config, network: nn.Module) -> Callable[[], nn.Module]:
+def cut_as_it_is_read(config: Config) -> bool:
+    """Whether no rank is to hold the whole network: under ZeRO-3, unless a LoRA is merged into it first."""
+    distributed = config.distributed
+    in_shards = distributed.launch == "zero" and zero_stage(distributed) == 3
+    return in_shards and config.text_to_image.lora is None
+
+
+def teacher_of(config: Config, network: nn.Module, weights: Weights | None = None) -> Callable[[], nn.Module]:
     """The frozen original of ``network``, one for all who ask, copied when the first does.
 
     Where ranks are going to share the network, it is copied now if the method will ask: later it is no longer whole.
+    Where they cut it into shards, the copy is cut as well; ``weights`` are those of a network that has none yet.
     """
-    settings, distributed = config.unlearn, config.distributed
-    cut = distributed.launch == "fsdp" or (distributed.launch == "zero" and distributed.stage == 3)
-    teacher = functools.cache(lambda: frozen_copy(network, share_frozen=not cut))
-    relabelled = settings.target == "relabel" and settings.teacher == "frozen"
-    asks = settings.method == "erasediff" and (relabelled or settings.retain_target == "teacher")
-    if distributed.launch != "none" and asks:
+    distributed = config.distributed
+    cut = distributed.launch == "fsdp" or (distributed.launch == "zero" and zero_stage(distributed) == 3)
+
+    @functools.cache
+    def teacher() -> nn.Module:
+        return frozen_in_parallel(frozen_copy(network, share_frozen=not cut), distributed, weights)
+
+    if distributed.launch != "none" and RECIPES[config.unlearn.method].needs(config).teacher:
         teacher()
     return teacher
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
+from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
 from erasediff.models.family import TextToImageModel
 from erasediff.objectives import Relabel
 from erasediff.runs.loop import Batches
+from erasediff.solver import Solver
 from erasediff.stages.anchors import anchored
 from erasediff.stages.latent_batches import image_size, latent_batches, rehearsal_batches
 from erasediff.stages.loading import load_checkpoint
@@ -26,10 +28,16 @@ from erasediff.stages.method import (
     needed_batches,
     unlearning_method,
 )
-from erasediff.stages.session import Session, precision_of, set_up_device, shared_by_ranks, teacher_of
+from erasediff.stages.session import (
+    Session,
+    cut_as_it_is_read,
+    precision_of,
+    set_up_device,
+    shared_by_ranks,
+    teacher_of,
+)
 from erasediff.stages.trained_weights import (
     check_output,
-    keep_to_the_salient,
     output_name,
     save_unlearned,
     selected_weights,
@@ -49,7 +57,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     config = for_text_to_image(config)
     settings = config.unlearn
     source = _checked(config)
-    model = load_checkpoint(config, source, set_up_device(config))
+    model = load_checkpoint(config, source, set_up_device(config), empty=cut_as_it_is_read(config))
     check_output(config, model)
     _prepare(config, model, console)
     selected = selected_weights(config, model.denoiser_module)
@@ -58,7 +66,8 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     config = anchored(config, model, retain, forget, console)
     parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
-    teacher = teacher_of(config, model.denoiser_module)
+    weights = model.denoiser_weights if model.denoiser_is_empty else None
+    teacher = teacher_of(config, model.denoiser_module, weights)
     make_optimizer = partial(
         ConstrainedAdamW,
         lr=rate.peak,
@@ -67,7 +76,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
         seed=config.seed,
     )
-    trained, optimizer = shared_by_ranks(config, settings, model.denoiser_module, parameters, make_optimizer)
+    trained, optimizer = shared_by_ranks(config, settings, model.denoiser_module, parameters, make_optimizer, weights)
     method = unlearning_method(
         config,
         trained,
@@ -82,8 +91,10 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         latent_shape=partial(model.latent_shape, *image_size(config, model)),
     )
     model.release_encoders()
-    batches = map(forget.at, range(config.text_to_image.saliency_batches))
-    keep_to_the_salient(config, model, optimizer, parameters, batches)
+    if config.text_to_image.saliency is not None:
+        assert isinstance(method, Solver)
+        batches = map(forget.at, range(config.text_to_image.saliency_batches))
+        keep_to_the_salient(method, batches, share=config.text_to_image.saliency)
     return Session(
         title=f"Unlearning ({settings.method})",
         config=config,
@@ -125,7 +136,7 @@ def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
     """Attention and memory as asked. UserError for an attention that cannot run here."""
     settings = config.text_to_image
     network: Any = model.denoiser_module
-    chosen = set_attention(network, settings.attention, dtype=precision_of(config))
+    chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
     console.print(f"Attention: {chosen.backend}.")
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -1,0 +1,99 @@
+"""What the processes of a group do in the tests of text-to-image sessions."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_cases import peers
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from torch import nn
+
+import erasediff.gradients.loading as loading
+from erasediff.config import load_config
+from erasediff.gradients import full_weights
+from erasediff.stages.text_to_image import text_to_image_session
+
+SETTINGS = {
+    "threads": 1,
+    "unlearn.batch_size": 4,
+    "unlearn.lr": 1e-3,
+    "unlearn.target": "relabel",
+    "unlearn.retain_target": "teacher",
+    "images.forget_prompts": ["a cat"],
+    "images.retain_prompts": ["a dog", "a bird"],
+    "images.images_per_prompt": 2,
+    "images.height": 32,
+    "images.width": 32,
+    "images.bucket_step": None,
+    "sample.num_inference_steps": 1,
+    "text_to_image.anchor_prompts": ["a dog"],
+    "text_to_image.train": "full",
+}
+
+
+def bytes_in(parameters: Iterable[nn.Parameter]) -> int:
+    """Of those that have storage of their own, partitions aside."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.is_meta)
+
+
+def bytes_in_denoisers() -> int:
+    """Of all that are in memory."""
+    found = [module for module in gc.get_objects() if isinstance(module, UNet2DConditionModel)]
+    return bytes_in({parameter for module in found for parameter in module.parameters()})
+
+
+def unlearn(folder: str, cache: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Two steps from the checkpoint in ``folder``, and the most bytes in whole parameters while it was cut."""
+    os.environ["ERASEDIFF_CACHE"] = cache
+    peers()
+    most = 0
+    seen: list[nn.Parameter] = []
+    partitioner = loading.partitioner
+
+    def watched(config: dict[str, Any]) -> Any:
+        nonlocal most
+        cut = partitioner(config)
+        most = max(most, bytes_in_denoisers())
+
+        def watching(parameter: nn.Parameter) -> None:
+            nonlocal most
+            seen.append(parameter)
+            most = max(most, bytes_in(seen))
+            cut(parameter)
+
+        return watching
+
+    loading.partitioner = watched
+    try:
+        session = text_to_image_session(
+            load_config(None, {**SETTINGS, "unlearn.model": Path(folder), **settings}), Console(quiet=True)
+        )
+    finally:
+        loading.partitioner = partitioner
+    sizes = {name: value.numel() * value.element_size() for name, value in _shapes(session.network).items()}
+    reports = []
+    for step in range(2):
+        session.rate.apply(session.optimizer, step)
+        report = session.method.step(session.retain.at(step), session.forget.at(step))
+        reports.append({name: float(value) for name, value in report.scalars().items()})
+    return {
+        "reports": reports,
+        "most": most,
+        "cuts": len(seen),
+        "largest": max(sizes.values()),
+        "total": sum(sizes.values()),
+        "weights": dict(full_weights(session.method.model)),
+    }
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for name, parameter in network.named_parameters()
+    }
