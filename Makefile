@@ -22,8 +22,9 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 demo: install
 	$(BIN)/erasediff demo $(ARGS)
 
+# Two workers: one takes the tests that start processes themselves, file by file the other takes the rest.
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
