@@ -18,14 +18,14 @@ Lines = list[dict[str, Any]]
 def draw() -> Path:
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in read(RESULTS / "sharded.jsonl"):
-        latest[line["benchmark"], line["ranks"], line["stage"], line.get("contender")] = line
+        latest[line["benchmark"], line["ranks"], line["stage"], line.get("contender"), line.get("samples")] = line
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     memory, volume, rate = figure.subplots(1, 3)
 
     def of(benchmark: str) -> Lines:
         return sorted(
             (line for line in latest.values() if line["benchmark"] == f"sharded {benchmark}"),
-            key=lambda line: (line["stage"], line["ranks"]),
+            key=lambda line: (line["stage"], line["ranks"], line.get("samples", 0)),
         )
 
     bars(memory, of("memory"), {"measured": lambda m: max(m["peak_bytes"]), "planned": lambda m: m["planned_bytes"]})
@@ -34,14 +34,16 @@ def draw() -> Path:
     volume.set(title="bytes handed to collectives per step", ylabel="times one gradient")
     times = [line for line in of("throughput") if line["contender"] == "erasediff"]
     for line in times:
-        line["contender"] = f"{line['ranks']} rank" + "s" * (line["ranks"] > 1)
+        each = line["samples"] // line["ranks"]
+        line["contender"] = f"{line['ranks']} rank{'s' * (line['ranks'] > 1)} of {each} samples"
     grouped(rate, times, lambda line: line["times_deepspeed"])
     rate.axhline(1.10, linestyle="--", color="black", label="1.10")
-    rate.set(title="erasediff's time per step, of DeepSpeed fine-tuning's", ylim=(0, None))
+    rate.set(title="erasediff's time per step, of DeepSpeed fine-tuning's", ylim=(0, 1.9))
     for axes in (memory, volume, rate):
         axes.set_xlabel("ZeRO stage")
+        axes.title.set_fontsize(9)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper right" if axes is memory else "upper left")
     path = RESULTS / "sharded.svg"
     figure.savefig(path)
     return path
@@ -54,7 +56,7 @@ def bars(axes: Axes, lines: Lines, values: dict[str, Any]) -> None:
 
 
 def grouped(axes: Axes, lines: Lines, value: Any) -> None:
-    names = list(dict.fromkeys(line["contender"] for line in lines))
+    names = sorted({line["contender"] for line in lines})
     width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         mine = [line for line in lines if line["contender"] == name]
