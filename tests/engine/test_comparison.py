@@ -21,7 +21,7 @@ from erasediff import Process
 from erasediff.comparison import Case, Lines, compare
 from erasediff.comparison.case import artefact_bytes, command
 from erasediff.comparison.digits import tasks_named
-from erasediff.comparison.distances import frechet_distance, kernel_distance
+from erasediff.comparison.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.comparison.page import verdict, write_page
 from erasediff.comparison.relearning import relearning_curve
 from erasediff.comparison.table import gaps, tables
@@ -47,6 +47,18 @@ def test_kernel_distance_is_unbiased_and_grows_with_the_shift() -> None:
     assert abs(mean) < 3 * error
     x, y = torch.randn(200, 4, generator=generator), torch.randn(200, 4, generator=generator)
     assert kernel_distance(x, y + 2) > kernel_distance(x, y + 1) > kernel_distance(x, y)
+
+
+def test_gaussian_distance_is_unbiased_and_has_no_unit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 4, generator=generator), torch.randn(150, 4, generator=generator)
+    found = [
+        gaussian_distance(torch.randn(50, 4, generator=generator), torch.randn(60, 4, generator=generator))
+        for _ in range(200)
+    ]
+    assert abs(torch.tensor(found).mean().item()) < 3 * torch.tensor(found).std().item() / 200**0.5
+    assert 2 > gaussian_distance(x, y + 9) > gaussian_distance(x, y + 1) > gaussian_distance(x, y)
+    assert gaussian_distance(7 * x, 7 * (y + 1)) == pytest.approx(gaussian_distance(x, y + 1), rel=1e-5)
 
 
 class Batches:

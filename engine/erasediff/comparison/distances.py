@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,28 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
 
     Over all images, where KID averages over blocks of 1,000. It may be a little below zero.
     """
-    x, y = features.double(), real.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
+    return _squared_discrepancy(features.double(), real.double(), kernel)
+
+
+def gaussian_distance(features: Tensor, reference: Tensor) -> float:
+    """The unbiased squared MMD of [N, D] and [M, D] in a Gaussian kernel (Gretton et al. 2012, eq. 3), 2 at the most.
+
+    Its squared width is the median squared distance within ``reference``. It may be a little below zero.
+    """
+    y = reference.double()
+    width = torch.pdist(y).square().median()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (-torch.cdist(a, b).square() / (2 * width)).exp()
+
+    return _squared_discrepancy(features.double(), y, kernel)
+
+
+def _squared_discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
     def mean_off_diagonal(k: Tensor) -> Tensor:
         return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
