@@ -10,6 +10,7 @@ from erasediff.config import DistributedConfig
 from erasediff.errors import UserError
 
 AUTO = "auto"
+USUAL_STAGE = 2
 
 
 def zero_config(
@@ -26,7 +27,7 @@ def zero_config(
     UserError for a file that cannot be read, and for one that contradicts the run's own settings.
     """
     own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config)
-    zero = dict(own.pop("zero_optimization", {}))
+    zero = own.pop("zero_optimization", {})
     asked = zero_stage(settings, zero)
     said: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch_size, "the batch size"),
@@ -38,12 +39,12 @@ def zero_config(
         "gradient_clipping": (max_grad_norm or 0.0, "max_grad_norm"),
     }
     for name, (value, setting) in said.items():
-        if own.get(name, AUTO) not in (AUTO, value):
+        if own.get(name, value) != value:
             raise UserError(
                 f"{settings.deepspeed_config} sets {name} to {own[name]}, but {setting} is {value}: leave one of them "
                 "away."
             )
-    if zero.get("stage", AUTO) not in (AUTO, asked):
+    if zero.get("stage", asked) != asked:
         raise UserError(f"{settings.deepspeed_config} is for stage {zero['stage']}, but --stage says {asked}.")
     zero["stage"] = asked
     if settings.offload_optimizer or settings.offload_params:
@@ -53,7 +54,7 @@ def zero_config(
             raise UserError(f"Stage {asked} keeps parameters on every device: only --stage 3 can offload them.")
         zero.setdefault("offload_param", {"device": "cpu"})
     common: dict[str, Any] = {
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, **own.pop("bf16", {})},
         # The optimizer is ours, on the CPU too.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -71,8 +72,10 @@ def zero_stage(settings: DistributedConfig, own: dict[str, Any] | None = None) -
     """
     if own is None:
         own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config).get("zero_optimization", {})
-    said = "stage" in settings.model_fields_set or own.get("stage", AUTO) == AUTO
-    return settings.stage if said else int(own["stage"])
+    asked = own.get("stage", USUAL_STAGE) if settings.stage is None else settings.stage
+    if asked not in (0, 1, 2, 3):
+        raise UserError(f"{settings.deepspeed_config} asks for ZeRO stage {asked!r}: there are 0, 1, 2 and 3.")
+    return int(asked)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,4 +92,12 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} has a section {section}: leave it away, the run's own settings say that.")
     if own.get("fp16", {}).get("enabled") is True:
         raise UserError(f"{path} asks for fp16, whose loss scaling unlearning does not support: use bf16.")
-    return own
+    decided: dict[str, Any] = _without_auto(own)
+    return decided
+
+
+def _without_auto(value: Any) -> Any:
+    """What other trainers' files leave to the trainer is left open."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_auto(entry) for name, entry in value.items() if entry != AUTO}
