@@ -13,6 +13,8 @@ import torch
 # The processes find what they are to run by its name, in a folder of their own path.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from commands import TINY
+from commands import run as command
 from harness import SECONDS, Group
 
 
@@ -29,6 +31,15 @@ def run_on() -> Iterator[Callable[..., list[Any]]]:
     yield run
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The diffusers folder of a model that ``commands.TINY`` describes, trained once. Never written to."""
+    home = tmp_path_factory.mktemp("base")
+    (home / "tiny.yaml").write_text(TINY)
+    command("train", "--out", home / "base", "--config", home / "tiny.yaml")
+    return home / "base/model"
 
 
 @pytest.fixture(autouse=True)

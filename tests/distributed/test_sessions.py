@@ -14,7 +14,7 @@ RunOn = Callable[..., list[Any]]
 ZERO_3 = {"distributed.launch": "zero", "distributed.stage": 3}
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("train", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_no_rank_holds_the_denoiser_or_its_teacher_whole(
     run_on: RunOn, nano_folder: Callable[[str], Path], tmp_path: Path, train: str
 ) -> None:
