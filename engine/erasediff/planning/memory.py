@@ -1,7 +1,7 @@
 """Memory per rank of one EraseDiff step, item by item, for each ZeRO stage, offload and number of ranks.
 
 What is stored follows from counting (Rajbhandari et al. 2020, arXiv 1910.02054, section 5, with a second gradient);
-DeepSpeed's buffers follow its 0.19 sources. ``benchmarks/sharded/memory.py`` compares both with what processes take.
+DeepSpeed's buffers follow its 0.19 sources. ``benchmarks/sharded`` compares both with what processes take.
 """
 
 from __future__ import annotations
