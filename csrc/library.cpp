@@ -20,10 +20,11 @@ STABLE_TORCH_LIBRARY(erasediff_C, m) {
       "constraint_multiplier(Tensor gram, str barrier, float eta, Tensor? gap, float? max_norm) "
       "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)");
   m.def(
-      "constrained_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] retain, "
-      "Tensor[] forget, Tensor(d!)[] ema, Tensor(e!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, "
-      "Tensor finite, Tensor lr, Tensor(f!) step, float beta1, float beta2, float eps, float weight_decay, "
-      "float ema_decay, Tensor? rounding_key) -> ()");
+      "constrained_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes, Tensor[] retain, Tensor[] forget, "
+      "Tensor(f!)[] ema, Tensor(g!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, "
+      "Tensor lr, Tensor(h!) step, float beta1, float beta2, float eps, float weight_decay, float ema_decay, "
+      "Tensor? rounding_key) -> ()");
   m.def(
       "constrained_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] retain, Tensor[] forget, "
       "Tensor(c!)[] ema, Tensor(d!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, "

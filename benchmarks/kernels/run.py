@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import torch
 from record import append, environment
 
 FOLDER = Path(__file__).resolve().parent
+FILES = ("test_operators.py", "test_sparse.py")
 
 
 def operators() -> list[dict[str, Any]]:
@@ -29,9 +31,11 @@ def operators() -> list[dict[str, Any]]:
             "-p",
             "no:cacheprovider",
         ]
-        command += [str(FOLDER / "test_operators.py"), f"--benchmark-json={report}", "--benchmark-disable-gc"]
+        command += [*(str(FOLDER / file) for file in FILES), f"--benchmark-json={report}", "--benchmark-disable-gc"]
         command += ["--benchmark-columns=median,rounds", "--benchmark-sort=name"]
-        subprocess.run(command, check=True)
+        # Its files know each other by name.
+        paths = os.pathsep.join(path for path in (str(FOLDER), os.environ.get("PYTHONPATH")) if path)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
         benchmarks = json.loads(report.read_text())["benchmarks"]
     lines = []
     for benchmark in benchmarks:
@@ -42,8 +46,7 @@ def operators() -> list[dict[str, Any]]:
                 "benchmark": "operator",
                 "operator": benchmark["name"].partition("[")[0].removeprefix("test_"),
                 **benchmark["params"],
-                "numel": extra["elements"],
-                "moved_bytes": extra["moved_bytes"],
+                **{name: value for name, value in extra.items() if name != "device"},
                 "seconds": stats["median"],
                 "best_seconds": stats["min"],
                 "rounds": stats["rounds"],
@@ -54,11 +57,11 @@ def operators() -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = [f"{'operator':20} {'backend':10} {'dtype':9} {'ms':>9} {'best':>9} {'GB/s':>7}"]
+    rows = [f"{'operator':20} {'backend':20} {'dtype':9} {'ms':>9} {'best':>9} {'GB/s':>7}"]
     for line in lines:
         rate = line["moved_bytes"] / line["best_seconds"] / 1e9
         rows.append(
-            f"{line['operator']:20} {line['backend']:10} {line['dtype']:9} {line['seconds'] * 1e3:9.2f} "
+            f"{line['operator']:20} {line['backend']:20} {line['dtype']:9} {line['seconds'] * 1e3:9.2f} "
             f"{line['best_seconds'] * 1e3:9.2f} {rate:7.1f}"
         )
     return "\n".join(rows)

@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--case", action="append", help="shape:dtype, e.g. sd15:float32; repeat for more")
-    parser.add_argument("--contenders", default="erasediff,published,torch_foreach")
+    parser.add_argument("--contenders", default="erasediff,erasediff_8bit,published,torch_foreach")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: minutes of compilation")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,7 +21,9 @@ pytestmark = [
 ]
 
 
-def measure(benchmark: Any, backend: str, moved_bytes: int, run: Callable[[], object]) -> None:
+def measure(
+    benchmark: Any, backend: str, moved_bytes: int, run: Callable[[], object], rounds: int = 10, **facts: int
+) -> None:
     def once() -> None:
         run()
         if DEVICE == "cuda":
@@ -29,8 +31,8 @@ def measure(benchmark: Any, backend: str, moved_bytes: int, run: Callable[[], ob
 
     with kernels.use_backend(backend):
         once()
-        benchmark.extra_info.update(moved_bytes=moved_bytes, device=DEVICE, elements=ELEMENTS)
-        benchmark.pedantic(once, rounds=10, warmup_rounds=1)
+        benchmark.extra_info.update({"numel": ELEMENTS, **facts}, moved_bytes=moved_bytes, device=DEVICE)
+        benchmark.pedantic(once, rounds=rounds, warmup_rounds=1)
 
 
 def batch(dtype: str) -> tuple[Tensor, Tensor, Tensor]:

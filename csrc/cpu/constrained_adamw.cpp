@@ -7,7 +7,8 @@ namespace erasediff::cpu {
 namespace {
 
 void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
-                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& retain,
+                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_absmaxes,
+                        const std::vector<Tensor>& exp_avg_sq_absmaxes, const std::vector<Tensor>& retain,
                         const std::vector<Tensor>& forget, const std::vector<Tensor>& ema,
                         const std::vector<Tensor>& copies, const std::vector<Tensor>& masks, const Tensor& multiplier,
                         const Tensor& clip_scale, const Tensor& finite, const Tensor& lr, const Tensor& step,
@@ -16,8 +17,9 @@ void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Ten
   if (!*Flat(finite).at<bool>(0)) return;
   float& applied = *Flat(step).at<float>(0);
   applied += 1.0f;
-  constrained_update(make_items(params, {&exp_avgs, &exp_avg_sqs}, retain, forget, ema, copies, masks), params,
-                     make_step(multiplier, clip_scale, ema_decay, rounding_key), [&](auto zero) {
+  const std::vector<MomentLists> moments{{exp_avgs, &exp_avg_absmaxes}, {exp_avg_sqs, &exp_avg_sq_absmaxes}};
+  constrained_update(make_items(params, moments, retain, forget, ema, copies, masks), params,
+                     make_step(multiplier, clip_scale, applied, ema_decay, rounding_key), [&](auto zero) {
                        return AdamW<decltype(zero)>::make(read_value(Flat(lr), 0), applied, beta1, beta2, eps,
                                                           weight_decay);
                      });

@@ -13,8 +13,9 @@ void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tenso
                       const Tensor& finite, const Tensor& lr, const Tensor& step, double momentum, bool nesterov,
                       double weight_decay, double ema_decay, const std::optional<Tensor>& rounding_key) {
   if (!*Flat(finite).at<bool>(0)) return;
-  *Flat(step).at<float>(0) += 1.0f;
-  const Step scalars = make_step(multiplier, clip_scale, ema_decay, rounding_key);
+  float& applied = *Flat(step).at<float>(0);
+  applied += 1.0f;
+  const Step scalars = make_step(multiplier, clip_scale, applied, ema_decay, rounding_key);
   const auto update = [&](auto states, const std::vector<Item>& items) {
     constrained_update(items, params, scalars, [&](auto zero) {
       return Sgd<decltype(zero), decltype(states)::value>::make(read_value(Flat(lr), 0), momentum, nesterov,
@@ -25,7 +26,7 @@ void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tenso
     update(std::integral_constant<int, 0>(), make_items(params, {}, retain, forget, ema, copies, masks));
   } else {
     update(std::integral_constant<int, 1>(),
-           make_items(params, {&momentum_buffers}, retain, forget, ema, copies, masks));
+           make_items(params, {{momentum_buffers}}, retain, forget, ema, copies, masks));
   }
 }
 

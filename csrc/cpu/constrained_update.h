@@ -6,6 +6,7 @@
 #include "../shared/combine.h"
 #include "capability.h"
 #include "chunks.h"
+#include "moments.h"
 #include "noise.h"
 #include "tile.h"
 
@@ -15,13 +16,15 @@ constexpr int64_t kRoundingRole = 255;
 
 // What one tensor of the list takes part with; absent streams have null data.
 struct Item {
-  Flat param, states[2], retain, forget, ema, copy;
+  Flat param, retain, forget, ema, copy;
+  Moment states[2];
   const uint8_t* mask = nullptr;
 };
 
 // The scalars of a step that do not belong to the rule.
 struct Step {
   double multiplier, clip_scale, one_minus_ema_decay;
+  Dither dither;
   bool stochastic_rounding;
   int64_t seed, key_step;
 };
@@ -84,8 +87,8 @@ ERASEDIFF_FN void update_chunk(const Rule& rule, const Step& step, const Item& i
     combine_tile(combine, retain, forget, n, delta);
 
     T* p = load(item.param, first, n, p_buffer);
-    T* state0 = Rule::kStates > 0 ? load(item.states[0], first, n, state0_buffer) : nullptr;
-    T* state1 = Rule::kStates > 1 ? load(item.states[1], first, n, state1_buffer) : nullptr;
+    T* state0 = Rule::kStates > 0 ? load_moment(item.states[0], first, n, state0_buffer) : nullptr;
+    T* state1 = Rule::kStates > 1 ? load_moment(item.states[1], first, n, state1_buffer) : nullptr;
     if (item.mask) {
       unpack_mask(item.mask, first, n, keep);
       update_tile<true>(rule, p, state0, state1, delta, keep, n);
@@ -99,8 +102,8 @@ ERASEDIFF_FN void update_chunk(const Rule& rule, const Step& step, const Item& i
     } else {
       store(item.param, first, n, p);
     }
-    if (Rule::kStates > 0) store(item.states[0], first, n, state0);
-    if (Rule::kStates > 1) store(item.states[1], first, n, state1);
+    if (Rule::kStates > 0) store_moment(item.states[0], first, n, step.dither, state0);
+    if (Rule::kStates > 1) store_moment(item.states[1], first, n, step.dither, state1);
 
     // What follows sees the parameter as it is stored.
     if (item.ema.data || item.copy.data) p = load(item.param, first, n, p_buffer);
@@ -132,9 +135,16 @@ void constrained_update(const std::vector<Item>& items, const std::vector<Tensor
   });
 }
 
+// A moment of all parameters: what is stored, and the absmax of blocks where that is codes.
+struct MomentLists {
+  const std::vector<Tensor>& stored;
+  const std::vector<Tensor>* absmaxes = nullptr;
+
+  Moment of(size_t i) const { return Moment(stored[i], absmaxes && !absmaxes->empty() ? &(*absmaxes)[i] : nullptr); }
+};
+
 // `states` holds as many lists as the rule has states; `forget`, `ema`, `copies` and `masks` may be empty.
-inline std::vector<Item> make_items(const std::vector<Tensor>& params,
-                                    const std::vector<const std::vector<Tensor>*>& states,
+inline std::vector<Item> make_items(const std::vector<Tensor>& params, const std::vector<MomentLists>& states,
                                     const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
                                     const std::vector<Tensor>& ema, const std::vector<Tensor>& copies,
                                     const std::vector<Tensor>& masks) {
@@ -142,7 +152,7 @@ inline std::vector<Item> make_items(const std::vector<Tensor>& params,
   for (size_t i = 0; i < items.size(); ++i) {
     Item& item = items[i];
     item.param = Flat(params[i]);
-    for (size_t state = 0; state < states.size(); ++state) item.states[state] = Flat((*states[state])[i]);
+    for (size_t state = 0; state < states.size(); ++state) item.states[state] = states[state].of(i);
     item.retain = Flat(retain[i]);
     if (!forget.empty()) item.forget = Flat(forget[i]);
     if (!ema.empty()) item.ema = Flat(ema[i]);
@@ -152,11 +162,13 @@ inline std::vector<Item> make_items(const std::vector<Tensor>& params,
   return items;
 }
 
-inline Step make_step(const Tensor& multiplier, const Tensor& clip_scale, double ema_decay,
+// `applied` counts the steps, this one included.
+inline Step make_step(const Tensor& multiplier, const Tensor& clip_scale, float applied, double ema_decay,
                       const std::optional<Tensor>& rounding_key) {
   Step step{read_value(Flat(multiplier), 0),
             read_value(Flat(clip_scale), 0),
             1.0 - ema_decay,
+            Dither::at(applied),
             rounding_key.has_value(),
             0,
             0};

@@ -6,6 +6,7 @@
 
 #include "../shared/half.h"
 #include "../shared/portable.h"
+#include "f16c.h"
 
 namespace erasediff::cpu {
 
@@ -42,6 +43,14 @@ template <class T, class Stored>
 ERASEDIFF_FN void narrow_tile(const T* values, Stored* stored, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) stored[i] = narrow<Stored>(values[i]);
+}
+
+ERASEDIFF_FN void widen_tile(const fp16* stored, float* values, int64_t n) {
+  has_f16c() ? widen_f16c(stored, values, n) : widen_tile<float, fp16>(stored, values, n);
+}
+
+ERASEDIFF_FN void narrow_tile(const float* values, fp16* stored, int64_t n) {
+  has_f16c() ? narrow_f16c(values, stored, n) : narrow_tile<float, fp16>(values, stored, n);
 }
 
 // Values first .. first + n - 1 of a tensor: in place where its type is T, else read into `buffer`.

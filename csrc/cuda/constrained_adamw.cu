@@ -18,15 +18,18 @@ struct MakeAdamW {
 };
 
 void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
-                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& retain,
+                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_absmaxes,
+                        const std::vector<Tensor>& exp_avg_sq_absmaxes, const std::vector<Tensor>& retain,
                         const std::vector<Tensor>& forget, const std::vector<Tensor>& ema,
                         const std::vector<Tensor>& copies, const std::vector<Tensor>& masks, const Tensor& multiplier,
                         const Tensor& clip_scale, const Tensor& finite, const Tensor& lr, const Tensor& step,
                         double beta1, double beta2, double eps, double weight_decay, double ema_decay,
                         const std::optional<Tensor>& rounding_key) {
   const MakeAdamW make{Scalar(lr), static_cast<const float*>(step.data_ptr()), beta1, beta2, eps, weight_decay};
-  constrained_update<AdamW>({params, {&exp_avgs, &exp_avg_sqs}, retain, forget, ema, copies, masks}, make, multiplier,
-                            clip_scale, finite, step, ema_decay, rounding_key);
+  const Lists lists{params, {&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes},
+                    retain, forget,                    ema,
+                    copies, masks};
+  constrained_update<AdamW>(lists, make, multiplier, clip_scale, finite, step, ema_decay, rounding_key);
 }
 
 }  // namespace

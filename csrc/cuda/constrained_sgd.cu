@@ -32,11 +32,11 @@ void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tenso
                       double weight_decay, double ema_decay, const std::optional<Tensor>& rounding_key) {
   if (momentum_buffers.empty()) {
     const MakeSgd<0> make{Scalar(lr), momentum, nesterov, weight_decay};
-    constrained_update<PlainSgd>({params, {}, retain, forget, ema, copies, masks}, make, multiplier, clip_scale, finite,
+    constrained_update<PlainSgd>({params, {}, {}, retain, forget, ema, copies, masks}, make, multiplier, clip_scale, finite,
                                  step, ema_decay, rounding_key);
   } else {
     const MakeSgd<1> make{Scalar(lr), momentum, nesterov, weight_decay};
-    constrained_update<MomentumSgd>({params, {&momentum_buffers}, retain, forget, ema, copies, masks}, make, multiplier,
+    constrained_update<MomentumSgd>({params, {&momentum_buffers}, {}, retain, forget, ema, copies, masks}, make, multiplier,
                                     clip_scale, finite, step, ema_decay, rounding_key);
   }
 }

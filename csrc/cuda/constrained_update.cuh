@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../shared/combine.h"
+#include "../shared/moment_codes.h"
 #include "../shared/philox.h"
 #include "multi_tensor.cuh"
 #include "scalar.cuh"
@@ -14,7 +15,7 @@ namespace erasediff::cuda {
 
 constexpr int kRoundingRole = 255;
 
-enum Stream { kParam, kState0, kState1, kRetain, kForget, kEma, kCopy, kMask, kStreams };
+enum Stream { kParam, kState0, kState1, kAbsmax0, kAbsmax1, kRetain, kForget, kEma, kCopy, kMask, kStreams };
 
 struct UpdateBatch : Batch<kStreams> {
   ScalarType ema_dtype, copy_dtype;
@@ -26,6 +27,7 @@ struct Step {
   Rule<float> float_rule;
   Rule<double> double_rule;
   double multiplier, clip_scale, one_minus_ema_decay;
+  Dither dither;
   bool finite;
 
   template <class T>
@@ -49,6 +51,7 @@ __global__ void prepare_step(Make make, Scalar multiplier, Scalar clip_scale, co
   step->multiplier = multiplier.read();
   step->clip_scale = clip_scale.read();
   step->one_minus_ema_decay = 1.0 - ema_decay;
+  step->dither = Dither::at(*applied);
 }
 
 // EMA and copies may have any type, the same for all tensors of a launch.
@@ -89,6 +92,28 @@ __device__ __forceinline__ void round_params(const int64_t* key, int64_t place, 
   }
 }
 
+// Rounds and writes n parameters of tensor t, then what follows them and sees them as they are stored.
+template <int n, class P, class T, template <class> class Rule>
+__device__ __forceinline__ void write_params(const UpdateBatch& batch, const Step<Rule>& step, const int64_t* key,
+                                             int t, int64_t i, const T (&values)[n]) {
+  auto* ema = static_cast<char*>(batch.data[kEma][t]);
+  auto* copy = static_cast<char*>(batch.data[kCopy][t]);
+  P rounded[n];
+  round_params(key, batch.place[t], i, values, rounded);
+  store(static_cast<P*>(batch.data[kParam][t]) + i, rounded);
+  T stored[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) stored[k] = widen<T>(rounded[k]);
+  if (copy) store_any(copy, batch.copy_dtype, i, stored);
+  if (ema) {
+    T average[n];
+    load_any(ema, batch.ema_dtype, i, average);
+#pragma unroll
+    for (int k = 0; k < n; ++k) average[k] = moving_average(average[k], stored[k], T(step.one_minus_ema_decay));
+    store_any(ema, batch.ema_dtype, i, average);
+  }
+}
+
 template <class P, class M, class G, template <class> class Rule>
 __global__ void __launch_bounds__(kThreads)
     constrained_update_kernel(const __grid_constant__ UpdateBatch batch, const Step<Rule>* step, const int64_t* key) {
@@ -98,17 +123,15 @@ __global__ void __launch_bounds__(kThreads)
   if (!step->finite) return;
   const Piece piece = piece_of_block(batch);
   const int t = piece.tensor;
-  auto* params = static_cast<P*>(batch.data[kParam][t]);
+  const auto* params = static_cast<const P*>(batch.data[kParam][t]);
   M* const states[2] = {static_cast<M*>(batch.data[kState0][t]), static_cast<M*>(batch.data[kState1][t])};
   const auto* retain = static_cast<const G*>(batch.data[kRetain][t]);
   const auto* forget = static_cast<const G*>(batch.data[kForget][t]);
-  auto* ema = static_cast<char*>(batch.data[kEma][t]);
-  auto* copy = static_cast<char*>(batch.data[kCopy][t]);
   const auto* mask = static_cast<const uint8_t*>(batch.data[kMask][t]);
   const Rule<T> rule = step->template rule<T>();
   const Combine<T> combine{T(step->multiplier), T(step->clip_scale)};
 
-  const bool wide = aligned(params, states[0], states[1], retain, forget, ema, copy);
+  const bool wide = aligned(params, states[0], states[1], retain, forget, batch.data[kEma][t], batch.data[kCopy][t]);
   for_each_element<kWide>(piece.first, piece.end, wide, [&](auto n, int64_t i) {
     T p[n.value], r[n.value], g[n.value], s[2][n.value] = {};
     load(retain + i, r);
@@ -128,30 +151,138 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kStates; ++j) s[j][k] = keep ? new_s[j] : s[j][k];
     }
 
-    P rounded[n.value];
-    round_params(key, batch.place[t], i, p, rounded);
-    store(params + i, rounded);
+    write_params<n.value, P>(batch, *step, key, t, i, p);
 #pragma unroll
     for (int j = 0; j < kStates; ++j) store_nearest(states[j] + i, s[j]);
-
-    // What follows sees the parameter as it is stored.
-#pragma unroll
-    for (int k = 0; k < n.value; ++k) p[k] = widen<T>(rounded[k]);
-    if (copy) store_any(copy, batch.copy_dtype, i, p);
-    if (ema) {
-      T average[n.value];
-      load_any(ema, batch.ema_dtype, i, average);
-#pragma unroll
-      for (int k = 0; k < n.value; ++k) average[k] = moving_average(average[k], p[k], T(step->one_minus_ema_decay));
-      store_any(ema, batch.ema_dtype, i, average);
-    }
   });
 }
 
-// The lists of a step. `states` holds as many lists as the rule has states.
+// The k-th of the `count` values from i on, and 0 beyond them; all at once where `whole`.
+template <int n, class Stored>
+__device__ __forceinline__ void load_some(const Stored* data, bool whole, int count, float (&values)[n]) {
+  if (whole) return load(data, values);
+#pragma unroll
+  for (int k = 0; k < n; ++k) values[k] = k < count ? widen<float>(data[k]) : 0.0f;
+}
+
+__device__ __forceinline__ uint32_t largest_of_warp(uint32_t bits) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) bits = larger_bits(bits, __shfl_xor_sync(0xffffffffu, bits, offset));
+  return bits;
+}
+
+// A moment as codes: a warp has one block of them, a lane kCodes.
+constexpr int kCodes = kMomentBlock / 32;
+
+template <class Code>
+struct Codes {
+  using Stored = typename Code::Stored;
+
+  Stored* codes;
+  float* absmaxes;
+
+  __device__ __forceinline__ void load(int64_t i, bool whole, int count, float (&values)[kCodes]) const {
+    Stored stored[kCodes];
+    if (whole) {
+      const uint2 word = read_word(reinterpret_cast<const uint2*>(codes + i));
+      memcpy(stored, &word, sizeof word);
+    }
+    const float absmax = count > 0 ? absmaxes[i / kMomentBlock] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < kCodes; ++k) {
+      if (!whole) stored[k] = k < count ? codes[i + k] : Stored(0);
+      values[k] = Code::decode(stored[k], absmax);
+    }
+  }
+
+  // Called by all lanes of a warp.
+  __device__ __forceinline__ void store(int64_t i, bool whole, int count, Dither dither,
+                                        const float (&values)[kCodes]) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < kCodes; ++k) largest = larger_bits(largest, magnitude_bits(values[k]));
+    const float absmax = float_of(largest_of_warp(largest)), inverse = inverse_of(absmax);
+    Stored stored[kCodes];
+#pragma unroll
+    for (int k = 0; k < kCodes; ++k) {
+      stored[k] = Code::encode(values[k], inverse, dither(uint32_t(i) + k));
+      if (!whole && k < count) codes[i + k] = stored[k];
+    }
+    if (whole) {
+      uint2 word;
+      memcpy(&word, stored, sizeof word);
+      write_word(reinterpret_cast<uint2*>(codes + i), word);
+    }
+    if (i % kMomentBlock == 0 && count > 0) absmaxes[i / kMomentBlock] = absmax;
+  }
+};
+
+template <class P, class G, template <class> class Rule>
+__global__ void __launch_bounds__(kThreads) constrained_update_codes_kernel(const __grid_constant__ UpdateBatch batch,
+                                                                            const Step<Rule>* step,
+                                                                            const int64_t* key) {
+  if (!step->finite) return;
+  const Piece piece = piece_of_block(batch);
+  const int t = piece.tensor;
+  const auto* params = static_cast<const P*>(batch.data[kParam][t]);
+  const Codes<SignedCode> first{static_cast<int8_t*>(batch.data[kState0][t]),
+                                static_cast<float*>(batch.data[kAbsmax0][t])};
+  const Codes<UnsignedCode> second{static_cast<uint8_t*>(batch.data[kState1][t]),
+                                   static_cast<float*>(batch.data[kAbsmax1][t])};
+  const auto* retain = static_cast<const G*>(batch.data[kRetain][t]);
+  const auto* forget = static_cast<const G*>(batch.data[kForget][t]);
+  const auto* mask = static_cast<const uint8_t*>(batch.data[kMask][t]);
+  const Rule<float> rule = step->float_rule;
+  const Combine<float> combine{float(step->multiplier), float(step->clip_scale)};
+
+  const bool wide =
+      aligned(params, first.codes, second.codes, retain, forget, batch.data[kEma][t], batch.data[kCopy][t]);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int64_t block = piece.first + warp * kMomentBlock; block < piece.end; block += kThreads * kCodes) {
+    const int64_t i = block + lane * kCodes;
+    const int count = piece.end - i < kCodes ? (piece.end > i ? int(piece.end - i) : 0) : kCodes;
+    const bool whole = wide && count == kCodes;
+    float p[kCodes], r[kCodes], g[kCodes] = {}, m[kCodes], v[kCodes];
+    load_some(retain + i, whole, count, r);
+    if (forget) load_some(forget + i, whole, count, g);
+    load_some(params + i, whole, count, p);
+    first.load(i, whole, count, m);
+    second.load(i, whole, count, v);
+    const uint32_t kept = mask && count > 0 ? mask_bits(mask, i) : ~0u;
+
+#pragma unroll
+    for (int k = 0; k < kCodes; ++k) {
+      float new_p = p[k], state[2] = {m[k], v[k]};
+      rule(new_p, state, forget ? combine(r[k], g[k]) : combine(r[k]));
+      const bool keep = kept >> k & 1;
+      p[k] = keep ? new_p : p[k];
+      m[k] = keep && k < count ? state[0] : m[k];
+      v[k] = keep && k < count ? state[1] : v[k];
+    }
+
+    first.store(i, whole, count, step->dither, m);
+    second.store(i, whole, count, step->dither, v);
+    if (whole) {
+      write_params<kCodes, P>(batch, *step, key, t, i, p);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCodes; ++k) {
+        const float one[1] = {p[k]};
+        if (k < count) write_params<1, P>(batch, *step, key, t, i + k, one);
+      }
+    }
+  }
+}
+
+// Codes stand for the two moments of fp32, bf16 or fp16 parameters.
+template <class P, class G, template <class> class Rule>
+constexpr bool kHasCodesKernel =
+    Rule<float>::kStates == 2 && !std::is_same_v<P, double> && !std::is_same_v<G, double>;
+
+// The lists of a step. `states` holds as many lists as the rule has states; `absmaxes` as many where they are codes.
 struct Lists {
   const std::vector<Tensor>& params;
-  std::vector<const std::vector<Tensor>*> states;
+  std::vector<const std::vector<Tensor>*> states, absmaxes;
   const std::vector<Tensor>&retain, &forget, &ema, &copies, &masks;
 };
 
@@ -203,6 +334,7 @@ void constrained_update(const Lists& lists, const Make& make, const Tensor& mult
     batch.data[kParam][k] = lists.params[i].data_ptr();
     for (int s = 0; s < 2; ++s) {
       batch.data[kState0 + s][k] = s < int(lists.states.size()) ? (*lists.states[s])[i].data_ptr() : nullptr;
+      batch.data[kAbsmax0 + s][k] = s < int(lists.absmaxes.size()) ? pointer(*lists.absmaxes[s], i) : nullptr;
     }
     batch.data[kRetain][k] = retain[i].data_ptr();
     batch.data[kForget][k] = pointer(forget, i);
@@ -213,19 +345,22 @@ void constrained_update(const Lists& lists, const Make& make, const Tensor& mult
     batch.copy_dtype = lists.copies.empty() ? ScalarType::Float : lists.copies[i].scalar_type();
   };
   for (const auto& [dtypes, members] : groups) {
-    with_dtype(std::get<0>(dtypes), [&, &dtypes = dtypes, &members = members](auto p) {
-      with_dtype(std::get<1>(dtypes), [&](auto m) {
-        with_dtype(std::get<2>(dtypes), [&](auto g) {
-          using P = decltype(p);
+    const auto launch_all = [&, &members = members](auto kernel) {
+      for_each_batch<UpdateBatch>(
+          members, [&](int64_t i) { return lists.params[i].numel(); }, fill,
+          [&](const UpdateBatch& batch) { launch(kernel, batch.chunks(), kThreads, batch, step, key); });
+    };
+    with_dtype(std::get<0>(dtypes), [&, &dtypes = dtypes](auto p) {
+      with_dtype(std::get<2>(dtypes), [&](auto g) {
+        using P = decltype(p);
+        using G = decltype(g);
+        if (std::get<1>(dtypes) == ScalarType::Char) {
+          if constexpr (kHasCodesKernel<P, G, Rule>) launch_all(constrained_update_codes_kernel<P, G, Rule>);
+          return;
+        }
+        with_dtype(std::get<1>(dtypes), [&](auto m) {
           using M = decltype(m);
-          using G = decltype(g);
-          if constexpr (kHasKernel<P, M, G>) {
-            for_each_batch<UpdateBatch>(
-                members, [&](int64_t i) { return lists.params[i].numel(); }, fill,
-                [&](const UpdateBatch& batch) {
-                  launch(constrained_update_kernel<P, M, G, Rule>, batch.chunks(), kThreads, batch, step, key);
-                });
-          }
+          if constexpr (kHasKernel<P, M, G>) launch_all(constrained_update_kernel<P, M, G, Rule>);
         });
       });
     });

@@ -38,10 +38,10 @@ SCHEMAS = {
         "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)"
     ),
     "constrained_adamw_": (
-        "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] retain, Tensor[] forget, "
-        "Tensor(d!)[] ema, Tensor(e!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, "
-        "Tensor lr, Tensor(f!) step, float beta1, float beta2, float eps, float weight_decay, float ema_decay, "
-        "Tensor? rounding_key) -> ()"
+        "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, "
+        "Tensor(e!)[] exp_avg_sq_absmaxes, Tensor[] retain, Tensor[] forget, Tensor(f!)[] ema, Tensor(g!)[] copies, "
+        "Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, Tensor lr, Tensor(h!) step, "
+        "float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor? rounding_key) -> ()"
     ),
     "constrained_sgd_": (
         "(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] retain, Tensor[] forget, Tensor(c!)[] ema, "

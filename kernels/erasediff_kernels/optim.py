@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
 from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
 from erasediff_kernels.ops.constraint_multiplier import Constraint
+from erasediff_kernels.reference.moment_codes import BLOCK
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -60,6 +61,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("moments", "float")
         self._scalars = {}
         self._pending = None
 
@@ -188,10 +191,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 from_param = name in ("ema", "master")
                 state[name] = p.detach().to(dtype, copy=True) if from_param else torch.zeros_like(p, dtype=dtype)
             states.append(state)
+        if group["moments"] == "8-bit":
+            for p, state in zip(params, states, strict=True):
+                add_coded_moments(p, state)
         return states
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self.MOMENTS
+        """The names of moments that are stored as floats."""
+        return self.MOMENTS if group["moments"] == "float" else ()
 
     def _update(
         self,
@@ -279,6 +286,9 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         stochastic_rounding: round bfloat16 and float16 parameters up or down by chance, so that small updates are not
             lost; no masters needed.
         seed: of the stochastic rounding.
+        moments: "float" (fp32, fp64 for fp64 parameters) or "8-bit": 2 bytes per parameter rather than 8, in blocks of
+            256 elements (2110.02861; kernels/README.md). What else is called AdamW8bit. A group may have its own. Not
+            for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -295,7 +305,10 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        moments: Literal["float", "8-bit"] = "float",
     ) -> None:
+        if moments not in ("float", "8-bit"):
+            raise ValueError(f"moments is {moments!r}: choose 'float' or '8-bit'")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas are {betas}: both must lie in [0, 1)")
         if eps < 0.0:
@@ -309,11 +322,13 @@ class ConstrainedAdamW(ConstrainedOptimizer):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "moments": moments,
         }
         super().__init__(params, defaults)
 
     def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
         beta1, beta2 = group["betas"]
+        coded = group["moments"] == "8-bit"
         constrained_adamw_(
             bucket.state("master") if common["copies"] else bucket.params,
             bucket.state("exp_avg"),
@@ -323,6 +338,8 @@ class ConstrainedAdamW(ConstrainedOptimizer):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
+            exp_avg_absmaxes=bucket.state("exp_avg_absmax") if coded else (),
+            exp_avg_sq_absmaxes=bucket.state("exp_avg_sq_absmax") if coded else (),
             **common,
         )
 
@@ -364,6 +381,7 @@ class ConstrainedSGD(ConstrainedOptimizer):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "moments": "float",
         }
         super().__init__(params, defaults)
 
@@ -380,6 +398,20 @@ class ConstrainedSGD(ConstrainedOptimizer):
             nesterov=group["nesterov"],
             **common,
         )
+
+
+def add_coded_moments(p: Tensor, state: dict[str, Tensor]) -> None:
+    """Make the 8-bit moments of a parameter that are not there yet."""
+    if "exp_avg" in state:
+        return
+    if hasattr(p, "to_local"):
+        raise ValueError(
+            "8-bit moments cannot belong to distributed tensors: their blocks would end at other places on another "
+            "number of ranks; use moments='float'"
+        )
+    for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+        state[name] = torch.zeros_like(p, dtype=dtype)
+        state[f"{name}_absmax"] = torch.zeros((p.numel() + BLOCK - 1) // BLOCK, device=p.device)
 
 
 def shards(tensors: list[Tensor]) -> list[Tensor]:

@@ -23,6 +23,13 @@ def arguments(op: str, device: str, requires_grad: bool) -> list[tuple[Any, ...]
     def scalar(value: Any) -> torch.Tensor:
         return torch.tensor(value, device=device)
 
+    def codes(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.randint(1, 100, shape, device=device).to(dtype) for shape in LISTS]
+
+    def absmaxes() -> list[torch.Tensor]:
+        return [vector(1) for _ in LISTS]
+
+    empty: tuple[list[torch.Tensor], ...] = ([], [], [], [])
     ids, key = torch.tensor([3, 4], device=device), torch.tensor([1, 2], device=device)
     data = torch.randn(2, 3, 5, device=device)
     strided = torch.randn(2, 5, 3, device=device).transpose(1, 2)
@@ -58,10 +65,14 @@ def arguments(op: str, device: str, requires_grad: bool) -> list[tuple[Any, ...]
             (gram, "gap", 0.1, scalar(1.5), 2.0),
         ],
         "constrained_adamw_": [
-            (tensors(), tensors(), tensors(), tensors(), [], [], [], [], *update, 0.9, 0.99, 1e-8, 0.1, 0.0, None),
+            (tensors(), tensors(), tensors(), [], [], tensors(), *empty, *update, 0.9, 0.99, 1e-8, 0.1, 0.0, None),
             (
-                *(key_for_half, tensors(), tensors(), tensors(), tensors(), tensors(), tensors(torch.float16), masks),
-                *(*update, 0.9, 0.99, 1e-8, 0.1, 0.9, key),
+                *(key_for_half, tensors(), tensors(), [], [], tensors(), tensors(), tensors()),
+                *(tensors(torch.float16), masks, *update, 0.9, 0.99, 1e-8, 0.1, 0.9, key),
+            ),
+            (
+                *(tensors(), codes(torch.int8), codes(torch.uint8), absmaxes(), absmaxes(), tensors(), *empty),
+                *(*update, 0.9, 0.99, 1e-8, 0.1, 0.0, None),
             ),
         ],
         "topk_encode": [(leaves[0].detach().reshape(2, 15).requires_grad_(requires_grad), 4)],

@@ -126,8 +126,18 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-@KINDS
+CODED = [
+    {"moments": "8-bit", "ema_decay": 0.9},
+    {"moments": "8-bit", "dtype": torch.bfloat16, "stochastic_rounding": True},
+    {"moments": "8-bit", "dtype": torch.bfloat16, "master_weights": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [*((make, options) for make in (adamw, sgd) for options in VARIANTS), *((adamw, options) for options in CODED)],
+    ids=str,
+)
 def test_state_dict_round_trip(device: str, make: Any, options: dict[str, Any]) -> None:
     """Saved, loaded into a new optimizer and continued, the run is the uninterrupted one, bit for bit."""
     options = dict(options)
@@ -162,6 +172,41 @@ def test_state_dict_round_trip(device: str, make: Any, options: dict[str, Any]) 
         constrained(restored, seed)
     same(params, restored_params)
     same([e for _, e in optimizer.ema_parameters()], [e for _, e in restored.ema_parameters()])
+
+
+def test_eight_bits_take_a_quarter_of_the_moments_and_train_alike(device: str) -> None:
+    """A regression by each kind of moments: the same losses, within the differences between two seeds."""
+    inputs, targets = torch.randn(2, 256, 32, device=device)
+    losses, sizes = [], []
+    for moments in ("float", "8-bit"):
+        torch.manual_seed(1)
+        net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 32)).to(device)
+        optimizer = adamw(net.parameters(), moments=moments)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (net(inputs) - targets).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        states = [optimizer.state[p] for p in net.parameters()]
+        sizes.append(sum(tensor.nbytes for state in states for tensor in state.values()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert sizes[1] < 0.26 * sizes[0]
+
+
+def test_a_group_may_have_its_own_moments_and_older_states_have_floats(device: str) -> None:
+    params = parameters(device)
+    optimizer = adamw([{"params": params[:2], "moments": "8-bit"}, {"params": params[2:]}])
+    constrained(optimizer, 0)
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.int8, torch.int8, torch.float32]
+    plain = adamw(parameters(device))
+    constrained(plain, 0)
+    saved = plain.state_dict()
+    del saved["param_groups"][0]["moments"]
+    other = adamw(parameters(device), moments="8-bit")
+    other.load_state_dict(saved)
+    constrained(other, 1)
+    assert other.state[other.parameters_in_order()[0]]["exp_avg"].dtype == torch.float32
 
 
 @KINDS
@@ -347,6 +392,8 @@ def test_distributed_tensors_are_updated_through_their_shards(mesh: DeviceMesh) 
         optimizer.constrained_step(retain, forget, constraint)
     same([p.full_tensor() for p in params], plain)
     assert isinstance(optimizer.state[params[0]]["exp_avg"], DTensor)
+    with pytest.raises(ValueError, match="distributed"):
+        adamw(params, moments="8-bit").initialize_state()
     restored = adamw(copy.deepcopy(params), ema_decay=0.9)
     restored.load_state_dict(optimizer.state_dict())
     for (p, average), (q, other_average) in zip(optimizer.ema_parameters(), restored.ema_parameters(), strict=True):

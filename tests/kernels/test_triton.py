@@ -22,6 +22,7 @@ OPERATOR_TESTS = [
     "test_constraint_multiplier.py",
     "test_constrained_adamw.py",
     "test_constrained_sgd.py",
+    "test_moment_codes.py",
     "test_topk_encode.py",
     "test_sparse_decode.py",
 ]

@@ -54,6 +54,8 @@ class UnlearnConfig(Section):
     ``retain_target`` is what the model is to predict on retained data: the true noise, or what the original model, the
     teacher, predicts.
 
+    ``moments`` are Adam's: "8-bit" takes 2 bytes per trained weight for both, where "float" takes 8.
+
     None for ``retain_target``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit
     the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it
     took.
@@ -75,6 +77,7 @@ class UnlearnConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegative = 0.0
     ema_decay: Fraction | None = 0.9
+    moments: Literal["float", "8-bit"] = "float"
     retain_label_dropout: Fraction = 0.1
     forget_label_dropout: Fraction = 0.0
     min_snr_gamma: Positive | None = None

@@ -144,6 +144,8 @@ def shared_by_ranks(
         why = ALONE.get(settings.method)
         if why is not None:
             raise UserError(f"The method {settings.method} runs in one process, since {why}: use --launch none.")
+        if settings.moments == "8-bit":
+            raise UserError("8-bit moments are those of one process, since shards do not end where blocks do.")
     return in_parallel(
         network,
         parameters,

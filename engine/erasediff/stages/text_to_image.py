@@ -73,6 +73,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         lr=rate.peak,
         weight_decay=settings.weight_decay,
         ema_decay=settings.ema_decay,
+        moments=settings.moments,
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
         seed=config.seed,
     )

@@ -63,7 +63,13 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         settings,
         model.unet,
         method_parameters(config, model.unet),
-        partial(ConstrainedAdamW, lr=rate.peak, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
+        partial(
+            ConstrainedAdamW,
+            lr=rate.peak,
+            weight_decay=settings.weight_decay,
+            ema_decay=settings.ema_decay,
+            moments=settings.moments,
+        ),
     )
 
     retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)

@@ -84,7 +84,8 @@ def list_cases() -> Iterator[Case]:
     yield gram_case("fp32 masked", f, f, u8, (2, 0))
 
     def adamw_case(name: str, wide: tuple[int, int], rounding: bool = False, **dtypes: Any) -> Case:
-        columns = {"P": f, "M": f, "V": f, "R": f, "G": f, "EMA": None, "COPY": None, "MASK": None, **dtypes}
+        absent = dict.fromkeys(("M_ABSMAX", "V_ABSMAX", "EMA", "COPY", "MASK"))
+        columns = {"P": f, "M": f, "V": f, "R": f, "G": f, **absent, **dtypes}
         constants = {**columns, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
         return Case(
             name=f"constrained_adamw_ {name}",
@@ -92,6 +93,7 @@ def list_cases() -> Iterator[Case]:
             types={**step, "key_ptr": "*i64"} if rounding else step,
             constants=constants if rounding else {**constants, "key_ptr": None},
             threads=update.THREADS,
+            fused="M_ABSMAX" not in dtypes,
             wide=wide,
         )
 
@@ -100,6 +102,9 @@ def list_cases() -> Iterator[Case]:
     yield adamw_case("fp32 masked", (5, 3), MASK=u8)
     yield adamw_case("fp32, bf16 gradients", (5, 3), R=h, G=h)
     yield adamw_case("bf16, stochastic", (5, 3), rounding=True, P=h, R=h, G=h)
+    codes = {"M": tl.int8, "V": u8, "M_ABSMAX": f, "V_ABSMAX": f}
+    yield adamw_case("fp32, 8-bit moments", (3, 1), **codes)
+    yield adamw_case("bf16, 8-bit moments", (3, 1), rounding=True, P=h, R=h, G=h, **codes)
 
     def sgd_case(name: str, wide: tuple[int, int], rounding: bool = False, **dtypes: Any) -> Case:
         columns = {"P": f, "BUFFER": f, "R": f, "G": f, "EMA": None, "COPY": None, "MASK": None, **dtypes}

@@ -26,6 +26,7 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
 }
 
 M0, M1 = tl.constexpr(philox.MULTIPLIERS[0]), tl.constexpr(philox.MULTIPLIERS[1])

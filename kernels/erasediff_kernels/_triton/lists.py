@@ -108,10 +108,7 @@ def build(columns: Sequence[Sequence[Tensor]]) -> list[Launch]:
         row = [column[place] if column else None for column in columns]
         dtypes = tuple(None if tensor is None else DTYPES[tensor.dtype] for tensor in row)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in row]
-        floats = [
-            a for a, tensor in zip(addresses, row, strict=True) if tensor is not None and tensor.dtype.is_floating_point
-        ]
-        aligned = all(address % 16 == 0 for address in floats)
+        aligned = all(address % 16 == 0 for address in addresses)
         groups.setdefault((dtypes, aligned), []).append((first.numel(), place, *addresses))
     device = columns[0][0].device if columns[0] else None
     return [Launch(dtypes, aligned, *upload(rows, device)) for (dtypes, aligned), rows in groups.items()]

@@ -24,13 +24,21 @@ from erasediff_kernels._triton.language import (
     store_block,
 )
 from erasediff_kernels._triton.lists import column, find_row, plan
+from erasediff_kernels._triton.moment_codes import (
+    decode_signed,
+    decode_unsigned,
+    encode_signed,
+    encode_unsigned,
+    load_absmax,
+    scale_blocks,
+)
 
 # Five streams in, three out: 8 elements per thread keep 160 bytes per thread in flight within 64 registers of data.
 BLOCK = 1024
 THREADS = 128
 WARPS = THREADS // LANES
 
-SCALARS = 9
+SCALARS = 10
 
 
 @triton.jit
@@ -107,6 +115,7 @@ def adamw_scalars_kernel(
     tl.store(out_ptr + 6, lr / (1.0 - tl.exp(t * tl.log(beta1))))
     tl.store(out_ptr + 7, 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(beta2))))
     tl.store(out_ptr + 8, 1.0 - as_double(ema_decay_bits))
+    tl.store(out_ptr + 9, t)
 
 
 @triton.jit
@@ -114,6 +123,8 @@ def adamw_block(
     p_ptr,
     m_ptr,
     v_ptr,
+    m_absmax_ptr,
+    v_absmax_ptr,
     r_ptr,
     g_ptr,
     ema_ptr,
@@ -130,26 +141,37 @@ def adamw_block(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    beta1, weight1, beta2, weight2, eps, decay, step_size, root_scale, ema_rate = scalars
+    beta1, weight1, beta2, weight2, eps, decay, step_size, root_scale, ema_rate, step = scalars
     offsets = start + tl.arange(0, BLOCK)
     inside = offsets < end
     old_p = load_block(p_ptr, offsets, inside, MASKED)
     old_m = load_block(m_ptr, offsets, inside, MASKED)
     old_v = load_block(v_ptr, offsets, inside, MASKED)
+    CODED: tl.constexpr = m_absmax_ptr is not None
+    if CODED:
+        old_m = decode_signed(old_m, load_absmax(m_absmax_ptr, offsets, inside))
+        old_v = decode_unsigned(old_v, load_absmax(v_absmax_ptr, offsets, inside))
     delta = combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED, COMPUTE)
 
     m = beta1 * old_m.to(COMPUTE) + weight1 * delta
     v = beta2 * old_v.to(COMPUTE) + weight2 * delta * delta
     p = old_p.to(COMPUTE) * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))
 
-    stored_m = narrow(m, m_ptr.dtype.element_ty)
-    stored_v = narrow(v, v_ptr.dtype.element_ty)
+    if CODED:
+        stored_m, stored_v = m, v
+    else:
+        stored_m = narrow(m, m_ptr.dtype.element_ty)
+        stored_v = narrow(v, v_ptr.dtype.element_ty)
     kept = inside
     FROZEN: tl.constexpr = mask_ptr is not None
     if FROZEN:
         kept = mask_bits(mask_ptr, offsets, inside)
         stored_m = tl.where(kept, stored_m, old_m)
         stored_v = tl.where(kept, stored_v, old_v)
+    if CODED:
+        stored_m = encode_signed(stored_m, scale_blocks(stored_m, m_absmax_ptr, start, end, BLOCK))
+        inverse = scale_blocks(stored_v, v_absmax_ptr, start, end, BLOCK)
+        stored_v = encode_unsigned(stored_v, inverse, step, offsets)
     store_block(m_ptr, offsets, stored_m, inside, MASKED)
     store_block(v_ptr, offsets, stored_v, inside, MASKED)
     write_param(
@@ -170,6 +192,8 @@ def constrained_adamw_kernel(
     P: tl.constexpr,
     M: tl.constexpr,
     V: tl.constexpr,
+    M_ABSMAX: tl.constexpr,
+    V_ABSMAX: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     EMA: tl.constexpr,
@@ -181,12 +205,14 @@ def constrained_adamw_kernel(
 ):
     if tl.load(finite_ptr) == 0:
         return
-    row_ptr, begin, end = find_row(table_ptr, owners_ptr, 8)
+    row_ptr, begin, end = find_row(table_ptr, owners_ptr, 10)
     place = tl.load(row_ptr + 2)
     p_ptr, m_ptr, v_ptr = column(row_ptr, 0, P, ALIGNED), column(row_ptr, 1, M, ALIGNED), column(row_ptr, 2, V, ALIGNED)
-    r_ptr, g_ptr = column(row_ptr, 3, R, ALIGNED), column(row_ptr, 4, G, ALIGNED)
-    ema_ptr, copy_ptr = column(row_ptr, 5, EMA, ALIGNED), column(row_ptr, 6, COPY, ALIGNED)
-    mask_ptr = column(row_ptr, 7, MASK, False)
+    m_absmax_ptr = column(row_ptr, 3, M_ABSMAX, ALIGNED)
+    v_absmax_ptr = column(row_ptr, 4, V_ABSMAX, ALIGNED)
+    r_ptr, g_ptr = column(row_ptr, 5, R, ALIGNED), column(row_ptr, 6, G, ALIGNED)
+    ema_ptr, copy_ptr = column(row_ptr, 7, EMA, ALIGNED), column(row_ptr, 8, COPY, ALIGNED)
+    mask_ptr = column(row_ptr, 9, MASK, False)
     multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
     scalars = (
         tl.load(scalars_ptr).to(COMPUTE),
@@ -198,17 +224,18 @@ def constrained_adamw_kernel(
         tl.load(scalars_ptr + 6).to(COMPUTE),
         tl.load(scalars_ptr + 7).to(COMPUTE),
         tl.load(scalars_ptr + 8).to(COMPUTE),
+        tl.load(scalars_ptr + 9),
     )
     whole = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
         adamw_block(
-            p_ptr, m_ptr, v_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
-            multiplier, clip_scale, place, start, end, False, COMPUTE, BLOCK,
+            p_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr,
+            scalars, multiplier, clip_scale, place, start, end, False, COMPUTE, BLOCK,
         )  # fmt: skip
     if whole < end:
         adamw_block(
-            p_ptr, m_ptr, v_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
-            multiplier, clip_scale, place, whole, end, True, COMPUTE, BLOCK,
+            p_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr,
+            scalars, multiplier, clip_scale, place, whole, end, True, COMPUTE, BLOCK,
         )  # fmt: skip
 
 
@@ -220,6 +247,8 @@ def constrained_adamw_(
     params: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_absmaxes: list[Tensor],
     retain: list[Tensor],
     forget: list[Tensor],
     ema: list[Tensor],
@@ -241,7 +270,8 @@ def constrained_adamw_(
     adamw_scalars_kernel[(1,)](
         scalars, finite, lr, step, *map(double_bits, (beta1, beta2, eps, weight_decay, ema_decay)), num_warps=1
     )
-    for launch in plan((params, exp_avgs, exp_avg_sqs, retain, forget, ema, copies, masks)):
+    moments = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    for launch in plan((params, *moments, retain, forget, ema, copies, masks)):
         constrained_adamw_kernel[(launch.chunks,)](
             launch.table,
             launch.owners,
@@ -255,6 +285,8 @@ def constrained_adamw_(
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            # Codes have the same bits everywhere.
+            enable_fp_fusion=not exp_avg_absmaxes,
         )
 
 

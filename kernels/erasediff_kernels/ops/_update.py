@@ -15,7 +15,10 @@ from erasediff_kernels.ops._lists import (
     check_scalar,
     check_shapes,
 )
+from erasediff_kernels.reference.moment_codes import BLOCK
 
+# Parameters that moments of 8 bits are for.
+CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALARS = (torch.float32, torch.float64)
 
 
@@ -69,6 +72,27 @@ def check_update(
             f"rounding_key is {rounding_key.dtype} with shape {tuple(rounding_key.shape)} on {rounding_key.device}: "
             f"give int64 (seed, step), shape (2,), on {device}"
         )
+
+
+def check_codes(
+    name: str, codes: Sequence[Tensor], dtype: torch.dtype, absmaxes: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
+    """A moment of 8 bits: codes in the layout of the parameters, and the absmax of each block of 256 elements."""
+    check_shapes(name, codes, "params", params)
+    check_dtypes(name, codes, (dtype,))
+    check_layout(name, codes, "params", params)
+    check_dtypes("params", params, CODED_DTYPES)
+    if len(absmaxes) != len(codes):
+        raise ValueError(f"{len(absmaxes)} absmaxes for {len(codes)} {name}: give one for each")
+    for index, (code, absmax) in enumerate(zip(codes, absmaxes, strict=True)):
+        blocks = (code.numel() + BLOCK - 1) // BLOCK
+        if absmax.dtype is not torch.float32 or absmax.shape != (blocks,) or not absmax.is_contiguous():
+            raise ValueError(
+                f"the absmax of {name}[{index}] is {absmax.dtype} with shape {tuple(absmax.shape)}, but "
+                f"{code.numel()} elements need float32 ({blocks},): make it with torch.zeros"
+            )
+        if code.device != params[index].device or absmax.device != params[index].device:
+            raise ValueError(f"{name}[{index}] or its absmax is on another device than the parameter: move it there")
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:

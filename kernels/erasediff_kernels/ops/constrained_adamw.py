@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from erasediff_kernels.ops._lists import in_layout_of
-from erasediff_kernels.ops._update import check_update, mark_written
+from erasediff_kernels.ops._update import check_codes, check_update, mark_written
 
 
 def constrained_adamw_(
@@ -30,6 +30,8 @@ def constrained_adamw_(
     copies: Sequence[Tensor] = (),
     masks: Sequence[Tensor] = (),
     rounding_key: Tensor | None = None,
+    exp_avg_absmaxes: Sequence[Tensor] = (),
+    exp_avg_sq_absmaxes: Sequence[Tensor] = (),
 ) -> None:
     """AdamW (Loshchilov & Hutter, ICLR 2019) on delta = clip_scale (retain + multiplier forget), in place.
 
@@ -45,7 +47,8 @@ def constrained_adamw_(
 
     Args:
         params: float32, bfloat16, float16 or float64; dense, in any order of dimensions.
-        exp_avgs, exp_avg_sqs: m and v, float32 or the parameter's dtype, with the parameter's shape and strides.
+        exp_avgs, exp_avg_sqs: m and v, float32 or the parameter's dtype, with the parameter's shape and strides; or,
+            where the absmaxes are given, codes of 8 bits for them, int8 and uint8.
         retain, forget: gradients of the parameters' shapes, any floating dtype; `forget` may be empty.
         multiplier, clip_scale, finite: 0-D tensors from `constraint_multiplier`.
         lr: 0-D float32 (or float64) tensor.
@@ -56,13 +59,21 @@ def constrained_adamw_(
         masks: empty, or one packed mask per parameter (`pack_mask`): frozen elements keep p, m and v.
         rounding_key: int64 [2] = (seed, step): round bfloat16 and float16 parameters stochastically with these random
             bits. None: round to nearest.
+        exp_avg_absmaxes, exp_avg_sq_absmaxes: empty; or, for moments of 8 bits, the largest magnitude in each block of
+            256 elements in storage order, float32 [ceil(n / 256)]; zeros to begin with, as the codes. Block-wise
+            quantisation as in 2110.02861, with other codes: kernels/README.md. Not for float64 parameters. Frozen
+            elements then keep their moments only up to the rounding of their block.
 
     Raises:
         ValueError: for lists, shapes, strides, dtypes or devices that do not match.
     """
+    coded = bool(exp_avg_absmaxes or exp_avg_sq_absmaxes)
+    if coded:
+        check_codes("exp_avgs", exp_avgs, torch.int8, exp_avg_absmaxes, params)
+        check_codes("exp_avg_sqs", exp_avg_sqs, torch.uint8, exp_avg_sq_absmaxes, params)
     check_update(
         params,
-        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+        {} if coded else {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
         {"retain": retain, "forget": forget},
         {"ema": ema, "copies": copies},
         masks,
@@ -75,6 +86,8 @@ def constrained_adamw_(
         list(params),
         list(exp_avgs),
         list(exp_avg_sqs),
+        list(exp_avg_absmaxes),
+        list(exp_avg_sq_absmaxes),
         in_layout_of(params, retain),
         in_layout_of(params, forget) if forget else [],
         list(ema),
@@ -92,4 +105,4 @@ def constrained_adamw_(
         ema_decay,
         rounding_key,
     )
-    mark_written(params, exp_avgs, exp_avg_sqs, ema, copies, (step,))
+    mark_written(params, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, ema, copies, (step,))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from erasediff_kernels._storage import flat, unpack_bits
+from erasediff_kernels.reference import moment_codes
 from erasediff_kernels.reference.rounding import random_words, stochastic_round
 
 
@@ -18,6 +19,8 @@ def constrained_adamw_(
     params: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_absmaxes: list[Tensor],
     retain: list[Tensor],
     forget: list[Tensor],
     ema: list[Tensor],
@@ -45,9 +48,15 @@ def constrained_adamw_(
     root_correction = (1.0 - beta2**t).sqrt().to(scalar_dtype)
 
     delta = combine(retain, forget, multiplier, clip_scale, dtypes)
-    m = torch._foreach_mul(flatten(exp_avgs, dtypes), beta1)
+    coded = bool(exp_avg_absmaxes)
+    if coded:
+        old_m = list(map(moment_codes.decode_signed, map(flat, exp_avgs), exp_avg_absmaxes))
+        old_v = list(map(moment_codes.decode_unsigned, map(flat, exp_avg_sqs), exp_avg_sq_absmaxes))
+    else:
+        old_m, old_v = flatten(exp_avgs, dtypes), flatten(exp_avg_sqs, dtypes)
+    m = torch._foreach_mul(old_m, beta1)
     torch._foreach_add_(m, delta, alpha=1.0 - beta1)
-    v = torch._foreach_mul(flatten(exp_avg_sqs, dtypes), beta2)
+    v = torch._foreach_mul(old_v, beta2)
     torch._foreach_addcmul_(v, delta, delta, value=1.0 - beta2)
     denominator = torch._foreach_sqrt(v)
     torch._foreach_div_(denominator, root_correction)
@@ -58,8 +67,17 @@ def constrained_adamw_(
     torch._foreach_sub_(p, direction)
 
     keep = [finite & unpack_bits(mask, q.numel()) for mask, q in zip(masks, params, strict=True)] if masks else None
-    write(exp_avgs, m, keep, finite)
-    write(exp_avg_sqs, v, keep, finite)
+    if coded:
+        # A block shares its absmax, so frozen elements are written again, from what their codes stand for.
+        if keep is not None:
+            m = [torch.where(k, new, old) for k, new, old in zip(keep, m, old_m, strict=True)]
+            v = [torch.where(k, new, old) for k, new, old in zip(keep, v, old_v, strict=True)]
+        write_codes(exp_avgs, exp_avg_absmaxes, [moment_codes.encode_signed(values) for values in m], finite)
+        unsigned = [moment_codes.encode_unsigned(values, step) for values in v]
+        write_codes(exp_avg_sqs, exp_avg_sq_absmaxes, unsigned, finite)
+    else:
+        write(exp_avgs, m, keep, finite)
+        write(exp_avg_sqs, v, keep, finite)
     write_params(params, p, keep, finite, ema, copies, ema_decay, rounding_key)
 
 
@@ -128,6 +146,13 @@ def write(olds: list[Tensor], news: Sequence[Tensor], keep: list[Tensor] | None,
     for index, (old, new) in enumerate(zip(olds, news, strict=True)):
         flat_old = flat(old)
         flat_old.copy_(torch.where(finite if keep is None else keep[index], new.to(old.dtype), flat_old))
+
+
+def write_codes(
+    codes: list[Tensor], absmaxes: list[Tensor], news: Sequence[tuple[Tensor, Tensor]], finite: Tensor
+) -> None:
+    write(codes, [new for new, _ in news], None, finite)
+    write(absmaxes, [new for _, new in news], None, finite)
 
 
 def write_params(

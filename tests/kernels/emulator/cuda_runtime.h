@@ -98,6 +98,14 @@ inline int atomicAdd(int *address, int value) {
 
 inline void __syncthreads() { emulator::yield(); }
 
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, unsigned lanes) {
+  emulator::exchanged[emulator::running] = value;
+  emulator::yield();
+  const uint32_t other = uint32_t(emulator::exchanged[emulator::running ^ lanes]);
+  emulator::yield();
+  return other;
+}
+
 inline double __shfl_down_sync(unsigned, double value, unsigned offset) {
   const unsigned thread = emulator::running;
   emulator::exchanged[thread] = value;
