@@ -70,8 +70,8 @@ def constrained_adamw_(
     if coded:
         # A block shares its absmax, so frozen elements are written again, from what their codes stand for.
         if keep is not None:
-            m = [torch.where(k, new, old) for k, new, old in zip(keep, m, old_m, strict=True)]
-            v = [torch.where(k, new, old) for k, new, old in zip(keep, v, old_v, strict=True)]
+            m = tuple(torch.where(k, new, old) for k, new, old in zip(keep, m, old_m, strict=True))
+            v = tuple(torch.where(k, new, old) for k, new, old in zip(keep, v, old_v, strict=True))
         write_codes(exp_avgs, exp_avg_absmaxes, [moment_codes.encode_signed(values) for values in m], finite)
         unsigned = [moment_codes.encode_unsigned(values, step) for values in v]
         write_codes(exp_avg_sqs, exp_avg_sq_absmaxes, unsigned, finite)
