@@ -15,14 +15,16 @@ from measure import CACHE, GUIDANCE_SCALE, INFERENCE_STEPS
 from pixels import as_grey, as_rgb
 from rich.console import Console
 from settings import METHODS
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasediff.comparison import Case
 from erasediff.comparison.adversarial import PromptSearch
-from erasediff.comparison.distances import frechet_distance, kernel_distance
+from erasediff.comparison.digits import OTHER_NOISE
+from erasediff.comparison.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.comparison.harness import Measurement
 from erasediff.comparison.inversion import in_place_of, inverted_word
 from erasediff.comparison.relearning import relearning_curve
+from erasediff.comparison.words import token_ids
 from erasediff.errors import UserError
 from erasediff.evaluation.metrics import upper_bound
 from erasediff.models.load import load_text_to_image
@@ -30,9 +32,10 @@ from erasediff.models.sd import StableDiffusion
 from erasediff.objectives import Batch
 
 ATTACKED_IMAGES = 100
+FITTED_IMAGES = 10_000
 RELEARNING_STEPS, RELEARNING_LR = (5, 10, 20, 40), 1e-4
-ATTACKED = ("base", "erasediff", "esd", "salun")
-"""The others have forgotten nothing, or have nothing left to attack, or are yet to be tuned."""
+ATTACKED = ("base", "erasediff", "salun", "esd", "selective-amnesia", "pruning")
+"""The controls have forgotten nothing: there is nothing to bring back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,8 @@ class NanoTask:
         retained = labels != self.label
         equal = torch.cat([torch.nonzero(labels == c)[: self.per_class, 0] for c in range(len(CLASSES))])
         real, test = _real_features(), _clothes("t10k").labels
-        return {
+        agreement = _agreement(features, labels)
+        values = {
             "recognised": recognised,
             "asked": counts.tolist(),
             "forget": [self.label],
@@ -94,11 +98,18 @@ class NanoTask:
             "forgotten_elsewhere": (answers[retained] == self.label).double().mean().item(),
             "retained_mean": sum(others) / len(others),
             "retained_worst": min(others),
+            "agreement_retained": agreement[retained].mean().item(),
+            "agreement_forgotten": agreement[~retained].mean().item(),
             "fid_all": frechet_distance(features[equal], real),
             "kid_all": kernel_distance(features[equal], real),
             "fid_retained": frechet_distance(features[retained], real[test != self.label]),
             "kid_retained": kernel_distance(features[retained], real[test != self.label]),
         }
+        if oracle is not None:
+            _, theirs = _seen(_model(oracle), [prompt(label) for label in labels.tolist()], case.seed + OTHER_NOISE)
+            values["oracle_retained"] = gaussian_distance(features[retained], theirs[retained])
+            values["oracle_forgotten"] = gaussian_distance(features[~retained], theirs[~retained])
+        return values
 
     def relearning(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
         """The rate over steps of fine-tuning on real images of the garment."""
@@ -189,6 +200,31 @@ def _clothes(split: str) -> Clothes:
 def _real_features() -> Tensor:
     _, features = _judge().answer(_clothes("t10k").images)
     return features
+
+
+def _agreement(features: Tensor, labels: Tensor) -> Tensor:
+    """[N], the cosine between each image and its prompt, as CLIP's score, both from the mean over all prompts.
+
+    ``features`` [N, 128] are the judge's; a linear map, fitted to real images and their captions, takes them to where
+    the model's own text encoder has the prompts.
+    """
+    projection, texts = _image_side()
+    images = nn.functional.pad(features.double(), (0, 1), value=1.0) @ projection
+    return nn.functional.cosine_similarity(images, texts[labels])
+
+
+@functools.cache
+def _image_side() -> tuple[Tensor, Tensor]:
+    """The least-squares map float64 [129, D] and the prompts' embeddings [classes, D]; the last row is the constant."""
+    model = _model(CACHE / "model")
+    encoder: Any = model.encoders["text_encoder"]
+    with torch.inference_mode():
+        pooled = torch.cat([encoder(token_ids(model, prompt(label))).pooler_output for label in range(len(CLASSES))])
+    texts = (pooled - pooled.mean(0)).double()
+    clothes = _clothes("train")
+    _, features = _judge().answer(clothes.images[:FITTED_IMAGES])
+    inputs = nn.functional.pad(features.double(), (0, 1), value=1.0)
+    return torch.linalg.lstsq(inputs, texts[clothes.labels[:FITTED_IMAGES]], driver="gelsd").solution, texts
 
 
 def _vocabulary() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from published import Published, PublishedLoop
 from rich.console import Console
 
 from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, Stream, forget_classes, read_images
+from erasediff.models import ema_weights
 from erasediff.models.family import TextToImageModel
 from erasediff.models.load import load_text_to_image
 from erasediff.objectives import Relabel
@@ -23,15 +25,19 @@ from erasediff_kernels import ConstrainedAdamW
 
 @dataclass(kw_only=True)
 class Contender:
-    """``seconds`` and ``cpu_seconds`` count ``step`` alone, whatever is done between steps."""
+    """``seconds`` and ``cpu_seconds`` count ``step`` alone, whatever is done between steps.
+
+    result: within its block, ``model`` holds the weights that the contender would save
+    """
 
     name: str
     model: TextToImageModel
     step: Callable[[], None]
+    result: Callable[[], AbstractContextManager[None]] = nullcontext
     steps: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    settings: dict[str, float | int | str] = field(default_factory=dict)
+    settings: dict[str, float | int | str | None] = field(default_factory=dict)
 
     def advance(self, steps: int) -> None:
         """Takes ``steps`` updates that stay in the weights, with all that the method does before them."""
@@ -78,14 +84,15 @@ class Task:
         )
 
 
-def erasediff(task: Task, lr: float, eta: float) -> Contender:
+def erasediff(task: Task, lr: float, eta: float, ema_decay: float | None) -> Contender:
     """The engine's step as ``erasediff unlearn`` takes it: barrier norm, relabelling and retention by the original."""
     model = load_text_to_image(task.checkpoint)
     network = model.denoiser_module
     teacher = copy.deepcopy(network)
+    optimizer = ConstrainedAdamW(network.parameters(), lr, ema_decay=ema_decay)
     method = EraseDiff(
         network,
-        ConstrainedAdamW(network.parameters(), lr),
+        optimizer,
         process=model.process,
         denoiser=model.denoiser,
         barrier=Norm(eta),
@@ -100,7 +107,11 @@ def erasediff(task: Task, lr: float, eta: float) -> Contender:
         method.step(retain.at(method.iteration), forget.at(method.iteration))
 
     return Contender(
-        name="erasediff", model=model, step=step, settings={"lr": lr, "eta": eta, "batch_size": task.batch_size}
+        name="erasediff",
+        model=model,
+        step=step,
+        result=partial(ema_weights, optimizer),
+        settings={"lr": lr, "eta": eta, "ema_decay": ema_decay, "batch_size": task.batch_size},
     )
 
 

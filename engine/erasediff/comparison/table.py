@@ -235,6 +235,13 @@ COLUMNS: Sequence[Column] = (
         over_runs=min,
     ),
     Column(
+        label="agreement",
+        note="cosine of the retained classes' images with their prompts, by the judge's features and the text encoder",
+        measurement="quality",
+        find=_value("agreement_retained"),
+        shown=_digits,
+    ),
+    Column(
         label="FID retained",
         note="Fréchet distance of the other classes' images from the real ones, in the judge's features",
         measurement="quality",
@@ -264,7 +271,7 @@ COLUMNS: Sequence[Column] = (
     ),
     Column(
         label="from oracle, retained",
-        note="squared MMD x 1000 of the images from those of the model retrained without the class",
+        note="squared MMD x 1000, in a Gaussian kernel, from the images of the model retrained without the class",
         measurement="quality",
         find=_value("oracle_retained"),
         shown=_thousandths,

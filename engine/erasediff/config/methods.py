@@ -49,7 +49,7 @@ class PruningConfig(Section):
 
     variant: Literal["learned", "training-free"] = "learned"
     objective: Literal["esd", "erasediff"] = "esd"
-    share: Share = 0.05
+    share: Share = 0.1
     observations: Count = 16
     initial_score: Positive = 1.0
     sparsity_weight: NonNegative = 0.0
