@@ -136,7 +136,7 @@ CODED = [
 @pytest.mark.parametrize(
     ("make", "options"),
     [*((make, options) for make in (adamw, sgd) for options in VARIANTS), *((adamw, options) for options in CODED)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_state_dict_round_trip(device: str, make: Any, options: dict[str, Any]) -> None:
     """Saved, loaded into a new optimizer and continued, the run is the uninterrupted one, bit for bit."""
