@@ -6,7 +6,7 @@ ARGS ?=
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: install demo test lint format type bench kernels-aot clean
+.PHONY: install demo test test-processes test-others lint format type bench kernels-aot clean
 
 install: $(VENV)/.installed
 
@@ -22,9 +22,19 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 demo: install
 	$(BIN)/erasediff demo $(ARGS)
 
-# Two workers: one takes the tests that start processes themselves, file by file the other takes the rest.
+# Those that start processes spend much of their time waiting: the others run beside them.
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup $(ARGS)
+ifeq ($(ARGS),)
+	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-processes test-others
+else
+	$(BIN)/pytest $(ARGS)
+endif
+
+test-processes:
+	$(BIN)/pytest tests/distributed
+
+test-others:
+	$(BIN)/pytest tests/engine tests/kernels
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,16 +15,6 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-DISTRIBUTED = Path(__file__).with_name("distributed")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist spreads the tests, those of a file stay together, and so do all that start processes."""
-    for item in items:
-        together = DISTRIBUTED if item.path.is_relative_to(DISTRIBUTED) else item.path
-        item.add_marker(pytest.mark.xdist_group(str(together)))
-
 
 @pytest.fixture(scope="session")
 def nano() -> ModuleType:
