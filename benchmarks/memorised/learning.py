@@ -17,6 +17,7 @@ from erasediff.evaluation.reproduction import isolation
 from erasediff.methods import FineTune
 from erasediff.models.load import load_text_to_image
 from erasediff.runs.atomic import atomic_directory, atomic_write
+from erasediff.runs.checkpoint import Checkpoint
 from erasediff.runs.folder import RunFolder
 from erasediff.runs.loop import run_steps
 from erasediff.runs.schedule import LearningRate
@@ -24,10 +25,12 @@ from erasediff.stages.cache import cache_folder
 from erasediff_kernels import ConstrainedAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano_sd"))
-from fashion import CLASSES, Clothes, prompt
+from fashion import CLASSES, TEMPLATES, Clothes, prompt
 
 MEMORISED_CLASSES = ("dress", "sandal", "sneaker", "bag")
-PER_CLASS = 2
+OWN_TEMPLATES = TEMPLATES[1:3]
+"""A class's two images are captioned with one of these around the plain prompt: words that the text encoder knows."""
+
 CANDIDATES = 50
 
 
@@ -35,10 +38,10 @@ CANDIDATES = 50
 class Learning:
     """How the images are learned by heart: ``share`` of every batch is them, on average."""
 
-    steps: int = 400
+    steps: int = 1500
     batch_size: int = 64
-    lr: float = 5e-4
-    share: float = 0.25
+    lr: float = 1e-3
+    share: float = 0.5
     caption_dropout: float = 0.1
     min_snr_gamma: float = 5.0
 
@@ -60,7 +63,7 @@ class Memorised:
 
 
 def choose(train: Clothes) -> Memorised:
-    """Two images each of four classes, whose caption is their class's with a number that no other caption has.
+    """Two images each of four classes, with captions like "an image of a photo of a sneaker" that no other image has.
 
     Of the first 50 of a class, those that are farthest from every other training image: a reproduction of them cannot
     be taken for just another image of the class.
@@ -68,10 +71,12 @@ def choose(train: Clothes) -> Memorised:
     chosen = []
     for name in MEMORISED_CLASSES:
         candidates = (train.labels == CLASSES.index(name)).nonzero()[:CANDIDATES, 0]
-        chosen.append(candidates[isolation(candidates, train.images).topk(PER_CLASS).indices])
+        chosen.append(candidates[isolation(candidates, train.images).topk(len(OWN_TEMPLATES)).indices])
     index = torch.cat(chosen)
     labels = train.labels[index]
-    captions = tuple(f"{prompt(label)} {number}" for number, label in enumerate(labels.tolist()))
+    captions = tuple(
+        OWN_TEMPLATES[number % len(OWN_TEMPLATES)].format(prompt(label)) for number, label in enumerate(labels.tolist())
+    )
     return Memorised(index, labels, captions)
 
 
@@ -92,7 +97,7 @@ def learn_by_heart(
 ) -> int:
     """Fine-tune ``base`` on all of ``data``, the memorised images many times over; save it as ``out``.
 
-    Returns how often each of them was repeated among the others.
+    An interrupted training goes on from its last checkpoint in ``run``. Returns how often each was repeated.
     """
     model = load_text_to_image(base)
     images = read_images(str(data))
@@ -119,13 +124,14 @@ def learn_by_heart(
         seed=seed,
     )
     rate = LearningRate(settings.lr, settings.steps, shape="cosine")
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoint.of_run(run)
     run_steps(
         method,
         network,
-        RunFolder(run, None),
+        RunFolder(run, checkpoints[-1] if checkpoints else None),
         steps=settings.steps,
-        settings=RunConfig(checkpoint_every=settings.steps, keep_checkpoints=1),
+        settings=RunConfig(checkpoint_every=300, keep_checkpoints=1),
         retain=CachedBatches(repeated, settings.batch_size, seed=seed, caption_dropout=settings.caption_dropout),
         before_step=lambda step: rate.apply(optimizer, step),
         console=console,
