@@ -21,6 +21,7 @@ ARCHITECTURES = ("8.0", "9.0", "10.0")
 WIDE = {
     "gradient_gram_kernel": ("LDG",),
     "constrained_update_kernel": ("LDG", "STG"),
+    "constrained_update_codes_kernel": ("LDG", "STG"),
     "squared_error_kernel": ("LDG", "STG"),
     "add_noise_kernel": ("LDG", "STG"),
     "philox_noise_kernel": ("STG",),

@@ -181,18 +181,22 @@ struct Codes {
   Stored* codes;
   float* absmaxes;
 
+  // Codes stay packed in two registers, four to each: as an array of bytes they would take eight.
   __device__ __forceinline__ void load(int64_t i, bool whole, int count, float (&values)[kCodes]) const {
-    Stored stored[kCodes];
+    uint32_t words[2] = {};
     if (whole) {
       const uint2 word = read_word(reinterpret_cast<const uint2*>(codes + i));
-      memcpy(stored, &word, sizeof word);
+      words[0] = word.x;
+      words[1] = word.y;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCodes; ++k) {
+        if (k < count) words[k / 4] |= uint32_t(uint8_t(codes[i + k])) << 8 * (k % 4);
+      }
     }
     const float absmax = count > 0 ? absmaxes[i / kMomentBlock] : 0.0f;
 #pragma unroll
-    for (int k = 0; k < kCodes; ++k) {
-      if (!whole) stored[k] = k < count ? codes[i + k] : Stored(0);
-      values[k] = Code::decode(stored[k], absmax);
-    }
+    for (int k = 0; k < kCodes; ++k) values[k] = Code::decode(Stored(words[k / 4] >> 8 * (k % 4)), absmax);
   }
 
   // Called by all lanes of a warp.
@@ -202,16 +206,19 @@ struct Codes {
 #pragma unroll
     for (int k = 0; k < kCodes; ++k) largest = larger_bits(largest, magnitude_bits(values[k]));
     const float absmax = float_of(largest_of_warp(largest)), inverse = inverse_of(absmax);
-    Stored stored[kCodes];
+    uint32_t words[2] = {};
 #pragma unroll
     for (int k = 0; k < kCodes; ++k) {
-      stored[k] = Code::encode(values[k], inverse, dither(uint32_t(i) + k));
-      if (!whole && k < count) codes[i + k] = stored[k];
+      const Stored code = Code::encode(values[k], inverse, dither(uint32_t(i) + k));
+      words[k / 4] |= uint32_t(uint8_t(code)) << 8 * (k % 4);
     }
     if (whole) {
-      uint2 word;
-      memcpy(&word, stored, sizeof word);
-      write_word(reinterpret_cast<uint2*>(codes + i), word);
+      write_word(reinterpret_cast<uint2*>(codes + i), uint2{words[0], words[1]});
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCodes; ++k) {
+        if (k < count) codes[i + k] = Stored(words[k / 4] >> 8 * (k % 4));
+      }
     }
     if (i % kMomentBlock == 0 && count > 0) absmaxes[i / kMomentBlock] = absmax;
   }
