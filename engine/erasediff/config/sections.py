@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
 
@@ -86,7 +86,10 @@ class UnlearnConfig(Section):
     target: Literal["uniform", "gaussian", "relabel"] | None = None
     relabel_to: tuple[ClassNumber, ...] | None = None
     teacher: Literal["current", "frozen"] = "frozen"
-    retain_target: Literal["true", "teacher"] | None = None
+    # YAML reads true as a boolean.
+    retain_target: Annotated[
+        Literal["true", "teacher"] | None, BeforeValidator(lambda value: "true" if value is True else value)
+    ] = None
     barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
     eta: Positive | None = None
     inner_steps: Count = 3
