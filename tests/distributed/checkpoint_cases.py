@@ -21,7 +21,8 @@ def peers() -> Peers:
     size = dist.get_world_size()
     if size not in _peers:
         store = dist.distributed_c10d._get_default_store()
-        Peers._current = _peers[size] = Peers(dist.PrefixStore("peers", store), dist.get_rank(), size)
+        # This module may be there twice, under two names: the keys of one are not to be the other's.
+        Peers._current = _peers[size] = Peers(dist.PrefixStore(__name__, store), dist.get_rank(), size)
         _peers[size].seconds = 60
     return _peers[size]
 
