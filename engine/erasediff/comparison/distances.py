@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from erasediff.evaluation.discrepancy import squared_discrepancy
 
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
@@ -27,7 +27,8 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    return _squared_discrepancy(features.double(), real.double(), kernel)
+    x, y = features.double(), real.double()
+    return squared_discrepancy(kernel(x, x), kernel(y, y), kernel(x, y))
 
 
 def gaussian_distance(features: Tensor, reference: Tensor) -> float:
@@ -35,17 +36,10 @@ def gaussian_distance(features: Tensor, reference: Tensor) -> float:
 
     Its squared width is the median squared distance within ``reference``. It may be a little below zero.
     """
-    y = reference.double()
+    x, y = features.double(), reference.double()
     width = torch.pdist(y).square().median()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (-torch.cdist(a, b).square() / (2 * width)).exp()
 
-    return _squared_discrepancy(features.double(), y, kernel)
-
-
-def _squared_discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
-    def mean_off_diagonal(k: Tensor) -> Tensor:
-        return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-
-    return float(mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
+    return squared_discrepancy(kernel(x, x), kernel(y, y), kernel(x, y))

@@ -13,6 +13,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from erasediff.data import ClassDataset
+from erasediff.evaluation.discrepancy import squared_discrepancy
 
 NONE = -1
 """The judge's answer for an image that resembles no real one."""
@@ -83,17 +84,8 @@ class Judge:
         x, y = _pixels(sample), _pixels(reference)
         if min(len(x), len(y)) < 2:
             return float("nan")
-        return (
-            _mean_off_diagonal(rbf_kernel(x, x, GAMMA))
-            + _mean_off_diagonal(rbf_kernel(y, y, GAMMA))
-            - 2 * float(rbf_kernel(x, y, GAMMA).mean())
-        )
+        return squared_discrepancy(rbf_kernel(x, x, GAMMA), rbf_kernel(y, y, GAMMA), rbf_kernel(x, y, GAMMA))
 
 
 def _pixels(sample: Tensor) -> NDArray[np.float64]:
     return sample.detach().flatten(1).cpu().double().numpy()
-
-
-def _mean_off_diagonal(kernel: NDArray[np.float64]) -> float:
-    n = len(kernel)
-    return float((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))
