@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from erasediff.data.latents import LATENT, MIRRORED, CachedImages
+from erasediff.data.latents import CachedImages
 from erasediff.data.order import BucketOrder
 from erasediff.data.stream import Stream
 from erasediff.process import NoiseRole
@@ -58,23 +60,26 @@ class CachedBatches:
         """
         flipped = self._drawn(step, NoiseRole.FLIP, 0.5 if self.images.mirrored else 0.0)
         dropped = self._drawn(step, NoiseRole.LABEL_DROPOUT, self.caption_dropout)
-        numbers = self._order.at(step)[self.slots].tolist()
-        rows = [self._row(*row) for row in zip(numbers, flipped, dropped, strict=True)]
-        batch = {name: self._placed(torch.stack([row[name] for row in rows])) for name in rows[0]}
-        return batch | {"sample_ids": self.slots.to(self.device)}
-
-    def _row(self, number: int, flipped: bool, dropped: bool) -> dict[str, Tensor]:
-        entry = self.images.entries[number]
-        latents = self.images.latents.row(entry.latent)
-        condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
-        caption = self.images.captions.row(self.images.null_caption if dropped else entry.caption)
-        return {"sample": latents[MIRRORED if flipped else LATENT], **caption, **condition}
-
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        entries = [self.images.entries[number] for number in self._order.at(step)[self.slots].tolist()]
+        rows = [
+            self.images.row(entry, flipped=is_flipped, dropped=is_dropped)
+            for entry, is_flipped, is_dropped in zip(entries, flipped, dropped, strict=True)
+        ]
+        return stacked(rows, self.device, self.dtype) | {"sample_ids": self.slots.to(self.device)}
 
     def _drawn(self, step: int, role: NoiseRole, probability: float) -> list[bool]:
         """For each slot of this rank, whether an event of this probability happens at ``step``."""
         words = self.stream.words(self.slots, seed=self.seed, step=step, role=role)
         drawn: list[bool] = (words < round(probability * 2**32)).tolist()
         return drawn
+
+
+def stacked(
+    rows: Sequence[Mapping[str, Tensor]], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """``rows`` of the same entries as a batch on ``device``; floating-point entries in ``dtype``."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return {name: placed(torch.stack([row[name] for row in rows])) for name in rows[0]}

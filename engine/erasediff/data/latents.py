@@ -81,6 +81,13 @@ class CachedImages:
         """As ``content_ids``."""
         return content_ids(self.entries)
 
+    def row(self, entry: Entry, *, flipped: bool = False, dropped: bool = False) -> dict[str, Tensor]:
+        """``"sample"``, the latent, and the condition: of the mirror image, or under the empty caption, if asked."""
+        latents = self.latents.row(entry.latent)
+        condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
+        caption = self.captions.row(self.null_caption if dropped else entry.caption)
+        return {"sample": latents[MIRRORED if flipped else LATENT], **caption, **condition}
+
     @property
     def buckets(self) -> Tensor:
         """int64 [N], the number of each image's size among the sizes that occur."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from erasediff.config import UnlearnConfig
+from erasediff.config import Config, UnlearnConfig
 from erasediff.methods.protocol import Materials, Needs, Recipe
 from erasediff.objectives import DeviationTarget, GaussianNoise, Relabel, UniformNoise
 from erasediff.solver import Barrier, Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm
@@ -52,9 +52,12 @@ def make(materials: Materials) -> EraseDiff:
     )
 
 
-def asks_for_a_teacher(settings: UnlearnConfig) -> bool:
-    """Whether ``own_options`` will."""
-    return settings.retain_target == "teacher" or (settings.target == "relabel" and settings.teacher == "frozen")
+def needs(config: Config) -> Needs:
+    """What ``own_options`` will ask for."""
+    settings = config.unlearn
+    relabel = settings.target == "relabel"
+    teacher = settings.retain_target == "teacher" or (relabel and settings.teacher == "frozen")
+    return Needs(teacher=teacher, relabel=relabel)
 
 
-RECIPE = Recipe(name=EraseDiff.name, make=make, needs=lambda config: Needs(teacher=asks_for_a_teacher(config.unlearn)))
+RECIPE = Recipe(name=EraseDiff.name, make=make, needs=needs)

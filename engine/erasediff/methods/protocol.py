@@ -21,11 +21,13 @@ class Needs:
 
     retain, forget: batches of that kind; of a method that needs neither, both are empty
     teacher:        a frozen copy of the network; where ranks share the network, it is made before they do
+    relabel:        something to put in the place of what is forgotten
     """
 
     retain: bool = True
     forget: bool = True
     teacher: bool = False
+    relabel: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,8 +176,9 @@ def finish(method: Method, path: Path) -> None:
 
 
 def needs(config: Config) -> Needs:
-    looks = config.pruning.objective == "erasediff"
-    return Needs(retain=looks, forget=looks)
+    if config.pruning.objective == "erasediff":
+        return Needs(relabel=erasediff.needs(config).relabel)
+    return Needs(retain=False, forget=False)
 
 
 RECIPE = Recipe(name="pruning", make=make, needs=needs, trained=trained, finish=finish)

@@ -50,4 +50,8 @@ def keep_to_the_salient(method: Solver, batches: Iterable[Batch], *, share: floa
     set_saliency_mask(method.gradients, values, share=share)
 
 
-RECIPE = Recipe(name=SalUn.name, make=make, needs=lambda config: Needs(teacher=config.unlearn.teacher == "frozen"))
+RECIPE = Recipe(
+    name=SalUn.name,
+    make=make,
+    needs=lambda config: Needs(teacher=config.unlearn.teacher == "frozen", relabel=True),
+)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config
 from erasediff.data import CachedBatches, CachedImages
-from erasediff.data.latents import LATENT, MIRRORED, NULL_CAPTION
+from erasediff.data.cached_batches import stacked
+from erasediff.data.latents import NULL_CAPTION
 from erasediff.distributed import Peers
+from erasediff.methods import RECIPES
 from erasediff.models.family import TextToImageModel
 from erasediff.objectives.anchor import condition_losses
 from erasediff.runs.loop import Batches
@@ -28,7 +29,7 @@ def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: B
     The anchor is the retained caption under which the model denoises the forgotten images best: what it takes them for
     if it may not call them by their own name. A rehearsal, which has no captions, takes the empty one.
     """
-    if config.text_to_image.anchor_prompts or not relabels(config):
+    if config.text_to_image.anchor_prompts or not RECIPES[config.unlearn.method].needs(config).relabel:
         return config
     prompt = NULL_CAPTION
     if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
@@ -42,13 +43,6 @@ def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: B
     return config.model_copy(update={"text_to_image": chosen})
 
 
-def relabels(config: Config) -> bool:
-    """Whether the method puts another condition in the place of the forgotten one."""
-    method, relabelled = config.unlearn.method, config.unlearn.target == "relabel"
-    of_pruning = method == "pruning" and config.pruning.objective == "erasediff"
-    return method == "salun" or (relabelled and (method == "erasediff" or of_pruning))
-
-
 def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
     """The caption of ``retain`` that explains the images of ``forget`` best: see ``condition_losses``.
 
@@ -60,8 +54,7 @@ def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: Cache
     batch = _some(model, forget)
     denoiser = model.whole_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
-        rows = [retain.captions.row(keys[caption]) for caption in captions]
-        conditions = {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
+        conditions = stacked([retain.captions.row(keys[caption]) for caption in captions], model.device)
         losses = condition_losses(
             denoiser,
             batch,
@@ -95,8 +88,4 @@ def _some(model: TextToImageModel, images: CachedImages) -> dict[str, Tensor]:
     entries = [entry for entry in images.entries if entry.size == size]
     count = min(IMAGES, len(entries))
     chosen = [entries[number * len(entries) // count] for number in range(count)]
-    rows = [{**images.latents.row(entry.latent), **images.captions.row(entry.caption)} for entry in chosen]
-    names = rows[0].keys() - {MIRRORED}
-    stacked = {name: torch.stack([row[name] for row in rows]).to(model.device) for name in names}
-    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stacked.items()}
-    return {"sample": floats.pop(LATENT), **floats}
+    return stacked([images.row(entry) for entry in chosen], model.device)
