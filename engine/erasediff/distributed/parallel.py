@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erasediff.config import DistributedConfig
 from erasediff.distributed.peers import Peers
-from erasediff.distributed.zero_config import zero_config, zero_stage
+from erasediff.distributed.zero_config import cuts_parameters, zero_config
 from erasediff.errors import UserError
 from erasediff.gradients import gather_in_forward, partition
 from erasediff.models.components import Weights
@@ -81,7 +81,7 @@ def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights:
     """
     if settings.launch == "fsdp":
         _shard(teacher, settings)
-    elif settings.launch == "zero" and zero_stage(settings) == 3:
+    elif cuts_parameters(settings):
         bf16 = any(parameter.dtype == torch.bfloat16 for parameter in teacher.parameters())
         config = zero_config(
             settings,

@@ -78,6 +78,11 @@ def zero_stage(settings: DistributedConfig, own: dict[str, Any] | None = None) -
     return int(asked)
 
 
+def cuts_parameters(settings: DistributedConfig) -> bool:
+    """Whether the run is under ZeRO-3, where no rank need hold a parameter whole."""
+    return settings.launch == "zero" and zero_stage(settings) == 3
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         own = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.distributed import Peers
 from erasediff.distributed.joining import check_launch, join, local_device
 from erasediff.distributed.parallel import frozen_in_parallel, in_parallel
-from erasediff.distributed.zero_config import zero_stage
+from erasediff.distributed.zero_config import cuts_parameters
 from erasediff.errors import UserError
 from erasediff.methods import RECIPES, Method
 from erasediff.models import ema_weights
@@ -160,9 +160,7 @@ def shared_by_ranks(
 
 def cut_as_it_is_read(config: Config) -> bool:
     """Whether no rank is to hold the whole network: under ZeRO-3, unless a LoRA is merged into it first."""
-    distributed = config.distributed
-    in_shards = distributed.launch == "zero" and zero_stage(distributed) == 3
-    return in_shards and config.text_to_image.lora is None
+    return cuts_parameters(config.distributed) and config.text_to_image.lora is None
 
 
 def teacher_of(config: Config, network: nn.Module, weights: Weights | None = None) -> Callable[[], nn.Module]:
@@ -172,7 +170,7 @@ def teacher_of(config: Config, network: nn.Module, weights: Weights | None = Non
     Where they cut it into shards, the copy is cut as well; ``weights`` are those of a network that has none yet.
     """
     distributed = config.distributed
-    cut = distributed.launch == "fsdp" or (distributed.launch == "zero" and zero_stage(distributed) == 3)
+    cut = distributed.launch == "fsdp" or cuts_parameters(distributed)
 
     @functools.cache
     def teacher() -> nn.Module:
