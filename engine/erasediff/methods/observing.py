@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,8 @@ from erasediff.methods.activations import recorded_inputs
 from erasediff.methods.esd import ESD
 from erasediff.objectives import Batch, with_sample_ids
 from erasediff.objectives.batch import condition_of
-from erasediff.process import NoiseRole, draw_timesteps, noise_key
+from erasediff.process import NoiseRole, noise_key
 from erasediff.solver import Solver
-from erasediff_kernels import add_noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +59,13 @@ def of_batches(
 ) -> Iterator[Observation]:
     """Of images, noised to timesteps of their own; the noise is addressed by (seed, number of the batch)."""
     roles = ((NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP), (NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP))
-    process = method.objective.process
+    objective = dataclasses.replace(method.objective, antithetic=False)
     for index, batches in enumerate(zip(retain(count), forget(count), strict=True)):
         key = noise_key(method.seed, index, method.device)
         parts = []
         for batch, (noise, timestep) in zip(batches, roles, strict=True):
             batch = with_sample_ids(batch)
-            ids = batch["sample_ids"]
-            timesteps = draw_timesteps(ids, key, timestep, process.num_train_timesteps)
-            alpha, sigma = process.coefficients(timesteps)
-            sample = add_noise(batch["sample"], alpha, sigma, sample_ids=ids, key=key, role=int(noise))
+            sample, timesteps = objective.noised(batch, key, noise, timestep)
             parts.append({**batch, "sample": sample, "timesteps": timesteps})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         timesteps = joined.pop("timesteps")

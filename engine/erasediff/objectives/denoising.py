@@ -68,7 +68,7 @@ class DenoisingObjective:
         """The denoising loss against the true target; ``sign`` = -1 hands ``backward`` the loss to ascend on."""
 
         def loss(part: Batch, weight: Tensor) -> Tensor:
-            noisy_sample, timesteps = self._noised(part, key, noise, timestep)
+            noisy_sample, timesteps = self.noised(part, key, noise, timestep)
             alpha, sigma = self.process.coefficients(timesteps)
             prediction = self.prediction(model, noisy_sample, timesteps, condition_of(part))
             return denoising_loss(
@@ -95,7 +95,7 @@ class DenoisingObjective:
         """
 
         def loss(part: Batch, weight: Tensor) -> Tensor:
-            noisy_sample, timesteps = self._noised(part, key, NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP)
+            noisy_sample, timesteps = self.noised(part, key, NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP)
             condition = condition_of(part)
             with torch.no_grad():
                 target = self.prediction(teacher, noisy_sample, timesteps, condition)
@@ -110,7 +110,7 @@ class DenoisingObjective:
         """L_f = E |eps_f - prediction(x_t)|^2, x_t from the true noise, 0-D float32, detached (2401.05779, L_f)."""
 
         def loss(part: Batch, weight: Tensor) -> Tensor:
-            noisy_sample, timesteps = self._noised(part, key, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP)
+            noisy_sample, timesteps = self.noised(part, key, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP)
             conditioning = self.process.conditioning[timesteps]
             condition = condition_of(part)
             with self._precision(noisy_sample.device):
@@ -153,8 +153,8 @@ class DenoisingObjective:
         size = batch["sample"].shape[0] if "sample" in batch else 1
         return -(-size // -(-size // self.accumulation_steps)) if size else 1
 
-    def _noised(self, part: Batch, key: Tensor, noise: NoiseRole, timestep: NoiseRole) -> tuple[Tensor, Tensor]:
-        """(x_t, timesteps) of a micro-batch."""
+    def noised(self, part: Batch, key: Tensor, noise: NoiseRole, timestep: NoiseRole) -> tuple[Tensor, Tensor]:
+        """(x_t, timesteps) of a batch that brings its sample ids, both drawn in their role under ``key``."""
         ids = part["sample_ids"]
         timesteps = draw_timesteps(ids, key, timestep, self.process.num_train_timesteps, antithetic=self.antithetic)
         alpha, sigma = self.process.coefficients(timesteps)
