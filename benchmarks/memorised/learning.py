@@ -125,11 +125,10 @@ def learn_by_heart(
     )
     rate = LearningRate(settings.lr, settings.steps, shape="cosine")
     run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoint.of_run(run)
     run_steps(
         method,
         network,
-        RunFolder(run, checkpoints[-1] if checkpoints else None),
+        RunFolder(run, Checkpoint.newest(run)),
         steps=settings.steps,
         settings=RunConfig(checkpoint_every=300, keep_checkpoints=1),
         retain=CachedBatches(repeated, settings.batch_size, seed=seed, caption_dropout=settings.caption_dropout),

@@ -116,7 +116,6 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         write_request(memorised, cache / "data", folder)
-        remove_directory(folder / "run")
         learn_by_heart(
             cache / "model", folder / "data", memorised, folder / "run", folder / "model", learning, seed, console
         )

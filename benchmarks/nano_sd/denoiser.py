@@ -92,13 +92,10 @@ def train_denoiser(
     )
     rate = LearningRate(LEARNING_RATE, steps, warmup_steps=min(100, steps // 10), shape="cosine")
     run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoint.of_run(run)
-    folder = RunFolder(run, checkpoints[-1] if checkpoints else None)
-    folder.metrics.cut_back(checkpoints[-1].step if checkpoints else 0)
     run_steps(
         method,
         model.denoiser_module,
-        folder,
+        RunFolder(run, Checkpoint.newest(run)),
         steps=steps,
         settings=RunConfig(checkpoint_every=500, keep_checkpoints=1),
         retain=CachedBatches(cached, BATCH_SIZE, seed=seed, caption_dropout=CAPTION_DROPOUT),

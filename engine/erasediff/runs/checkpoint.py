@@ -45,6 +45,11 @@ class Checkpoint:
         paths = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
         return sorted(cls.at(path) for path in paths)
 
+    @classmethod
+    def newest(cls, folder: Path) -> Checkpoint | None:
+        """The last checkpoint in a run's folder, if there is one."""
+        return max(cls.of_run(folder), default=None)
+
     def save(self, state: Any) -> None:
         """Write ``state``; the folder appears whole or not at all, and replaces one of the same step."""
         with atomic_directory(self.path, replace=True) as folder:

@@ -55,8 +55,7 @@ class RunFolder:
             raise UserError(f"The run in {path} was started with another {' and '.join(changed)}: begin a new one.")
         remove_leftovers(path)
         atomic_write(path / CONFIG, config.to_yaml())
-        checkpoints = Checkpoint.of_run(path)
-        start = start or (checkpoints[-1] if checkpoints else None)
+        start = start or Checkpoint.newest(path)
         run = cls(path, start)
         if run.finished and start is None:
             raise UserError(f"The run in {path} has finished and kept no checkpoint: its model lies there.")
