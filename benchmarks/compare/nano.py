@@ -166,7 +166,7 @@ class Repeated:
     batch_size: int
 
     def at(self, step: int) -> Batch:
-        slots = torch.arange(self.batch_size)
+        slots = torch.arange(self.batch_size, device=self.latents.device)
         rows = (slots + step * self.batch_size) % len(self.latents)
         condition = {name: value.expand(self.batch_size, -1, -1) for name, value in self.condition.items()}
         return {"sample": self.latents[rows], "sample_ids": slots, **condition}
@@ -181,7 +181,7 @@ def _seen(model: StableDiffusion, prompts: Sequence[str], seed: int) -> tuple[Te
 
 
 def _model(path: Path) -> StableDiffusion:
-    model = load_text_to_image(path)
+    model = load_text_to_image(path, device="cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, StableDiffusion)
     return model
 
@@ -220,7 +220,7 @@ def _image_side() -> tuple[Tensor, Tensor]:
     encoder: Any = model.encoders["text_encoder"]
     with torch.inference_mode():
         pooled = torch.cat([encoder(token_ids(model, prompt(label))).pooler_output for label in range(len(CLASSES))])
-    texts = (pooled - pooled.mean(0)).double()
+    texts = (pooled - pooled.mean(0)).double().cpu()
     clothes = _clothes("train")
     _, features = _judge().answer(clothes.images[:FITTED_IMAGES])
     inputs = nn.functional.pad(features.double(), (0, 1), value=1.0)

@@ -13,7 +13,10 @@ from record import append, environment
 from shapes import SHAPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = (("sd15", "float32"), ("equal", "float32"), ("sd15", "bfloat16"), ("small", "float32"))
+CASES = {
+    "cpu": (("sd15", "float32"), ("equal", "float32"), ("sd15", "bfloat16"), ("small", "float32")),
+    "cuda": (("sd15_whole", "float32"), ("sd15_whole", "bfloat16"), ("sd15", "float32"), ("small", "float32")),
+}
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -68,8 +71,8 @@ def prepare(names: list[str], p: Problem) -> dict[str, Callable[[], object]]:
     ready: dict[str, Callable[[], object]] = {}
     for name in names:
         print(f"  warming up {name} ...", flush=True)
-        run = CONTENDERS[name](p)
         try:
+            run = CONTENDERS[name](p)
             run()
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"  {name} does not run here: {str(error).splitlines()[0]}")
@@ -120,11 +123,11 @@ def measure(shape: str, dtype: str, names: list[str], rounds: int, device: str) 
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = [f"{'case':16} {'contender':14} {'ms':>9} {'best':>9} {'x ours':>7} {'of floor':>9} {'extra MB':>9}"]
+    rows = [f"{'case':16} {'contender':16} {'ms':>9} {'best':>9} {'x ours':>7} {'of floor':>9} {'extra MB':>9}"]
     for line in lines:
         extra = line["peak_extra_bytes"]
         rows.append(
-            f"{line['shape'] + ' ' + line['dtype'][:8]:16} {line['contender']:14} {line['seconds'] * 1e3:9.2f} "
+            f"{line['shape'] + ' ' + line['dtype'][:8]:16} {line['contender']:16} {line['seconds'] * 1e3:9.2f} "
             f"{line['best_seconds'] * 1e3:9.2f} {line['times_erasediff']:7.2f} {line['of_floor']:9.0%} "
             f"{'?' if extra is None else f'{extra / 1e6:.1f}':>9}"
         )
@@ -135,12 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--case", action="append", help="shape:dtype, e.g. sd15:float32; repeat for more")
-    parser.add_argument("--contenders", default="erasediff,erasediff_8bit,published,torch_foreach")
+    parser.add_argument("--contenders", help="With commas between them.")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: minutes of compilation")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [tuple(case.split(":")) for case in args.case] if args.case else CASES
-    names = args.contenders.split(",") + (["torch_compile"] if args.compile else [])
+    cases = [tuple(case.split(":")) for case in args.case] if args.case else CASES[device]
+    usual = [*(["erasediff_graph"] if device == "cuda" else []), "erasediff_8bit", "published", "torch_foreach"]
+    names = args.contenders.split(",") if args.contenders else ["erasediff", *usual]
+    names += ["torch_compile"] if args.compile else []
     lines = []
     for shape, dtype in cases:
         new = [environment(device) | line for line in measure(shape, dtype, names, args.rounds, device)]

@@ -69,13 +69,21 @@ def write_untrained(
 
 
 def train_denoiser(
-    untrained: Path, images: Path, latents: Path, run: Path, out: Path, steps: int, seed: int, console: Console
+    untrained: Path,
+    images: Path,
+    latents: Path,
+    run: Path,
+    out: Path,
+    steps: int,
+    seed: int,
+    console: Console,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Fine-tune ``untrained`` on the captioned folder ``images`` and save it with averaged weights as ``out``.
 
     Latents are cached in ``latents``; an interrupted training goes on from its last checkpoint in ``run``.
     """
-    model = load_text_to_image(untrained)
+    model = load_text_to_image(untrained, device=device)
     cached = LatentCache(latents).fill(
         read_images(str(images)), model, Buckets.only(*model.default_size), console, batch_size=100
     )
@@ -98,7 +106,7 @@ def train_denoiser(
         RunFolder(run, Checkpoint.newest(run)),
         steps=steps,
         settings=RunConfig(checkpoint_every=500, keep_checkpoints=1),
-        retain=CachedBatches(cached, BATCH_SIZE, seed=seed, caption_dropout=CAPTION_DROPOUT),
+        retain=CachedBatches(cached, BATCH_SIZE, seed=seed, caption_dropout=CAPTION_DROPOUT, device=device),
         before_step=lambda step: rate.apply(optimizer, step),
         console=console,
         title="Denoiser",

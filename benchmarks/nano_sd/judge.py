@@ -31,6 +31,10 @@ class Judge(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.outward = nn.Linear(FEATURES, len(CLASSES))
 
+    @property
+    def device(self) -> torch.device:
+        return self.outward.weight.device
+
     def features(self, images: Tensor) -> Tensor:
         """float32 [B, 128], the last hidden layer: what FID and KID compare."""
         return relu(self.inward(self.layers(images[:, None].float() / 255).flatten(1)))
@@ -44,8 +48,8 @@ class Judge(nn.Module):
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The class of each image, int64 [N], and its features [N, 128]."""
         self.eval()
-        features = torch.cat([self.features(part) for part in images.split(500)])
-        return self.outward(features).argmax(1), features
+        features = torch.cat([self.features(part.to(self.device)) for part in images.split(500)])
+        return self.outward(features).argmax(1).cpu(), features.cpu()
 
     def save(self, path: Path) -> None:
         with atomic_directory(path) as folder:
@@ -60,10 +64,12 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(train: Clothes, test: Clothes, steps: int, seed: int, console: Console) -> Judge:
+def train_judge(
+    train: Clothes, test: Clothes, steps: int, seed: int, console: Console, device: torch.device | str = "cpu"
+) -> Judge:
     """Fitted to the train split, half of the images mirrored; its accuracy is taken once, on the test split."""
     torch.manual_seed(seed)
-    judge = Judge()
+    judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     with progress_bar(console, "Classifier", steps) as bar:
@@ -71,7 +77,7 @@ def train_judge(train: Clothes, test: Clothes, steps: int, seed: int, console: C
             index = torch.randint(len(train), (128,))
             images = train.images[index]
             images = torch.where(torch.rand(len(index), 1, 1) < 0.5, images, images.flip(-1))
-            loss = cross_entropy(judge(images), train.labels[index])
+            loss = cross_entropy(judge(images.to(device)), train.labels[index].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -47,16 +47,27 @@ def main(
     judge: Annotated[Path, typer.Option(help="The classifier that train.py left.")] = CACHE / "judge",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST.")] = DEBIAN_FOLDER,
     seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     console = Console(stderr=True)
     try:
-        found = measure(model, Judge.load(judge), data, count, seed, grid=grid, forgotten=forgotten, console=console)
+        found = measure(
+            model,
+            Judge.load(judge),
+            data,
+            count,
+            seed,
+            grid=grid,
+            forgotten=forgotten,
+            console=console,
+            device=device,
+        )
     except UserError as error:
         console.print(str(error), style="red", highlight=False)
         raise typer.Exit(2) from None
     print(json.dumps(found, indent=1))
     if record is not None:
-        append("nano_sd", [{"model": record, "seed": seed, **found, **environment("cpu")}])
+        append("nano_sd", [{"model": record, "seed": seed, **found, **environment(device)}])
 
 
 def measure(
@@ -69,6 +80,7 @@ def measure(
     grid: Path | None = None,
     forgotten: str | None = None,
     console: Console,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Draws ``count`` images of each class from the checkpoint at ``path``.
 
@@ -78,7 +90,7 @@ def measure(
     """
     if forgotten is not None and forgotten not in CLASSES:
         raise UserError(f"There is no class {forgotten}: choose one of {', '.join(CLASSES)}.")
-    model = load_text_to_image(path)
+    model = load_text_to_image(path, device=device)
     labels = torch.arange(len(CLASSES)).repeat_interleave(count)
     with progress_bar(console, "Sampling", len(labels)) as bar:
         drawn = model.sample(

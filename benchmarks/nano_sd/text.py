@@ -39,14 +39,19 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def train_text_encoder(
-    clothes: Clothes, tokenizer: CLIPTokenizer, steps: int, seed: int, console: Console
+    clothes: Clothes,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    seed: int,
+    console: Console,
+    device: torch.device | str = "cpu",
 ) -> tuple[CLIPTextModel, float]:
     """The text encoder of a small CLIP (Radford et al. 2021), and how often that names the images of the last steps.
 
     Each image of a batch is held against one caption per class, in a template drawn for the step.
     """
     torch.manual_seed(seed)
-    model = _build(tokenizer)
+    model = _build(tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     recognised = 0.0
@@ -54,19 +59,20 @@ def train_text_encoder(
         for step in range(steps):
             index = torch.randint(len(clothes), (128,))
             captions = [prompt(label, int(torch.randint(len(TEMPLATES), ()))) for label in range(len(CLASSES))]
-            tokens = tokenizer(captions, padding="max_length", return_tensors="pt")
-            scores = model(**tokens, pixel_values=as_rgb(clothes.images[index])).logits_per_image
-            loss = cross_entropy(scores, clothes.labels[index])
+            tokens = tokenizer(captions, padding="max_length", return_tensors="pt").to(device)
+            labels = clothes.labels[index].to(device)
+            scores = model(**tokens, pixel_values=as_rgb(clothes.images[index].to(device))).logits_per_image
+            loss = cross_entropy(scores, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            right = (scores.argmax(1) == clothes.labels[index]).double().mean().item()
+            right = (scores.argmax(1) == labels).double().mean().item()
             recognised += (right - recognised) / min(step + 1, 20)
             bar.advance()
             bar.note(f"recognised {recognised:.0%}")
     encoder = CLIPTextModel(model.config.text_config)
-    encoder.load_state_dict(model.state_dict(), strict=False)
+    encoder.load_state_dict(model.cpu().state_dict(), strict=False)
     return encoder, recognised
 
 

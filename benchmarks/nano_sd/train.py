@@ -55,16 +55,17 @@ def main(
     ] = DEBIAN_FOLDER,
     effort: Annotated[float, typer.Option(help="Share of the training's steps; for a trial.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of weights, batches and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; the weights are not the same.")] = "cpu",
 ) -> None:
     console = Console(stderr=True)
     try:
-        train(cache, data, Settings(seed=seed).scaled(effort), console)
+        train(cache, data, Settings(seed=seed).scaled(effort), console, device)
     except UserError as error:
         console.print(str(error), style="red", highlight=False)
         raise typer.Exit(2) from None
 
 
-def train(cache: Path, data: Path, settings: Settings, console: Console) -> None:
+def train(cache: Path, data: Path, settings: Settings, console: Console, device: str = "cpu") -> None:
     """Make what is missing in ``cache``. UserError if it was made with other settings, or the data is not there."""
     _check_settings(cache / "settings.json", settings)
     begun = time.monotonic()
@@ -77,11 +78,11 @@ def train(cache: Path, data: Path, settings: Settings, console: Console) -> None
         console.print("Writing the captioned folder")
         write_folder(clothes, cache / "data")
     if missing("judge"):
-        train_judge(clothes, load(data, "t10k"), settings.judge, settings.seed, console).save(cache / "judge")
+        train_judge(clothes, load(data, "t10k"), settings.judge, settings.seed, console, device).save(cache / "judge")
     if missing("untrained"):
         tokenizer = build_tokenizer()
-        text_encoder, _ = train_text_encoder(clothes, tokenizer, settings.text_encoder, settings.seed, console)
-        vae, _ = train_vae(clothes, settings.vae, settings.seed, console)
+        text_encoder, _ = train_text_encoder(clothes, tokenizer, settings.text_encoder, settings.seed, console, device)
+        vae, _ = train_vae(clothes, settings.vae, settings.seed, console, device)
         write_untrained(cache / "untrained", vae, text_encoder, tokenizer, settings.seed)
     if missing("model"):
         train_denoiser(
@@ -93,10 +94,13 @@ def train(cache: Path, data: Path, settings: Settings, console: Console) -> None
             settings.denoiser,
             settings.seed,
             console,
+            device,
         )
     if missing("base.json"):
         judge = Judge.load(cache / "judge")
-        found = measure(cache / "model", judge, data, 100, settings.seed, grid=cache / "base.png", console=console)
+        found = measure(
+            cache / "model", judge, data, 100, settings.seed, grid=cache / "base.png", console=console, device=device
+        )
         atomic_write(cache / "base.json", json.dumps(found, indent=1) + "\n")
     print((cache / "base.json").read_text())
     console.print(f"{cache / 'model'} is ready, {time.monotonic() - begun:.0f} seconds after the start.")

@@ -1,18 +1,23 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../lists.h"
 #include "../shared/constrained_sgd.h"
 #include "constrained_update.h"
 
 namespace erasediff::cpu {
 namespace {
 
-void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tensor>& momentum_buffers,
-                      const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
-                      const std::vector<Tensor>& ema, const std::vector<Tensor>& copies,
-                      const std::vector<Tensor>& masks, const Tensor& multiplier, const Tensor& clip_scale,
-                      const Tensor& finite, const Tensor& lr, const Tensor& step, double momentum, bool nesterov,
-                      double weight_decay, double ema_decay, const std::optional<Tensor>& rounding_key) {
-  if (!*Flat(finite).at<bool>(0)) return;
+bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffers, const TensorList& retain,
+                      const TensorList& forget, const TensorList& ema, const TensorList& copies,
+                      const TensorList& masks, const Tensor& multiplier, const Tensor& clip_scale, const Tensor& finite,
+                      const Tensor& lr, const Tensor& step, double momentum, bool nesterov, double weight_decay,
+                      double ema_decay, const std::optional<Tensor>& rounding_key) {
+  const UpdateArguments arguments{params,     retain,     forget, ema, copies, masks,
+                                  multiplier, clip_scale, finite, lr,  step,   rounding_key};
+  std::vector<const TensorList*> states;
+  if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
+  if (!arguments.are_acceptable(states)) return false;
+  if (!*Flat(finite).at<bool>(0)) return true;
   float& applied = *Flat(step).at<float>(0);
   applied += 1.0f;
   const Step scalars = make_step(multiplier, clip_scale, applied, ema_decay, rounding_key);
@@ -28,6 +33,7 @@ void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tenso
     update(std::integral_constant<int, 1>(),
            make_items(params, {{momentum_buffers}}, retain, forget, ema, copies, masks));
   }
+  return true;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // up in fp64: per lane, then per chunk, then over the chunks in order.
 #include <torch/csrc/stable/library.h>
 
+#include "../lists.h"
 #include "capability.h"
 #include "chunks.h"
 #include "products.h"
@@ -78,8 +79,8 @@ Gram gram_of_chunk(const Item& item, int64_t first, int64_t size) {
   return gram;
 }
 
-Tensor gradient_gram(const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
-                     const std::vector<Tensor>& masks) {
+std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
+  if (!gram_is_acceptable(retain, forget, masks)) return std::nullopt;
   std::vector<Item> items(retain.size());
   for (size_t i = 0; i < items.size(); ++i) {
     items[i].retain = Flat(retain[i]);

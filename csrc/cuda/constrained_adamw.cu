@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../lists.h"
 #include "../shared/constrained_adamw.h"
 #include "constrained_update.cuh"
 
@@ -17,19 +18,21 @@ struct MakeAdamW {
   }
 };
 
-void constrained_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
-                        const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_absmaxes,
-                        const std::vector<Tensor>& exp_avg_sq_absmaxes, const std::vector<Tensor>& retain,
-                        const std::vector<Tensor>& forget, const std::vector<Tensor>& ema,
-                        const std::vector<Tensor>& copies, const std::vector<Tensor>& masks, const Tensor& multiplier,
+bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                        const TensorList& exp_avg_absmaxes, const TensorList& exp_avg_sq_absmaxes,
+                        const TensorList& retain, const TensorList& forget, const TensorList& ema,
+                        const TensorList& copies, const TensorList& masks, const Tensor& multiplier,
                         const Tensor& clip_scale, const Tensor& finite, const Tensor& lr, const Tensor& step,
                         double beta1, double beta2, double eps, double weight_decay, double ema_decay,
                         const std::optional<Tensor>& rounding_key) {
+  const UpdateArguments arguments{params,     retain,     forget, ema, copies, masks,
+                                  multiplier, clip_scale, finite, lr,  step,   rounding_key};
+  if (!arguments.are_acceptable({&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes})) return false;
   const MakeAdamW make{Scalar(lr), static_cast<const float*>(step.data_ptr()), beta1, beta2, eps, weight_decay};
-  const Lists lists{params, {&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes},
-                    retain, forget,                    ema,
-                    copies, masks};
+  const Lists lists{
+      params, {&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes}, retain, forget, ema, copies, masks};
   constrained_update<AdamW>(lists, make, multiplier, clip_scale, finite, step, ema_decay, rounding_key);
+  return true;
 }
 
 }  // namespace

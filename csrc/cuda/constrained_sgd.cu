@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../lists.h"
 #include "../shared/constrained_sgd.h"
 #include "constrained_update.cuh"
 
@@ -24,21 +25,26 @@ struct MakeSgd {
   }
 };
 
-void constrained_sgd_(const std::vector<Tensor>& params, const std::vector<Tensor>& momentum_buffers,
-                      const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
-                      const std::vector<Tensor>& ema, const std::vector<Tensor>& copies,
-                      const std::vector<Tensor>& masks, const Tensor& multiplier, const Tensor& clip_scale,
-                      const Tensor& finite, const Tensor& lr, const Tensor& step, double momentum, bool nesterov,
-                      double weight_decay, double ema_decay, const std::optional<Tensor>& rounding_key) {
+bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffers, const TensorList& retain,
+                      const TensorList& forget, const TensorList& ema, const TensorList& copies,
+                      const TensorList& masks, const Tensor& multiplier, const Tensor& clip_scale, const Tensor& finite,
+                      const Tensor& lr, const Tensor& step, double momentum, bool nesterov, double weight_decay,
+                      double ema_decay, const std::optional<Tensor>& rounding_key) {
+  const UpdateArguments arguments{params,     retain,     forget, ema, copies, masks,
+                                  multiplier, clip_scale, finite, lr,  step,   rounding_key};
+  std::vector<const TensorList*> states;
+  if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
+  if (!arguments.are_acceptable(states)) return false;
   if (momentum_buffers.empty()) {
     const MakeSgd<0> make{Scalar(lr), momentum, nesterov, weight_decay};
-    constrained_update<PlainSgd>({params, {}, {}, retain, forget, ema, copies, masks}, make, multiplier, clip_scale, finite,
-                                 step, ema_decay, rounding_key);
+    constrained_update<PlainSgd>({params, {}, {}, retain, forget, ema, copies, masks}, make, multiplier, clip_scale,
+                                 finite, step, ema_decay, rounding_key);
   } else {
     const MakeSgd<1> make{Scalar(lr), momentum, nesterov, weight_decay};
-    constrained_update<MomentumSgd>({params, {&momentum_buffers}, {}, retain, forget, ema, copies, masks}, make, multiplier,
-                                    clip_scale, finite, step, ema_decay, rounding_key);
+    constrained_update<MomentumSgd>({params, {&momentum_buffers}, {}, retain, forget, ema, copies, masks}, make,
+                                    multiplier, clip_scale, finite, step, ema_decay, rounding_key);
   }
+  return true;
 }
 
 }  // namespace

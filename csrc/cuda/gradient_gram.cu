@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "../lists.h"
 #include "multi_tensor.cuh"
 
 namespace erasediff::cuda {
@@ -54,8 +55,8 @@ Tensor converted(const Tensor& tensor, const Tensor& other) {
   return a == common ? tensor : torch::stable::to(tensor, common);
 }
 
-Tensor gradient_gram(const std::vector<Tensor>& retain, const std::vector<Tensor>& forget,
-                     const std::vector<Tensor>& masks) {
+std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
+  if (!gram_is_acceptable(retain, forget, masks)) return std::nullopt;
   const Launcher launch(retain[0]);
   const size_t count = retain.size();
   std::vector<Tensor> retains(retain), forgets(forget);

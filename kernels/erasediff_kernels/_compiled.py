@@ -6,8 +6,10 @@ but cannot be loaded is an error, since silently running something slower would 
 
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _load() -> frozenset[str]:
@@ -29,18 +31,27 @@ def _load() -> frozenset[str]:
 DEVICES = _load()
 
 if DEVICES:
-    # Schemas in csrc/library.cpp, the same as in `_library`.
+    # Schemas in csrc/library.cpp, the same as in `_library`, but that operators on lists first look at their lists.
     _ops = torch.ops.erasediff_C
+    ACCEPTING = {op: getattr(_ops, op).default for op in ("gradient_gram", "constrained_adamw_", "constrained_sgd_")}
     philox_bits = _ops.philox_bits.default
     philox_noise = _ops.philox_noise.default
     add_noise = _ops.add_noise.default
     denoising_loss = _ops.denoising_loss.default
     deviation_loss = _ops.deviation_loss.default
-    gradient_gram = _ops.gradient_gram.default
     constraint_multiplier = _ops.constraint_multiplier.default
-    constrained_adamw_ = _ops.constrained_adamw_.default
-    constrained_sgd_ = _ops.constrained_sgd_.default
     topk_encode = _ops.topk_encode.default
     sparse_decode = _ops.sparse_decode.default
     gather_dot = _ops.gather_dot.default
     scatter_outer = _ops.scatter_outer.default
+
+    def gradient_gram(*args: Any) -> Tensor:
+        result: Tensor | None = ACCEPTING["gradient_gram"](*args)
+        assert result is not None, "lists that Python's checks let pass"
+        return result
+
+    def constrained_adamw_(*args: Any) -> None:
+        assert ACCEPTING["constrained_adamw_"](*args), "lists that Python's checks let pass"
+
+    def constrained_sgd_(*args: Any) -> None:
+        assert ACCEPTING["constrained_sgd_"](*args), "lists that Python's checks let pass"

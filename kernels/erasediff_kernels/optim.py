@@ -1,10 +1,11 @@
 """`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 from typing import Any, Literal, cast
 
 import torch
@@ -20,15 +21,47 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(kw_only=True, slots=True)
 class Bucket:
-    """Lists for one call of the operator: parameters of one group, of one kind and on one device."""
+    """What one call of the operator is about: parameters of one group, of one kind and on one device.
 
+    `places` are those of its parameters in the group; None for all of them.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    has_master: bool
+    has_mask: bool
+    places: list[int] | None
     params: list[Tensor]
-    retain: list[Tensor]
-    forget: list[Tensor]
     states: list[dict[str, Tensor]]
 
     def state(self, name: str) -> list[Tensor]:
         return shards([state[name] for state in self.states])
+
+    def chosen(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Its own of the gradients of the group; none of none."""
+        if self.places is None or not gradients:
+            return shards(list(gradients))
+        return shards([gradients[place] for place in self.places])
+
+
+@dataclass(kw_only=True, slots=True)
+class Division:
+    """The buckets of a group, kept for as long as what they follow from is the same."""
+
+    params: list[Tensor]
+    states: list[dict[str, Tensor]]
+    all_states: list[Any]
+    facts: tuple[Any, ...]
+    buckets: list[Bucket]
+
+    def holds(self, params: Sequence[Tensor], all_states: Collection[Any]) -> bool:
+        """Whether parameters and state are those that were divided: the same objects, whatever they contain."""
+        return (
+            len(params) == len(self.params)
+            and len(all_states) == len(self.all_states)
+            and all(map(is_, params, self.params))
+            and all(map(is_, all_states, self.all_states))
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,6 +89,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0.0:
             raise ValueError(f"lr is {defaults['lr']}: it cannot be negative")
         self._scalars: dict[Any, tuple[float, Tensor]] = {}
+        self._divisions: dict[int, Division] = {}
         self._pending: Pending | None = None
         super().__init__(params, defaults)
 
@@ -63,7 +97,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("moments", "float")
-        self._scalars = {}
+        self._scalars, self._divisions = {}, {}
         self._pending = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,27 +243,21 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         constraint: Constraint,
     ) -> None:
         group = self.param_groups[group_index]
-        states = self._states(params, group)
-        places: dict[Any, list[int]] = defaultdict(list)
-        for place, (p, state) in enumerate(zip(params, states, strict=True)):
-            places[p.dtype, p.device, "master" in state, "mask" in state].append(place)
-
+        buckets = self._buckets(group_index, params, group)
         step: Tensor = group["step"]
-        for bucket_index, ((dtype, device, has_master, has_mask), chosen) in enumerate(places.items()):
-            bucket = Bucket(
-                params=shards([params[place] for place in chosen]),
-                retain=shards([retain[place] for place in chosen]),
-                forget=shards([forget[place] for place in chosen]) if forget else [],
-                states=[states[place] for place in chosen],
-            )
+        for bucket_index, bucket in enumerate(buckets):
+            device, params_here = bucket.device, shards(bucket.params)
             rounding_key = None
-            if group["stochastic_rounding"] and dtype in HALF_DTYPES:
+            if group["stochastic_rounding"] and bucket.dtype in HALF_DTYPES:
                 rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
             # The operator advances the step that it is given, and the step of a group advances once.
-            is_last = bucket_index == len(places) - 1
+            is_last = bucket_index == len(buckets) - 1
             self._run(
                 group,
                 bucket,
+                bucket.state("master") if bucket.has_master else params_here,
+                bucket.chosen(retain),
+                bucket.chosen(forget),
                 multiplier=constraint.multiplier.to(device),
                 clip_scale=constraint.clip_scale.to(device),
                 finite=constraint.finite.to(device),
@@ -238,12 +266,61 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 ema=bucket.state("ema") if group["ema_decay"] is not None else (),
                 ema_decay=group["ema_decay"] or 0.0,
-                copies=bucket.params if has_master else (),
-                masks=bucket.state("mask") if has_mask else (),
+                copies=params_here if bucket.has_master else (),
+                masks=bucket.state("mask") if bucket.has_mask else (),
                 rounding_key=rounding_key,
             )
 
-    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+    def _buckets(self, group_index: int, params: Sequence[Tensor], group: dict[str, Any]) -> list[Bucket]:
+        """Those of a group, from the step before where nothing changed; a list of thousands is then not looked into."""
+        kept = self._divisions.get(group_index)
+        if (
+            kept is not None
+            and kept.holds(params, self.state.values())
+            and self._facts(params, kept.states, group) == kept.facts
+        ):
+            return kept.buckets
+        states = self._states(params, group)
+        places: dict[Any, list[int]] = defaultdict(list)
+        for place, (p, state) in enumerate(zip(params, states, strict=True)):
+            places[p.dtype, p.device, "master" in state, "mask" in state].append(place)
+        buckets = [
+            Bucket(
+                dtype=dtype,
+                device=device,
+                has_master=has_master,
+                has_mask=has_mask,
+                places=chosen if len(places) > 1 else None,
+                params=[params[place] for place in chosen],
+                states=[states[place] for place in chosen],
+            )
+            for (dtype, device, has_master, has_mask), chosen in places.items()
+        ]
+        self._divisions[group_index] = Division(
+            params=list(params),
+            states=states,
+            all_states=list(self.state.values()),
+            facts=self._facts(params, states, group),
+            buckets=buckets,
+        )
+        return buckets
+
+    @staticmethod
+    def _facts(params: Sequence[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> tuple[Any, ...]:
+        """What a division follows from besides which parameters and states there are."""
+        settings = (group["moments"], group["ema_decay"] is not None, group["master_weights"])
+        device = params[0].device if params else None
+        return settings, device, [p.dtype for p in params], ["mask" in state for state in states]
+
+    def _run(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        params: list[Tensor],
+        retain: list[Tensor],
+        forget: list[Tensor],
+        **common: Any,
+    ) -> None:
         raise NotImplementedError
 
     def _scalar(self, name: Any, value: float | Tensor, device: torch.device) -> Tensor:
@@ -326,15 +403,23 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+    def _run(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        params: list[Tensor],
+        retain: list[Tensor],
+        forget: list[Tensor],
+        **common: Any,
+    ) -> None:
         beta1, beta2 = group["betas"]
         coded = group["moments"] == "8-bit"
         constrained_adamw_(
-            bucket.state("master") if common["copies"] else bucket.params,
+            params,
             bucket.state("exp_avg"),
             bucket.state("exp_avg_sq"),
-            bucket.retain,
-            bucket.forget,
+            retain,
+            forget,
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
@@ -388,12 +473,20 @@ class ConstrainedSGD(ConstrainedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
 
-    def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
+    def _run(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        params: list[Tensor],
+        retain: list[Tensor],
+        forget: list[Tensor],
+        **common: Any,
+    ) -> None:
         constrained_sgd_(
-            bucket.state("master") if common["copies"] else bucket.params,
+            params,
             bucket.state("momentum_buffer") if group["momentum"] != 0.0 else (),
-            bucket.retain,
-            bucket.forget,
+            retain,
+            forget,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             **common,

@@ -74,6 +74,7 @@ class Relabel:
         if any(len(set(value.tolist())) != value.numel() for value in labels):
             raise ValueError("Relabel's alternatives must differ from each other")
         self.choices = dict(choices)
+        self._placed: dict[torch.device, dict[str, Tensor]] = {}
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -83,12 +84,12 @@ class Relabel:
         missing = self.choices.keys() - condition.keys()
         if missing:
             raise ValueError(f"Relabel replaces {sorted(missing)}, which the batch does not have: {sorted(condition)}")
-        device = sample_ids.device
-        count = next(iter(self.choices.values())).shape[0]
+        choices = self._on(sample_ids.device)
+        count = next(iter(choices.values())).shape[0]
         own = torch.full_like(sample_ids, count)
-        for name, alternatives in self.choices.items():
+        for name, alternatives in choices.items():
             if _is_label(alternatives):
-                is_own = condition[name][:, None] == alternatives.to(device)[None]
+                is_own = condition[name][:, None] == alternatives[None]
                 own = torch.where(is_own.any(1), is_own.to(torch.uint8).argmax(1), own)
         available = count - (own < count).to(torch.int64)
         if count == 1:
@@ -99,7 +100,13 @@ class Relabel:
         word = philox_bits(sample_ids, key, int(NoiseRole.RELABEL), 1)[:, 0]
         index = (word * available) >> 32
         index = index + (index >= own).to(torch.int64)
-        return {**condition, **{name: value.to(device)[index] for name, value in self.choices.items()}}
+        return {**condition, **{name: value[index] for name, value in choices.items()}}
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """The alternatives on ``device``, copied there once: a copy makes the host wait."""
+        if device not in self._placed:
+            self._placed[device] = {name: value.to(device) for name, value in self.choices.items()}
+        return self._placed[device]
 
     def loss(
         self,

@@ -83,7 +83,8 @@ class TransientPeak:
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Of one product of square matrices in ``dtype``."""
     side = SIDE[device.type]
-    first, second = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    # Not of constants: a GPU multiplies those faster.
+    first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(first, second)
     wait_for(device)
     began = time.perf_counter()

@@ -49,8 +49,8 @@ def gradient_gram_kernel(
 ):
     row_ptr, begin, end = find_row(table_ptr, owners_ptr, 3)
     r_ptr = column(row_ptr, 0, R, ALIGNED)
-    g_ptr = column(row_ptr, 1, G, ALIGNED)
-    mask_ptr = column(row_ptr, 2, MASK, False)
+    g_ptr = column(row_ptr, 1, G, ALIGNED) if G is not None else None
+    mask_ptr = column(row_ptr, 2, MASK, False) if MASK is not None else None
     rr = tl.zeros((BLOCK,), tl.float64)
     rf = tl.zeros((BLOCK,), tl.float64)
     ff = tl.zeros((BLOCK,), tl.float64)

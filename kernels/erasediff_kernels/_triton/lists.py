@@ -43,14 +43,11 @@ def find_row(table_ptr, owners_ptr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def column(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer in a column of the row; None where the launch has no such column."""
-    if DTYPE is None:
-        return None
-    else:
-        pointer = tl.load(row_ptr + ROW_HEADER + COLUMN).to(tl.pointer_type(DTYPE))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
+    """The pointer in a column of the row; not for a column that is absent, since Triton 3.6 cannot return None."""
+    pointer = tl.load(row_ptr + ROW_HEADER + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,12 +207,16 @@ def constrained_adamw_kernel(
         return
     row_ptr, begin, end = find_row(table_ptr, owners_ptr, 10)
     place = tl.load(row_ptr + 2)
-    p_ptr, m_ptr, v_ptr = column(row_ptr, 0, P, ALIGNED), column(row_ptr, 1, M, ALIGNED), column(row_ptr, 2, V, ALIGNED)
-    m_absmax_ptr = column(row_ptr, 3, M_ABSMAX, ALIGNED)
-    v_absmax_ptr = column(row_ptr, 4, V_ABSMAX, ALIGNED)
-    r_ptr, g_ptr = column(row_ptr, 5, R, ALIGNED), column(row_ptr, 6, G, ALIGNED)
-    ema_ptr, copy_ptr = column(row_ptr, 7, EMA, ALIGNED), column(row_ptr, 8, COPY, ALIGNED)
-    mask_ptr = column(row_ptr, 9, MASK, False)
+    p_ptr = column(row_ptr, 0, P, ALIGNED)
+    m_ptr = column(row_ptr, 1, M, ALIGNED)
+    v_ptr = column(row_ptr, 2, V, ALIGNED)
+    m_absmax_ptr = column(row_ptr, 3, M_ABSMAX, ALIGNED) if M_ABSMAX is not None else None
+    v_absmax_ptr = column(row_ptr, 4, V_ABSMAX, ALIGNED) if V_ABSMAX is not None else None
+    r_ptr = column(row_ptr, 5, R, ALIGNED)
+    g_ptr = column(row_ptr, 6, G, ALIGNED) if G is not None else None
+    ema_ptr = column(row_ptr, 7, EMA, ALIGNED) if EMA is not None else None
+    copy_ptr = column(row_ptr, 8, COPY, ALIGNED) if COPY is not None else None
+    mask_ptr = column(row_ptr, 9, MASK, False) if MASK is not None else None
     multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
     scalars = (
         tl.load(scalars_ptr).to(COMPUTE),
@@ -373,10 +377,13 @@ def constrained_sgd_kernel(
         return
     row_ptr, begin, end = find_row(table_ptr, owners_ptr, 7)
     place = tl.load(row_ptr + 2)
-    p_ptr, buffer_ptr = column(row_ptr, 0, P, ALIGNED), column(row_ptr, 1, BUFFER, ALIGNED)
-    r_ptr, g_ptr = column(row_ptr, 2, R, ALIGNED), column(row_ptr, 3, G, ALIGNED)
-    ema_ptr, copy_ptr = column(row_ptr, 4, EMA, ALIGNED), column(row_ptr, 5, COPY, ALIGNED)
-    mask_ptr = column(row_ptr, 6, MASK, False)
+    p_ptr = column(row_ptr, 0, P, ALIGNED)
+    buffer_ptr = column(row_ptr, 1, BUFFER, ALIGNED) if BUFFER is not None else None
+    r_ptr = column(row_ptr, 2, R, ALIGNED)
+    g_ptr = column(row_ptr, 3, G, ALIGNED) if G is not None else None
+    ema_ptr = column(row_ptr, 4, EMA, ALIGNED) if EMA is not None else None
+    copy_ptr = column(row_ptr, 5, COPY, ALIGNED) if COPY is not None else None
+    mask_ptr = column(row_ptr, 6, MASK, False) if MASK is not None else None
     multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
     scalars = (
         tl.load(scalars_ptr).to(COMPUTE),

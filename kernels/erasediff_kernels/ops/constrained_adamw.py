@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from erasediff_kernels import _dispatch
 from erasediff_kernels.ops._lists import in_layout_of
 from erasediff_kernels.ops._update import check_codes, check_update, mark_written
 
@@ -67,42 +68,31 @@ def constrained_adamw_(
     Raises:
         ValueError: for lists, shapes, strides, dtypes or devices that do not match.
     """
-    coded = bool(exp_avg_absmaxes or exp_avg_sq_absmaxes)
-    if coded:
-        check_codes("exp_avgs", exp_avgs, torch.int8, exp_avg_absmaxes, params)
-        check_codes("exp_avg_sqs", exp_avg_sqs, torch.uint8, exp_avg_sq_absmaxes, params)
-    check_update(
-        params,
-        {} if coded else {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
-        {"retain": retain, "forget": forget},
-        {"ema": ema, "copies": copies},
-        masks,
-        {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
-        finite,
-        step,
-        rounding_key,
-    )
-    torch.ops.erasediff.constrained_adamw_(
-        list(params),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(exp_avg_absmaxes),
-        list(exp_avg_sq_absmaxes),
-        in_layout_of(params, retain),
-        in_layout_of(params, forget) if forget else [],
-        list(ema),
-        list(copies),
-        list(masks),
-        multiplier,
-        clip_scale,
-        finite,
-        lr,
-        step,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        ema_decay,
-        rounding_key,
-    )
-    mark_written(params, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, ema, copies, (step,))
+    states, followers = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes), (ema, copies, masks)
+    scalars = (multiplier, clip_scale, finite, lr, step, beta1, beta2, eps, weight_decay, ema_decay, rounding_key)
+    accepting = _dispatch.accepting("constrained_adamw_", params, *states, retain, forget, *followers)
+    if accepting is None or not accepting(params, *states, retain, forget, *followers, *scalars):
+        coded = bool(exp_avg_absmaxes or exp_avg_sq_absmaxes)
+        if coded:
+            check_codes("exp_avgs", exp_avgs, torch.int8, exp_avg_absmaxes, params)
+            check_codes("exp_avg_sqs", exp_avg_sqs, torch.uint8, exp_avg_sq_absmaxes, params)
+        check_update(
+            params,
+            {} if coded else {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+            {"retain": retain, "forget": forget},
+            {"ema": ema, "copies": copies},
+            masks,
+            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
+            finite,
+            step,
+            rounding_key,
+        )
+        torch.ops.erasediff.constrained_adamw_(
+            list(params),
+            *map(list, states),
+            in_layout_of(params, retain),
+            in_layout_of(params, forget) if forget else [],
+            *map(list, followers),
+            *scalars,
+        )
+    mark_written(params, *states, ema, copies, (step,))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from erasediff_kernels import _dispatch
 from erasediff_kernels.ops._lists import in_layout_of
 from erasediff_kernels.ops._update import check_update, mark_written
 
@@ -53,34 +54,27 @@ def constrained_sgd_(
         )
     if nesterov and momentum == 0.0:
         raise ValueError("nesterov=True needs momentum > 0")
-    check_update(
-        params,
-        {"momentum_buffers": momentum_buffers} if momentum_buffers else {},
-        {"retain": retain, "forget": forget},
-        {"ema": ema, "copies": copies},
-        masks,
-        {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
-        finite,
-        step,
-        rounding_key,
-    )
-    torch.ops.erasediff.constrained_sgd_(
-        list(params),
-        list(momentum_buffers),
-        in_layout_of(params, retain),
-        in_layout_of(params, forget) if forget else [],
-        list(ema),
-        list(copies),
-        list(masks),
-        multiplier,
-        clip_scale,
-        finite,
-        lr,
-        step,
-        momentum,
-        nesterov,
-        weight_decay,
-        ema_decay,
-        rounding_key,
-    )
-    mark_written(params, momentum_buffers, ema, copies, (step,))
+    states, followers = (momentum_buffers,), (ema, copies, masks)
+    scalars = (multiplier, clip_scale, finite, lr, step, momentum, nesterov, weight_decay, ema_decay, rounding_key)
+    accepting = _dispatch.accepting("constrained_sgd_", params, *states, retain, forget, *followers)
+    if accepting is None or not accepting(params, *states, retain, forget, *followers, *scalars):
+        check_update(
+            params,
+            {"momentum_buffers": momentum_buffers} if momentum_buffers else {},
+            {"retain": retain, "forget": forget},
+            {"ema": ema, "copies": copies},
+            masks,
+            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
+            finite,
+            step,
+            rounding_key,
+        )
+        torch.ops.erasediff.constrained_sgd_(
+            list(params),
+            *map(list, states),
+            in_layout_of(params, retain),
+            in_layout_of(params, forget) if forget else [],
+            *map(list, followers),
+            *scalars,
+        )
+    mark_written(params, *states, ema, copies, (step,))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from erasediff_kernels import _dispatch
 from erasediff_kernels._storage import is_dense
 from erasediff_kernels.ops._checks import DATA_DTYPES
 from erasediff_kernels.ops._lists import check_device, check_dtypes, check_masks, check_shapes, in_layout_of
@@ -28,6 +29,11 @@ def gradient_gram(retain: Sequence[Tensor], forget: Sequence[Tensor], masks: Seq
     """
     if not retain:
         raise ValueError("retain is empty: give at least one gradient")
+    accepting = _dispatch.accepting("gradient_gram", retain, forget, masks)
+    if accepting is not None:
+        gram: Tensor | None = accepting(retain, forget, masks)
+        if gram is not None:
+            return gram
     device = retain[0].device
     check_device("retain", retain, device)
     check_dtypes("retain", retain, DATA_DTYPES)
