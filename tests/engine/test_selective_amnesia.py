@@ -100,7 +100,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 def test_a_model_of_the_digits(named: dict[str, object]) -> None:
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), seed=1)
     before = {name: value.clone() for name, value in model.unet.state_dict().items()}
-    config = load_config(None, {"unlearn.forget": [3], "unlearn.batch_size": 8, **named})
+    config = load_config(None, {"device": "cpu", "unlearn.forget": [3], "unlearn.batch_size": 8, **named})
     session = unlearning_session(config, model)
     for index in range(2):
         session.trial_step(index)

@@ -73,7 +73,9 @@ def test_strides(device: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_gradcheck(device: str) -> None:
+def test_gradcheck(dtypes: list[torch.dtype], device: str) -> None:
+    if torch.float64 not in dtypes:
+        pytest.skip("gradcheck is in float64")
     x = torch.randn(3, 9, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: topk_encode(x, 4).values, x)
 

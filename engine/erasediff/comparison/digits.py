@@ -120,9 +120,10 @@ class DigitsTask:
         """The share of images asked for the digit in which the judge sees it, over steps of fine-tuning on some."""
         count = 20 if self.short else 100
         config = self.config(case.seed)
-        model = load_model(path, _dataset(), set_up_device(config))
+        device = set_up_device(config)
+        model = load_model(path, _dataset(), device)
         images = _dataset().train.of_classes([self.digit])
-        some = Images(*(part[:RELEARNED_IMAGES] for part in (images.sample, images.class_labels, images.ids)))
+        some = Images(*(part[:RELEARNED_IMAGES].to(device) for part in (images.sample, images.class_labels, images.ids)))
         labels = torch.full((count,), self.digit)
 
         def rate() -> float:

@@ -25,7 +25,7 @@ def draw(results: Path, plot: Path) -> None:
     latest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for line in MetricsFile(results).read():
         latest[line["model"], line["device"], line["name"]] = line
-    figure = Figure(figsize=(6.4, 1.2 + 0.45 * len(latest)), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.2 + 0.55 * len(latest)), layout="constrained")
     axes = figure.subplots()
     for row, ((model, _, name), line) in enumerate(latest.items()):
         middle = line["seconds"] * 1e3
@@ -33,7 +33,7 @@ def draw(results: Path, plot: Path) -> None:
         colour = LIGHT["lines"][0 if name == "erasediff" else 1]
         axes.barh(row, middle, xerr=[[low], [high]], color=colour, height=0.6)
         axes.text(0, row, f" {line['samples_per_second']:,.1f} samples/s", va="center", color="white", fontsize=8)
-        latest[model, line["device"], name] = line | {"label": f"{Path(model).name} {name}"}
+        latest[model, line["device"], name] = line | {"label": f"{Path(model).name}\n{line['device']}: {name}"}
     axes.set_yticks(range(len(latest)), [line["label"] for line in latest.values()])
     axes.invert_yaxis()
     axes.set_xlabel("ms per step (median; lines: quartiles)")

@@ -44,6 +44,7 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         if config.unlearn.model is None:
             raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
         model = load_model(config.unlearn.model, dataset, device)
+    model = model.to(device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
     if not needed_batches(config):

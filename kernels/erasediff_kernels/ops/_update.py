@@ -98,4 +98,5 @@ def check_codes(
 def mark_written(*lists: Sequence[Tensor]) -> None:
     """Tell autograd that these tensors changed. Under torch.compile the functionalised graph does it."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([tensor for tensors in lists for tensor in tensors])
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)
