@@ -42,7 +42,13 @@ def test_the_step_is_along_the_published_loss(
 
 
 def digits_config(**overrides: object) -> Config:
-    named = {"device": "cpu", "unlearn.method": "salun", "unlearn.forget": [3], "unlearn.batch_size": 8, "salun.batches": 2}
+    named = {
+        "device": "cpu",
+        "unlearn.method": "salun",
+        "unlearn.forget": [3],
+        "unlearn.batch_size": 8,
+        "salun.batches": 2,
+    }
     return load_config(None, named | overrides)
 
 

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from erasediff_kernels import _dispatch, philox_bits, use_backend
+from erasediff_kernels import _dispatch, constrained_adamw_, gradient_gram, philox_bits, use_backend
 from erasediff_kernels._library import FAKES, OPS, SCHEMAS
 
 IDS, KEY = torch.tensor([1]), torch.tensor([2, 3])
@@ -62,3 +64,58 @@ def test_environment_variable() -> None:
     wrong = run_python(code, ERASEDIFF_BACKEND="fastest")
     assert wrong.returncode != 0
     assert "ERASEDIFF_BACKEND='fastest'" in wrong.stderr
+
+
+def lists() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
+
+
+@pytest.mark.skipif("compiled" not in _dispatch.available("cpu"), reason="the C++ operators are not built")
+def test_only_plain_lists_in_plain_sight_pass_by_the_dispatcher() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    retain, forget = lists()
+    with use_backend("compiled"):
+        assert _dispatch.accepting("gradient_gram", retain, forget) is not None
+        with Mode():
+            assert _dispatch.accepting("gradient_gram", retain, forget) is None
+            gradient_gram(retain, forget)
+        assert "erasediff.gradient_gram.default" in seen
+        with FakeTensorMode() as fake:
+            assert _dispatch.accepting("gradient_gram", [fake.from_tensor(t) for t in retain], forget) is None
+        assert _dispatch.accepting("gradient_gram", [fake.from_tensor(t) for t in retain], forget) is None
+    with use_backend("reference"):
+        assert _dispatch.accepting("gradient_gram", retain, forget) is None
+
+
+@pytest.mark.skipif("compiled" not in _dispatch.available("cpu"), reason="the C++ operators are not built")
+def test_lists_that_are_not_accepted_leave_everything_as_it_was() -> None:
+    """Each of them is one that Python refuses with a sentence, or converts first."""
+    retain, forget = lists()
+    params = [t.clone() for t in retain]
+    moments = [torch.zeros_like(p) for p in params]
+    scalars = {"multiplier": torch.tensor(0.5), "clip_scale": torch.tensor(1.0), "finite": torch.tensor(True)}
+    with use_backend("compiled"):
+        for wrong in (
+            {"retain": retain[:1]},
+            {"retain": [retain[0], retain[1].T]},
+            {"exp_avgs": [m.double() for m in moments]},
+            {"params": [params[0], params[1][:, ::2]]},
+            {"masks": [torch.ones(1, dtype=torch.uint8)] * 2},
+            {"lr": torch.tensor([0.1])},
+            {"step": torch.tensor(1)},
+        ):
+            step = torch.tensor(3.0)
+            given = {"params": params, "exp_avgs": moments, "exp_avg_sqs": moments, "retain": retain, "forget": forget}
+            before = [t.clone() for t in (*params, *moments)]
+            with pytest.raises(ValueError, match=r"give|make|use"):
+                constrained_adamw_(**{**given, **scalars, "lr": torch.tensor(0.1), "step": step, **wrong})
+            assert all(map(torch.equal, before, (*params, *moments)))
+            assert step == 3.0
+        strided = [forget[0], torch.randn(5, 4).T]
+        expected = gradient_gram(retain, [t.contiguous() for t in strided])
+        assert torch.equal(gradient_gram(retain, strided), expected)

@@ -439,3 +439,46 @@ def test_state_can_be_made_before_the_first_step(make: Any) -> None:
         assert torch.equal(state["master"], p.detach().float())
         assert torch.equal(state["ema"], p.detach().float())
         assert not any(state[name].any() for name in optimizer.MOMENTS)
+
+
+def freeze(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"][1].requires_grad_(False)
+
+
+def mask(optimizer: Any) -> None:
+    param = optimizer.param_groups[0]["params"][2]
+    optimizer.set_mask(param, pack_mask(torch.arange(param.numel(), device=param.device).view(param.shape) % 3 == 0))
+
+
+def forget_state(optimizer: Any) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+def load(optimizer: Any) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def halve(optimizer: Any) -> None:
+    param = optimizer.param_groups[0]["params"][1]
+    param.data = param.data.bfloat16()
+
+
+@pytest.mark.parametrize("change", [freeze, mask, forget_state, load, halve])
+@KINDS
+def test_what_changes_between_steps_is_seen(device: str, make: Any, change: Any) -> None:
+    """Buckets are kept from step to step: an optimizer that has kept them does what one without any does."""
+    optimizer = make(parameters(device), ema_decay=0.9)
+    for seed in range(3):
+        constrained(optimizer, seed)
+    change(optimizer)
+    fresh = copy.deepcopy(optimizer)
+    fresh._divisions.clear()
+    for seed in range(3, 6):
+        constrained(optimizer, seed)
+        fresh._divisions.clear()
+        constrained(fresh, seed)
+    params, others = (each.param_groups[0]["params"] for each in (optimizer, fresh))
+    same(params, others)
+    for p, q in zip(params, others, strict=True):
+        assert optimizer.state[p].keys() == fresh.state[q].keys()
+        assert all(torch.equal(value, fresh.state[q][name]) for name, value in optimizer.state[p].items())
