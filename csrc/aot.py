@@ -32,7 +32,8 @@ WIDE = {
     "topk_encode_kernel": (),
     "sparse_decode_kernel": ("LDG", "STG"),
     "gather_dot_kernel": ("LDG",),
-    "scatter_outer_kernel": ("LDG", "STG"),
+    "scatter_pieces_kernel": ("LDG", "STG"),
+    "scatter_seams_kernel": ("LDG", "STG"),
 }
 
 
@@ -109,10 +110,15 @@ def short_name(function: str) -> str:
     return function
 
 
+def wide_instructions(function: str) -> tuple[str, ...]:
+    """Which of its memory instructions must have 128 bits; none of a kernel's variant for one element at a time."""
+    return () if "kernelILi1E" in function else WIDE.get(short_name(function), ())
+
+
 def complaints(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
     wrong = [f"{name.lower()} of {used[name]} bytes" for name in ("STACK", "LOCAL") if used.get(name)]
     wrong += [f"{instructions[name]} {name}" for name in ("LDL", "STL") if instructions[name]]
-    wrong += [f"no 128-bit {name}" for name in WIDE.get(short_name(function), ()) if not instructions[f"{name}.128"]]
+    wrong += [f"no 128-bit {name}" for name in wide_instructions(function) if not instructions[f"{name}.128"]]
     return wrong
 
 

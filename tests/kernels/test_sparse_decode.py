@@ -64,6 +64,20 @@ def test_latents_without_entries_get_zeros(device: str) -> None:
     assert outer.sum(dim=1).tolist() == [0.0, 600.0, 0.0, 0.0, 600.0, 0.0]
 
 
+@pytest.mark.parametrize("dim", [40, 7, 1100])
+def test_latents_that_occur_much_more_often_than_others(device: str, dim: int) -> None:
+    """Their sums come from many pieces; others begin or end where a piece does."""
+    counts = [0, 700, 1, 0, 255, 256, 3, 512, 1, 320, 0]
+    latents = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    indices = latents[torch.randperm(len(latents))].view(-1, 4).to(device, torch.int32)
+    values = torch.rand(indices.shape, device=device)
+    rows = torch.randn(len(indices), dim, device=device)
+    exact = torch.zeros(len(counts), dim, dtype=torch.float64, device=device)
+    entries = (values.double()[:, :, None] * rows.double()[:, None]).flatten(0, 1)
+    exact.index_add_(0, indices.flatten().long(), entries)
+    torch.testing.assert_close(scatter_outer(values, indices, rows, len(counts)), exact.float(), rtol=1e-5, atol=1e-4)
+
+
 def test_strides(device: str) -> None:
     values, indices, weight, rows = code((6, 6, 8, 6), torch.float32, device)
     decoding, dots = (values.T, indices.T, weight.T.contiguous().T), (rows.T, indices.T, weight.T.contiguous().T)
