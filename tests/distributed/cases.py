@@ -28,9 +28,10 @@ nano = load(Path(__file__).parents[1] / "nano.py")
 
 
 def denoiser() -> nn.Module:
+    """The same weights on every kind of device, where this process computes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nano._unet(32)
+        return nano._unet(32).to(World.current().device)
 
 
 def batches(step: int, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -44,7 +45,8 @@ def batches(step: int, world: World) -> tuple[dict[str, Tensor], dict[str, Tenso
             "sample_ids": torch.arange(BATCH),
         }
         each = BATCH // world.size
-        found.append({name: value[world.rank * each : (world.rank + 1) * each] for name, value in batch.items()})
+        mine = slice(world.rank * each, (world.rank + 1) * each)
+        found.append({name: value[mine].to(world.device) for name, value in batch.items()})
     return found[0], found[1]
 
 
@@ -96,7 +98,7 @@ def unlearner(
         add_lora(model, rank=2, targets=names)
     options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.02, refresh_every=3)}
     if relabel:
-        other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7))
+        other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7)).to(World.current().device)
         options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model))
     if bf16:
         options["autocast"] = torch.bfloat16
@@ -266,7 +268,7 @@ def bytes_of_tensors() -> int:
 
 def loaded_in_parts() -> dict[str, Any]:
     """The reports of a denoiser that was partitioned as it was made, and how much of it this process ever held."""
-    weights = denoiser().state_dict()
+    weights = {name: weight.cpu() for name, weight in denoiser().state_dict().items()}
     asked: list[str] = []
 
     def read(name: str) -> Tensor:
