@@ -241,7 +241,8 @@ def masters(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def bytes_at_the_update(options: dict[str, Any], is_constrained: bool) -> tuple[int, int]:
-    """(bytes that are there when the optimizer steps, and were not before the step; bytes of a partition in fp32)."""
+    """(bytes that are there when the optimizer steps, and were not before there was one; of a partition in fp32)."""
+    before = bytes_of_tensors()
     method = unlearner(**options)
     if not is_constrained:
         method = FineTune(method.model, process=process())
@@ -249,7 +250,6 @@ def bytes_at_the_update(options: dict[str, Any], is_constrained: bool) -> tuple[
     counts: list[int] = []
     method.optimizer.register_step_pre_hook(lambda *_: counts.append(bytes_of_tensors()))
     for step in range(2):
-        before = bytes_of_tensors()
         counts.clear()
         method.step(*batches(step, world))
     partition = sum(shard.tensors["weight"].numel() for shard in method.shards()) * 4
@@ -264,6 +264,12 @@ def bytes_of_tensors() -> int:
         if isinstance(found, Tensor)
     }
     return sum(storages.values())
+
+
+def norm_told_by_the_engine(options: dict[str, Any]) -> tuple[float, float]:
+    method = unlearner(**options)
+    report = method.step(*batches(0, World.current()))
+    return float(method.model.get_global_grad_norm()), float(report.grad_norm)
 
 
 def loaded_in_parts() -> dict[str, Any]:

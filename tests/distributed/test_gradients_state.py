@@ -127,6 +127,12 @@ def test_a_constrained_step_holds_one_gradient_shard_more_than_fine_tuning(run_o
         assert 0 < more - less < 1.1 * partition, (less / partition, more / partition)
 
 
+@pytest.mark.parametrize("layout", ["zero-0", "zero-1", "zero-2", "zero-3"])
+def test_the_engine_tells_the_norm_of_the_combination(run_on, layout):
+    for told, norm in run_on(2, CASES, "norm_told_by_the_engine", {"layout": layout}):
+        assert told == norm > 0
+
+
 def test_a_model_is_partitioned_as_it_is_made(run_on):
     expected = run_on(1, CASES, "train", 3, {"layout": "local"}, widest=2)[0]["reports"]
     first, second = run_on(2, CASES, "loaded_in_parts")
