@@ -227,6 +227,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
             # The operator advances the step that it is given, and the step of a group advances once.
             is_last = bucket_index == len(places) - 1
+            counted = step if is_last and step.device == device else step.to(device, copy=True)
             self._run(
                 group,
                 bucket,
@@ -234,7 +235,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 clip_scale=constraint.clip_scale.to(device),
                 finite=constraint.finite.to(device),
                 lr=self._scalar((group_index, "lr", device), group["lr"], device),
-                step=step if is_last and step.device == device else step.to(device, copy=True),
+                step=counted,
                 weight_decay=group["weight_decay"],
                 ema=bucket.state("ema") if group["ema_decay"] is not None else (),
                 ema_decay=group["ema_decay"] or 0.0,
@@ -242,6 +243,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 masks=bucket.state("mask") if has_mask else (),
                 rounding_key=rounding_key,
             )
+            if is_last and counted is not step:
+                # Where DeepSpeed offloads, partitions are on the host and the count is where the parameters were.
+                step.copy_(counted)
 
     def _run(self, group: dict[str, Any], bucket: Bucket, **common: Any) -> None:
         raise NotImplementedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from placing import GPUS, on_gpus
 
 
 def pytest_report_header() -> str:
-    versions = f"torch {torch.__version__}, DeepSpeed {version('deepspeed')}"
-    return f"processes: a GPU each up to {GPUS} of them, all on the CPU where they are more; {versions}"
+    deepspeed = version("deepspeed") if find_spec("deepspeed") else "missing"
+    places = f"a GPU each for up to {GPUS} processes, the CPU for more" if GPUS else "the CPU for all processes"
+    return f"places: {places}; torch {torch.__version__}, DeepSpeed {deepspeed}"
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from placing import environment, on_gpus
 
@@ -44,8 +45,10 @@ class Group:
         self.processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, variables), daemon=True)
-            process.start()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            # From the first: torch, once it has asked the driver, no longer looks at what GPUs are to be visible.
+            with mock.patch.dict(os.environ, variables):
+                process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -105,9 +108,8 @@ def load(file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, variables: dict[str, str]) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
-        variables,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
@@ -122,7 +124,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, variables: dict[st
 
     torch.set_num_threads(1)
     backend = "gloo"
-    if variables["DS_ACCELERATOR"] == "cuda":
+    if os.environ["DS_ACCELERATOR"] == "cuda":
         # Stops and the like are agreed on with tensors of the CPU.
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(rank)
