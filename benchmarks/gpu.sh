@@ -35,6 +35,9 @@ if wanted tests; then
     "$PYTHON" -m pytest -q "${workers[@]}" tests/kernels -k "cuda- or cuda_graph"
     if have diffusers; then
       "$PYTHON" -m pytest -q tests/engine/test_on_gpu.py
+      if have deepspeed && have accelerate; then
+        "$PYTHON" -m pytest -q tests/distributed -m gpu
+      fi
     fi
   else
     "$PYTHON" -m pytest -q tests/kernels/test_gradient_gram.py tests/kernels/test_constrained_adamw.py -k compiled

@@ -14,6 +14,8 @@ def main() -> None:
     torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device("cuda", torch.distributed.get_node_local_rank()) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
     unet = tiny.unet().to(device)
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block)

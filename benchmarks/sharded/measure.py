@@ -24,14 +24,14 @@ CONTENDERS = {
 }
 
 
-def memory(contender: str, size: str, stage: int, per_rank: int) -> dict[str, Any]:
+def memory(size: str, stage: int, per_rank: int, **options: Any) -> dict[str, Any]:
     """The most that two steps take beyond what the process had before the engine was made."""
-    warm_up = CONTENDERS[contender]("15M", stage, 2)
+    warm_up = erasediff("15M", stage, 2, **options)
     warm_up()
     del warm_up
     gc.collect()
     before = resident("VmRSS")
-    step = CONTENDERS[contender](size, stage, per_rank)
+    step = erasediff(size, stage, per_rank, **options)
     # The whole model is there while an engine shards it: that peak is one of loading, not of steps.
     step()
     Path("/proc/self/clear_refs").write_text("5")
@@ -80,19 +80,21 @@ class CollectiveBytes(TorchDispatchMode):
 
 
 def throughput(size: str, stage: int, per_rank: int, turns: int) -> dict[str, Any]:
-    """Seconds of each turn of each contender; they take turns in the same processes."""
+    """Seconds and this process's CPU seconds of each turn of each contender; they take turns in the same processes."""
     names = list(CONTENDERS)
     steps = {name: CONTENDERS[name](size, stage, per_rank) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, turns):
         for name in names if turn % 2 else reversed(names):
             dist.barrier()
-            begun = time.perf_counter()
+            begun, cpu_begun = time.perf_counter(), time.process_time()
             steps[name]()
             dist.barrier()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begun)
-    return {"seconds": seconds}
+                cpu_seconds[name].append(time.process_time() - cpu_begun)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 MEASUREMENTS = {"memory": memory, "volume": volume, "throughput": throughput}

@@ -13,11 +13,13 @@ from typing import Any
 
 SECONDS = 600
 LARGE_ALLOCATIONS_ARE_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-"""For glibc: what is freed leaves the process, as a process's peak should show."""
+"""For glibc: what is freed leaves the process, as a process's peak should show. It costs time."""
 
 
-def run_ranks(measurement: str, ranks: int, **options: Any) -> list[dict[str, Any]]:
+def run_ranks(measurement: str, ranks: int, *, returning: bool = False, **options: Any) -> list[dict[str, Any]]:
     """What ``measure.MEASUREMENTS[measurement](**options)`` returns on each of ``ranks`` gloo processes.
+
+    returning: with ``LARGE_ALLOCATIONS_ARE_RETURNED``
 
     Raises ``RuntimeError`` with the first failed rank's errors; all others are ended.
     """
@@ -29,7 +31,7 @@ def run_ranks(measurement: str, ranks: int, **options: Any) -> list[dict[str, An
         for rank in range(ranks):
             environment = {
                 **os.environ,
-                **LARGE_ALLOCATIONS_ARE_RETURNED,
+                **(LARGE_ALLOCATIONS_ARE_RETURNED if returning else {}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),

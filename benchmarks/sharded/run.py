@@ -33,25 +33,34 @@ STAGES = (0, 1, 2, 3)
 Line = dict[str, Any]
 
 
-def memory(ranks: int, stages: Sequence[int]) -> Iterator[Line]:
-    """The most that a rank takes during a step on the 100 M parameter model, and what ``erasediff plan`` says."""
-    network = planned("100M")
+def memory(ranks: int, stages: Sequence[int], *, bf16: bool, offload: str | None) -> Iterator[Line]:
+    """The most that a rank takes during a step on the 100 M parameter model, and what ``erasediff plan`` says.
+
+    What is offloaded goes from memory to memory here: the plan is that of device and host together.
+    """
+    network = planned("100M", bf16=bf16)
     traced = trace(network, batch_size=1)
     for stage in stages:
-        measured = run_ranks("memory", ranks, contender="erasediff", size="100M", stage=stage, per_rank=2)
+        options = {"size": "100M", "stage": stage, "per_rank": 2, "bf16": bf16, "offload": offload}
+        measured = run_ranks("memory", ranks, returning=True, **options)
         layout = Layout(
             stage=stage,  # type: ignore[arg-type]
             ranks=ranks,
+            offload_optimizer=offload is not None,
+            offload_param=offload == "both",
             reduce_bucket_size=REDUCE_BUCKET_SIZE,
             stage3_prefetch_bucket_size=PREFETCH_BUCKET_SIZE,
             stage3_param_persistence_threshold=PERSISTENCE_THRESHOLD,
         )
-        plan = rank_memory(network, layout, traced).peak
+        found = rank_memory(network, layout, traced)
+        plan = found.peak + found.host
         peaks = [result["peak_bytes"] for result in measured]
         yield {
             "benchmark": "sharded memory",
             "stage": stage,
             "ranks": ranks,
+            "precision": "bfloat16" if bf16 else "float32",
+            "offload": offload,
             "peak_bytes": peaks,
             "planned_bytes": plan,
             "measured_to_planned": statistics.mean(peaks) / plan,
@@ -80,13 +89,15 @@ def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns
     for count in ranks:
         for stage in stages:
             results = run_ranks("throughput", count, size="15M", stage=stage, per_rank=per_rank, turns=turns)
-            # A step ends when its last rank does.
-            seconds = {
-                name: [max(turn) for turn in zip(*(result["seconds"][name] for result in results), strict=True)]
-                for name in results[0]["seconds"]
-            }
+            # A step ends when its last rank does; what others on this machine take from it is not in its CPU seconds.
+            seconds, cpu_seconds = (
+                {
+                    name: list(map(reduce, zip(*(result[kind][name] for result in results), strict=True)))
+                    for name in results[0][kind]
+                }
+                for kind, reduce in (("seconds", max), ("cpu_seconds", sum))
+            )
             for name, taken in seconds.items():
-                ratios = [mine / plain for mine, plain in zip(taken, seconds["deepspeed"], strict=True)]
                 yield {
                     "benchmark": "sharded throughput",
                     "stage": stage,
@@ -96,9 +107,16 @@ def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns
                     "seconds": statistics.median(taken),
                     "best_seconds": min(taken),
                     "samples_per_second": per_rank * count / statistics.median(taken),
-                    "times_deepspeed": statistics.median(ratios),
+                    "times_deepspeed": median_ratio(taken, seconds["deepspeed"]),
+                    "cpu_seconds": statistics.median(cpu_seconds[name]),
+                    "cpu_times_deepspeed": median_ratio(cpu_seconds[name], cpu_seconds["deepspeed"]),
                     "turns": turns,
                 }
+
+
+def median_ratio(mine: Sequence[float], plain: Sequence[float]) -> float:
+    """Of the turns, each beside its own neighbour."""
+    return statistics.median(a / b for a, b in zip(mine, plain, strict=True))
 
 
 def main(
@@ -107,10 +125,12 @@ def main(
     stage: Annotated[list[int] | None, typer.Option(help="These stages alone.")] = None,
     samples: Annotated[int, typer.Option(help="Of each rank's step, for the throughput.")] = 32,
     turns: Annotated[int, typer.Option(help="Steps of each contender that count.")] = 5,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bfloat16, for the memory.")] = False,
+    offload: Annotated[str | None, typer.Option(help="optimizer, or both it and parameters, for the memory.")] = None,
 ) -> None:
     stages = stage or STAGES
     parts: dict[str, Callable[[], Iterator[Line]]] = {
-        "memory": lambda: memory(ranks, stages),
+        "memory": lambda: memory(ranks, stages, bf16=bf16, offload=offload),
         "volume": lambda: volume(ranks, stages),
         "throughput": lambda: throughput(sorted({1, ranks}), stages, samples, turns),
     }

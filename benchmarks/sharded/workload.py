@@ -36,8 +36,9 @@ def denoiser(size: str) -> nn.Module:
         )
 
 
-def planned(size: str) -> Network:
-    return Network(name=size, module=denoiser(size), resolution=8 * LATENT)
+def planned(size: str, *, bf16: bool = False) -> Network:
+    module = denoiser(size).to(torch.bfloat16 if bf16 else torch.float32)
+    return Network(name=size, module=module, resolution=8 * LATENT)
 
 
 def batch(count: int, seed: int) -> dict[str, Tensor]:
@@ -49,8 +50,14 @@ def batch(count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def deepspeed_config(stage: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(
+    stage: int, micro_batch: int, accumulation: int, *, bf16: bool = False, offload: str | None = None
+) -> dict[str, Any]:
+    """offload: None, "optimizer", or "both" it and parameters."""
+    on_the_host = {"device": "cpu", "pin_memory": False}
+    parts = {None: (), "optimizer": ("offload_optimizer",), "both": ("offload_optimizer", "offload_param")}[offload]
     return {
+        "bf16": {"enabled": bf16},
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
@@ -62,6 +69,7 @@ def deepspeed_config(stage: int, micro_batch: int, accumulation: int) -> dict[st
             "reduce_bucket_size": REDUCE_BUCKET_SIZE,
             "stage3_prefetch_bucket_size": PREFETCH_BUCKET_SIZE,
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+            **dict.fromkeys(parts, on_the_host),
         },
     }
 
@@ -78,12 +86,13 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
-def erasediff(size: str, stage: int, per_rank: int) -> Step:
+def erasediff(size: str, stage: int, per_rank: int, *, bf16: bool = False, offload: str | None = None) -> Step:
     """Steps over ``per_rank`` samples on each rank, half of them retained and half forgotten."""
-    model = denoiser(size)
+    model = denoiser(size).to(torch.bfloat16 if bf16 else torch.float32)
     optimizer = ConstrainedAdamW(model.parameters(), lr=1e-5)
-    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // 2, 1))
-    unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1))
+    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // 2, 1, bf16=bf16, offload=offload))
+    autocast = torch.bfloat16 if bf16 else None
+    unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1), autocast=autocast)
     retain, forget = batch(per_rank // 2, 0), batch(per_rank // 2, 1)
     return lambda: unlearner.step(retain, forget)
 

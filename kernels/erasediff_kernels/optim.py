@@ -252,6 +252,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
             # The operator advances the step that it is given, and the step of a group advances once.
             is_last = bucket_index == len(buckets) - 1
+            counted = step if is_last and step.device == device else step.to(device, copy=True)
             self._run(
                 group,
                 bucket,
@@ -262,7 +263,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 clip_scale=constraint.clip_scale.to(device),
                 finite=constraint.finite.to(device),
                 lr=self._scalar((group_index, "lr", device), group["lr"], device),
-                step=step if is_last and step.device == device else step.to(device, copy=True),
+                step=counted,
                 weight_decay=group["weight_decay"],
                 ema=bucket.state("ema") if group["ema_decay"] is not None else (),
                 ema_decay=group["ema_decay"] or 0.0,
@@ -270,6 +271,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 masks=bucket.state("mask") if bucket.has_mask else (),
                 rounding_key=rounding_key,
             )
+            if is_last and counted is not step:
+                # Where DeepSpeed offloads, partitions are on the host and the count is where the parameters were.
+                step.copy_(counted)
 
     def _buckets(self, group_index: int, params: Sequence[Tensor], group: dict[str, Any]) -> list[Bucket]:
         """Those of a group, from the step before where nothing changed; a list of thousands is then not looked into."""

@@ -28,9 +28,10 @@ nano = load(Path(__file__).parents[1] / "nano.py")
 
 
 def denoiser() -> nn.Module:
+    """The same weights on every kind of device, where this process computes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nano._unet(32)
+        return nano._unet(32).to(World.current().device)
 
 
 def batches(step: int, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -44,7 +45,8 @@ def batches(step: int, world: World) -> tuple[dict[str, Tensor], dict[str, Tenso
             "sample_ids": torch.arange(BATCH),
         }
         each = BATCH // world.size
-        found.append({name: value[world.rank * each : (world.rank + 1) * each] for name, value in batch.items()})
+        mine = slice(world.rank * each, (world.rank + 1) * each)
+        found.append({name: value[mine].to(world.device) for name, value in batch.items()})
     return found[0], found[1]
 
 
@@ -96,7 +98,7 @@ def unlearner(
         add_lora(model, rank=2, targets=names)
     options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.02, refresh_every=3)}
     if relabel:
-        other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7))
+        other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7)).to(World.current().device)
         options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model))
     if bf16:
         options["autocast"] = torch.bfloat16
@@ -239,7 +241,8 @@ def masters(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def bytes_at_the_update(options: dict[str, Any], is_constrained: bool) -> tuple[int, int]:
-    """(bytes that are there when the optimizer steps, and were not before the step; bytes of a partition in fp32)."""
+    """(bytes that are there when the optimizer steps, and were not before there was one; of a partition in fp32)."""
+    before = bytes_of_tensors()
     method = unlearner(**options)
     if not is_constrained:
         method = FineTune(method.model, process=process())
@@ -247,7 +250,6 @@ def bytes_at_the_update(options: dict[str, Any], is_constrained: bool) -> tuple[
     counts: list[int] = []
     method.optimizer.register_step_pre_hook(lambda *_: counts.append(bytes_of_tensors()))
     for step in range(2):
-        before = bytes_of_tensors()
         counts.clear()
         method.step(*batches(step, world))
     partition = sum(shard.tensors["weight"].numel() for shard in method.shards()) * 4
@@ -264,9 +266,15 @@ def bytes_of_tensors() -> int:
     return sum(storages.values())
 
 
+def norm_told_by_the_engine(options: dict[str, Any]) -> tuple[float, float]:
+    method = unlearner(**options)
+    report = method.step(*batches(0, World.current()))
+    return float(method.model.get_global_grad_norm()), float(report.grad_norm)
+
+
 def loaded_in_parts() -> dict[str, Any]:
     """The reports of a denoiser that was partitioned as it was made, and how much of it this process ever held."""
-    weights = denoiser().state_dict()
+    weights = {name: weight.cpu() for name, weight in denoiser().state_dict().items()}
     asked: list[str] = []
 
     def read(name: str) -> Tensor:

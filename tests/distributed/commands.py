@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from placing import environment
 from safetensors.torch import load_file
 from torch import Tensor
 
 SECONDS = 240
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+WIDEST = 3
+"""Processes of the largest run that others are compared with."""
 TINY = """
 threads: 1
 model: {block_out_channels: [8, 8], layers_per_block: 1}
@@ -23,10 +25,13 @@ run: {checkpoint_every: 4, keep_checkpoints: 9, log_every: 1}
 """
 
 
-def start(*arguments: object, launcher: tuple[str, ...] = ("-m", "erasediff.cli")) -> subprocess.Popen[str]:
-    """``erasediff`` with ``arguments``, by itself or as ``launcher`` starts it."""
+def start(
+    *arguments: object, launcher: tuple[str, ...] = ("-m", "erasediff.cli"), widest: int = WIDEST
+) -> subprocess.Popen[str]:
+    """``erasediff`` with ``arguments``, by itself or as ``launcher`` starts it, placed as ``widest`` processes are."""
     command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = {**os.environ, **environment(widest), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,35 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import TINY
 from commands import run as command
 from harness import SECONDS, Group
+from placing import GPUS, on_gpus
+
+
+def pytest_report_header() -> str:
+    deepspeed = version("deepspeed") if find_spec("deepspeed") else "missing"
+    places = f"a GPU each for up to {GPUS} processes, the CPU for more" if GPUS else "the CPU for all processes"
+    return f"places: {places}; torch {torch.__version__}, DeepSpeed {deepspeed}"
 
 
 @pytest.fixture(scope="session")
 def run_on() -> Iterator[Callable[..., list[Any]]]:
-    """``run_on(size, file, function, *arguments)``: what each of ``size`` processes returns."""
-    groups: dict[int, Group] = {}
+    """``run_on(size, file, function, *arguments)``: what each of ``size`` processes returns.
 
-    def run(size: int, file: Path, function: str, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
-        if size not in groups or not groups[size].is_alive:
-            groups[size] = Group(size)
-        return groups[size].run(file, function, *arguments, seconds=seconds)
+    widest: of the groups whose results are compared, the number of processes of the largest; ``size`` by default
+    """
+    groups: dict[tuple[int, bool], Group] = {}
+
+    def run(
+        size: int,
+        file: Path,
+        function: str,
+        *arguments: Any,
+        widest: int | None = None,
+        seconds: float = SECONDS,
+    ) -> list[Any]:
+        key = size, on_gpus(widest or size)
+        if key not in groups or not groups[key].is_alive:
+            groups[key] = Group(size, widest)
+        return groups[key].run(file, function, *arguments, seconds=seconds)
 
     yield run
     for group in groups.values():

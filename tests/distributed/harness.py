@@ -1,7 +1,8 @@
-"""Groups of gloo processes that are started once for each world size and then take one job after another.
+"""Groups of processes that are started once for each world size and then take one job after another.
 
 Importing DeepSpeed takes seconds, and joining a process group too: a group is kept for all tests. A rank that raises or
-dies fails the job with its own traceback, and ends its group; so does a job that takes too long.
+dies fails the job with its own traceback, and ends its group; so does a job that takes too long. Where they compute:
+see ``placing``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
+
+from placing import environment, on_gpus
 
 SECONDS = 120
 
@@ -27,10 +31,12 @@ class RankFailed(AssertionError):
 
 
 class Group:
-    """``size`` processes with one gloo process group."""
+    """``size`` processes with one process group, placed as ``widest`` processes (``size`` by default) would be."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, widest: int | None = None) -> None:
         self.size = size
+        self.kind = "GPU" if on_gpus(widest or size) else "CPU"
+        variables = environment(widest or size)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,7 +46,9 @@ class Group:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+            # From the first: torch, once it has asked the driver, no longer looks at what GPUs are to be visible.
+            with mock.patch.dict(os.environ, variables):
+                process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -56,7 +64,8 @@ class Group:
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(answers))} took over {seconds} s")
+                silent = sorted(set(range(self.size)) - set(answers))
+                raise RankFailed(f"ranks {silent} of {self.size} ({self.kind}) took over {seconds} s")
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -64,7 +73,11 @@ class Group:
                 except EOFError:
                     self.processes[rank].join()
                     answers[rank] = False, f"died with exit code {self.processes[rank].exitcode}"
-        failures = [f"rank {rank}: {answer}" for rank, (is_good, answer) in answers.items() if not is_good]
+        failures = [
+            f"rank {rank} of {self.size} ({self.kind}): {answer}"
+            for rank, (is_good, answer) in answers.items()
+            if not is_good
+        ]
         if failures:
             self.close()
             raise RankFailed("\n".join(failures))
@@ -103,14 +116,22 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
         HF_HUB_OFFLINE="1",
     )
     import torch
     import torch.distributed as dist
+    from torch.utils._pytree import tree_map_only
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    backend = "gloo"
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        # Stops and the like are agreed on with tensors of the CPU.
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(rank)
+        # Some tests are about bits. What cannot be the same in each run says so, by its name.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.cuda.is_available() == ("nccl" in backend), "this rank sees GPUs where it is to see none, or none"
+    dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS))
     while True:
         try:
             file, function, arguments = pipe.recv()
@@ -118,6 +139,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             return
         try:
             result = getattr(load(file), function)(*arguments)
+            # Not as handles of this process's memory on a device.
+            result = tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), result)
         except Exception:  # noqa: BLE001
             pipe.send((False, traceback.format_exc()))
         else:

@@ -20,7 +20,8 @@ from erasediff.runs.snapshot import snapshot_of
 
 
 def prompts(count: int, seed: int) -> dict[str, torch.Tensor]:
-    return {"encoder_hidden_states": torch.randn(count, 3, 32, generator=torch.Generator().manual_seed(seed))}
+    drawn = torch.randn(count, 3, 32, generator=torch.Generator().manual_seed(seed))
+    return {"encoder_hidden_states": drawn.to(World.current().device)}
 
 
 def salun(given: dict[str, Any]) -> SalUn:

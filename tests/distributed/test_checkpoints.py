@@ -22,12 +22,12 @@ CHAINS = [
 def test_any_layout_goes_on_from_any_other(run_on: RunOn, tmp_path: Path, chain: list[tuple[int, str]]) -> None:
     # Under this barrier there is all that there is under others, and the inner solve's weights.
     each, barrier = 2, "gap"
-    whole = run_on(
-        1, CASES, "go_on", str(tmp_path / "whole"), 0, each * len(chain), {"layout": "local", "barrier": barrier}
-    )[0]
+    options = {"layout": "local", "barrier": barrier}
+    whole = run_on(1, CASES, "go_on", str(tmp_path / "whole"), 0, each * len(chain), options, widest=3)[0]
     for place, (size, layout) in enumerate(chain):
         first, last = each * place, each * (place + 1)
-        reports = run_on(size, CASES, "go_on", str(tmp_path), first, last, {"layout": layout, "barrier": barrier})
+        options = {"layout": layout, "barrier": barrier}
+        reports = run_on(size, CASES, "go_on", str(tmp_path), first, last, options, widest=3)
         assert all(report == reports[0] for report in reports)
         for found, expected in zip(reports[0], whole[first:last], strict=True):
             assert found == pytest.approx(expected, rel=2e-5, abs=1e-6), (size, layout)

@@ -10,28 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from placing import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"),
+    *("--main_process_port", "0", "--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
+]
 COMMANDS = {
-    "plain_pytorch.py": [sys.executable],
-    "accelerate_deepspeed.py": [
-        *(
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--use_deepspeed",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-        ),
-        *("--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
-    ],
-    "deepspeed_engine.py": TORCHRUN,
-    "fsdp2.py": TORCHRUN,
-    "diffusers_text_to_image.py": [sys.executable],
+    "plain_pytorch.py": (1, [sys.executable]),
+    "accelerate_deepspeed.py": (2, ACCELERATE),
+    "deepspeed_engine.py": (2, TORCHRUN),
+    "fsdp2.py": (2, TORCHRUN),
+    "diffusers_text_to_image.py": (1, [sys.executable]),
 }
+"""Of each example, its number of processes and what starts it."""
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +38,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_example(name: str, tmp_path: Path, start: UNet2DConditionModel) -> None:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [*COMMANDS[name], str(EXAMPLES / name)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    processes, launcher = COMMANDS[name]
+    command = [*launcher, str(EXAMPLES / name)]
+    variables = {**os.environ, **environment(processes), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "retain" in done.stdout
     saved = tmp_path / "unlearned"

@@ -34,8 +34,8 @@ def assembled(results: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.slow
 def test_state_goes_on_in_another_layout_on_another_number_of_processes(run_on):
     """Two ranks under stage 2, one plain process, three under stage 3, two under FSDP2: one curve."""
-    undisturbed = run_on(1, CASES, "state_after", 12, {"layout": "local", **GAP})[0]
-    first = run_on(2, CASES, "state_after", 4, {"layout": "zero-2", **GAP})
+    undisturbed = run_on(1, CASES, "state_after", 12, {"layout": "local", **GAP}, widest=3)[0]
+    first = run_on(2, CASES, "state_after", 4, {"layout": "zero-2", **GAP}, widest=3)
     whole, scalars = assembled(first), first[0]["scalars"]
     assert all({"weight", "exp_avg", "exp_avg_sq", "ema", "inner"} == set(tensors) for tensors in whole.values())
     assert whole.keys() == assembled([undisturbed]).keys()
@@ -46,14 +46,14 @@ def test_state_goes_on_in_another_layout_on_another_number_of_processes(run_on):
         (2, "zero-1", "optimizer"),
     ):
         options = {"layout": layout, "offload": offload, **GAP}
-        resumed = run_on(size, CASES, "resumed", whole, scalars, range(4, 12), options)
+        resumed = run_on(size, CASES, "resumed", whole, scalars, range(4, 12), options, widest=3)
         for report, expected in zip(resumed[0]["reports"], undisturbed["reports"][4:], strict=True):
             assert report == pytest.approx(expected, rel=2e-6, abs=1e-7), layout
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero-1", "zero-3"])
 def test_shards_have_each_element_once_and_equal_those_of_one_process(run_on, layout):
-    expected = assembled(run_on(1, CASES, "state_after", 1, {"layout": "local"}))
+    expected = assembled(run_on(1, CASES, "state_after", 1, {"layout": "local"}, widest=2))
     results = run_on(2, CASES, "state_after", 1, {"layout": layout})
     actual = assembled(results)
     assert actual.keys() == expected.keys()
@@ -76,7 +76,7 @@ def test_shards_have_each_element_once_and_equal_those_of_one_process(run_on, la
 )
 def test_bf16_weights_are_roundings_of_fp32_masters(run_on, layout, own):
     options = {"bf16": True, "lr": 1e-7}
-    expected = run_on(1, CASES, "masters", {"layout": "local", **options})[0]
+    expected = run_on(1, CASES, "masters", {"layout": "local", **options}, widest=2)[0]
     results = run_on(2, CASES, "masters", {"layout": layout, **options, **own})
     for report, reference in zip(results[0]["reports"], expected["reports"], strict=True):
         assert report["multiplier"] == pytest.approx(reference["multiplier"], rel=0.05)
@@ -94,14 +94,14 @@ def test_bf16_weights_are_roundings_of_fp32_masters(run_on, layout, own):
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero-2", "zero-3"])
 def test_adapters_alone_are_trained(run_on, layout):
-    expected = run_on(1, CASES, "train", 5, {"layout": "local", "lora": True, "lr": 1e-3})[0]
+    expected = run_on(1, CASES, "train", 5, {"layout": "local", "lora": True, "lr": 1e-3}, widest=2)[0]
     results = run_on(2, CASES, "train", 5, {"layout": layout, "lora": True, "lr": 1e-3})
     for report, reference in zip(results[0]["reports"], expected["reports"], strict=True):
         assert report == pytest.approx(reference, rel=1e-5, abs=1e-7)
     weights = results[0]["weights"]
     moved = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
     assert moved
-    base = run_on(1, CASES, "train", 0, {"layout": "local", "lora": True})[0]["weights"]
+    base = run_on(1, CASES, "train", 0, {"layout": "local", "lora": True}, widest=2)[0]["weights"]
     assert all(torch.equal(weight, base[name]) for name, weight in weights.items() if "lora" not in name)
 
 
@@ -127,8 +127,14 @@ def test_a_constrained_step_holds_one_gradient_shard_more_than_fine_tuning(run_o
         assert 0 < more - less < 1.1 * partition, (less / partition, more / partition)
 
 
+@pytest.mark.parametrize("layout", ["zero-0", "zero-1", "zero-2", "zero-3"])
+def test_the_engine_tells_the_norm_of_the_combination(run_on, layout):
+    for told, norm in run_on(2, CASES, "norm_told_by_the_engine", {"layout": layout}):
+        assert told == norm > 0
+
+
 def test_a_model_is_partitioned_as_it_is_made(run_on):
-    expected = run_on(1, CASES, "train", 3, {"layout": "local"})[0]["reports"]
+    expected = run_on(1, CASES, "train", 3, {"layout": "local"}, widest=2)[0]["reports"]
     first, second = run_on(2, CASES, "loaded_in_parts")
     assert first["same"]
     assert first["asked"] > 0

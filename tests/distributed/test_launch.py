@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SECONDS, TINY, curve, finish, run, start, weights
+from commands import SECONDS, TINY, WIDEST, curve, finish, run, start, weights
 from diffusers import DDPMPipeline
+from placing import on_gpus
 
 LAUNCHERS = {
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "erasediff.cli"),
     "accelerate": (
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu" if on_gpus(WIDEST) else "--cpu",
         "--num_processes=2",
         "--num_machines=1",
         "-m",

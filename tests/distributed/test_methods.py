@@ -15,14 +15,14 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def alone(run_on: RunOn) -> dict[str, Any]:
-    return run_on(1, CASES, "train_all", STEPS, {"layout": "local"})[0]
+    return run_on(1, CASES, "train_all", STEPS, {"layout": "local"}, widest=3)[0]
 
 
 @pytest.mark.parametrize(("size", "layout"), [(3, "ddp"), (2, "fsdp"), (2, "zero-2"), (2, "zero-3")])
 def test_other_methods_do_in_ranks_what_they_do_alone(
     run_on: RunOn, alone: dict[str, Any], size: int, layout: str
 ) -> None:
-    results = run_on(size, CASES, "train_all", STEPS, {"layout": layout})
+    results = run_on(size, CASES, "train_all", STEPS, {"layout": layout}, widest=3)
     for name, expected in alone.items():
         found = results[0][name]
         assert all(result[name]["reports"] == found["reports"] for result in results)
@@ -35,7 +35,7 @@ def test_other_methods_do_in_ranks_what_they_do_alone(
 
 
 def test_the_masked_share_of_weights_stays_in_every_layout(run_on: RunOn, alone: dict[str, Any]) -> None:
-    before = run_on(1, CASES, "train_all", 0, {"layout": "local"})[0]["salun"]["weights"]
+    before = run_on(1, CASES, "train_all", 0, {"layout": "local"}, widest=3)[0]["salun"]["weights"]
     after = alone["salun"]["weights"]
     moved = sum(int((weight != before[key]).sum()) for key, weight in after.items())
     assert 0.25 < moved / sum(weight.numel() for weight in after.values()) <= 0.31
@@ -43,9 +43,9 @@ def test_the_masked_share_of_weights_stays_in_every_layout(run_on: RunOn, alone:
 
 @pytest.mark.parametrize("name", ["esd", "selective-amnesia"])
 def test_a_method_s_own_state_goes_on_in_another_layout(run_on: RunOn, tmp_path: Path, name: str) -> None:
-    whole = run_on(1, CASES, "go_on", str(tmp_path / "whole"), name, 0, 6, {"layout": "local"})[0]
+    whole = run_on(1, CASES, "go_on", str(tmp_path / "whole"), name, 0, 6, {"layout": "local"}, widest=3)[0]
     for place, (size, layout) in enumerate([(2, "zero-2"), (1, "local"), (3, "ddp")]):
         first, last = 2 * place, 2 * place + 2
-        reports = run_on(size, CASES, "go_on", str(tmp_path), name, first, last, {"layout": layout})[0]
+        reports = run_on(size, CASES, "go_on", str(tmp_path), name, first, last, {"layout": layout}, widest=3)[0]
         for found, expected in zip(reports, whole[first:last], strict=True):
             assert found == pytest.approx(expected, rel=2e-5, abs=1e-6), (size, layout)

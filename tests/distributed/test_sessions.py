@@ -19,7 +19,7 @@ def test_no_rank_holds_the_denoiser_or_its_teacher_whole(
     run_on: RunOn, nano_folder: Callable[[str], Path], tmp_path: Path, train: str
 ) -> None:
     where, chosen = (str(nano_folder("sd")), str(tmp_path)), {"text_to_image.train": train}
-    alone = run_on(1, CASES, "unlearn", *where, chosen)[0]
+    alone = run_on(1, CASES, "unlearn", *where, chosen, widest=2)[0]
     ranks = run_on(2, CASES, "unlearn", *where, {**chosen, **ZERO_3})
     for rank in ranks:
         assert rank["cuts"] > 200
@@ -32,7 +32,7 @@ def test_no_rank_holds_the_denoiser_or_its_teacher_whole(
 
 def test_a_teacher_is_cut_under_fsdp_too(run_on: RunOn, nano_folder: Callable[[str], Path], tmp_path: Path) -> None:
     where = (str(nano_folder("sd")), str(tmp_path))
-    alone = run_on(1, CASES, "unlearn", *where, {})[0]
+    alone = run_on(1, CASES, "unlearn", *where, {}, widest=2)[0]
     for rank in run_on(2, CASES, "unlearn", *where, {"distributed.launch": "fsdp"}):
         for report, expected in zip(rank["reports"], alone["reports"], strict=True):
             assert report == pytest.approx(expected, rel=1e-4, abs=1e-7)

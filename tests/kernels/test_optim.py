@@ -430,6 +430,26 @@ def test_a_pending_constraint_makes_step_the_constrained_step(make: Any) -> None
         same(averages, results[0][1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@KINDS
+def test_parameters_that_move_to_the_host_after_the_optimizer_was_made_are_counted_too(make: Any) -> None:
+    """As DeepSpeed offloads an optimizer: its groups then hold partitions on the host."""
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        optimizer = make(parameters("cpu"))
+        params = optimizer.parameters_in_order()
+        optimizer.param_groups[0]["step"] = optimizer.param_groups[0]["step"].to(device)
+        for _ in range(3):
+            retain, forget = like(params), like(params)
+            constraint = constraint_multiplier(gradient_gram(retain, forget), eta=0.5, max_norm=1.0)
+            optimizer.constrained_step(retain, forget, constraint)
+        assert float(optimizer.param_groups[0]["step"]) == 3.0
+        results.append(params)
+    same(*results)
+
+
 @KINDS
 def test_state_can_be_made_before_the_first_step(make: Any) -> None:
     optimizer = make(parameters("cpu", torch.bfloat16), master_weights=True, ema_decay=0.9)

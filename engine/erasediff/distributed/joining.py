@@ -33,11 +33,19 @@ def check_launch(settings: DistributedConfig) -> None:
 
 def local_device(name: str) -> str:
     """The device of this rank, where ``name`` leaves the choice. UserError for one GPU for several ranks."""
-    if Peers.current().size == 1 or name not in ("auto", "cuda"):
-        if name.startswith("cuda:"):
-            raise UserError(f"Each process has a GPU of its own: say --device cuda, not {name}.")
+    if Peers.current().size == 1:
         return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:"):
+        raise UserError(f"Each process has a GPU of its own: say --device cuda, not {name}.")
+    if name not in ("auto", "cuda"):
+        return name
+    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto" and gpus == 0:
+        return "cpu"
+    if place >= gpus:
+        found = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"This machine has {found} for {place + 1} processes or more: say --device cpu.")
+    return f"cuda:{place}"
 
 
 def join(settings: DistributedConfig, device: torch.device) -> None:

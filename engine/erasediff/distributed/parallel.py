@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,11 +108,13 @@ def _shard(network: nn.Module, settings: DistributedConfig) -> None:
     if settings.offload_optimizer and not settings.offload_params:
         raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
     policy = CPUOffloadPolicy() if settings.offload_params else OffloadPolicy()
+    # By default the mesh is one of GPUs wherever there are some, whatever device was asked for.
+    mesh = init_device_mesh(next(network.parameters()).device.type, (Peers.current().size,))
     for child in network.children():
         for block in child if isinstance(child, nn.ModuleList) else [child]:
             if any(True for _ in block.parameters()):
-                fully_shard(block, offload_policy=policy)
-    fully_shard(network, offload_policy=policy)
+                fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(network, mesh=mesh, offload_policy=policy)
 
 
 def _engine(network: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> nn.Module:

@@ -47,6 +47,10 @@ class Layout(Protocol):
         """What the engine's next step finds as its gradients."""
         ...
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        """Nobody needs what ``take`` has returned any more: the next gradient may be written there."""
+        ...
+
     def fragments(self) -> Iterator[Fragment]: ...
 
     def refresh(self) -> None:
@@ -138,6 +142,11 @@ def take_over_clipping(engine: Any) -> float | None:
     return asked or None
 
 
+def tell_norm(engine: Any, norm: Tensor) -> None:
+    """What ``engine.get_global_grad_norm`` returns from now on: the engine's own would be the retain gradient's."""
+    engine._global_grad_norm = norm
+
+
 def return_boundary(engine: Any) -> None:
     """The engine counts its accumulation steps itself again, as before ``set_gradient_accumulation_boundary``."""
     engine._is_gradient_accumulation_boundary = None
@@ -170,6 +179,9 @@ class WholeParameters:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        pass
+
     def fragments(self) -> Iterator[Fragment]:
         for index, parameter in enumerate(self.parameters):
             yield Fragment(parameter, 0, index, 0, parameter.numel())
@@ -196,15 +208,49 @@ class PartitionedGradients:
     """ZeRO 1 and 2: one fp32 partition for each group, in which parameters lie end to end.
 
     After a backward pass the gradients of a partition are a list of pieces, or with the optimizer offloaded, in the
-    partition's ``grad``.
+    partition's ``grad``. DeepSpeed copies each reduced gradient out of its bucket: here, to where it lies in the
+    partition, so that the pieces need not be joined.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.flats: list[Tensor] = list(optimizer.single_partition_of_fp32_groups)
         self.groups = list(range(len(self.flats)))
+        self._rooms: list[list[Tensor]] = []
+        """Of the backward passes since ``renew``, the flat gradients that the first one wrote, if any did."""
+        self._free: list[list[Tensor]] = []
+        self._are_joined = any(map(optimizer._use_compact_grad_partition_buffer, self.groups))
+        if optimizer.cpu_offload:
+            return
+        # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
+        optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
+        if optimizer.contiguous_gradients and not self._are_joined:
+            self._places = {optimizer.get_param_id(place.parameter): place for place in self.fragments()}
+            optimizer.copy_grads_in_partition = self._copy_to_its_place
+
+    def _copy_to_its_place(self, parameter: nn.Parameter, group: int | None = None) -> None:
+        optimizer = self.optimizer
+        # None at the beginning of each backward pass: the gradients of further ones are added to the first one's.
+        if optimizer.grads_in_partition is None:
+            optimizer.grads_in_partition = self._room()
+            self._rooms = self._rooms or [optimizer.grads_in_partition]
+        gradient = optimizer.get_gradient_for_reduction(parameter)
+        _, _, index, offset, length = self._places[optimizer.get_param_id(parameter)]
+        if length == gradient.numel():
+            place = optimizer.grads_in_partition[index].narrow(0, offset, length).view(gradient.shape)
+        else:
+            # The partition ends within this parameter, and DeepSpeed will cut the whole gradient.
+            place = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        gradient.data = place.copy_(gradient)
+
+    def _room(self) -> list[Tensor]:
+        if self._free:
+            return self._free.pop()
+        dtype = self.optimizer.gradient_accumulation_dtype
+        return [torch.empty_like(flat, dtype=dtype, requires_grad=False) for flat in self.flats]
 
     def renew(self) -> None:
+        self._rooms = []
         # With the optimizer offloaded, the first backward pass overwrites and further ones add.
         self.optimizer.micro_step_id = -1
         self.optimizer.zero_grad()
@@ -221,16 +267,16 @@ class PartitionedGradients:
             for flat in self.flats:
                 flat.grad = None
             return taken
-        taken = []
+        if self._are_joined:
+            taken = [optimizer.averaged_gradients[index].flat_partition for index in self.groups]
+        else:
+            taken = self._rooms[0] if self._rooms else self._room()
+            for index, whole in zip(self.groups, taken, strict=True):
+                _gather_pieces(whole, optimizer.averaged_gradients[index])
         for index in self.groups:
-            pieces = optimizer.averaged_gradients[index]
-            whole = getattr(pieces, "flat_partition", None)
-            if whole is None:
-                whole = torch.cat([piece.reshape(-1) for piece in pieces])
             optimizer.averaged_gradients[index] = None
             optimizer.all_grad_tensors[index] = None
-            taken.append(whole)
-        return taken
+        return list(taken)
 
     def put(self, gradients: list[Tensor]) -> None:
         for index, gradient in zip(self.groups, gradients, strict=True):
@@ -238,6 +284,10 @@ class PartitionedGradients:
                 self.flats[index].grad = gradient
             else:
                 self.optimizer.averaged_gradients[index] = [gradient]
+
+    def reuse(self, gradients: list[Tensor]) -> None:
+        if gradients and not self._are_joined and not self.optimizer.cpu_offload:
+            self._free.append(gradients)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
@@ -262,6 +312,10 @@ class PartitionedParameters:
         self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
         self.groups = [optimizer.sub_group_to_group_id[index] for index in range(len(self.flats))]
         self._is_lent = False
+        self._free: list[Tensor] = []
+        if not optimizer.offload_optimizer:
+            # As under ZeRO 1 and 2; here it is no option.
+            optimizer._get_norm_groups = lambda: [torch.zeros(())]
 
     @property
     def _partitions(self) -> dict[int, Tensor]:
@@ -279,7 +333,7 @@ class PartitionedParameters:
             for flat in self.flats:
                 flat.grad = _zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
             return
-        buffer = torch.zeros_like(optimizer.grad_partitions_flat_buffer)
+        buffer = self._free.pop().zero_() if self._free else torch.zeros_like(optimizer.grad_partitions_flat_buffer)
         optimizer.grad_partitions_flat_buffer = buffer
         offset = 0
         for group in optimizer.fp16_groups:
@@ -302,6 +356,11 @@ class PartitionedParameters:
             else:
                 self.optimizer.averaged_gradients[index] = [gradient]
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        if gradients and not self.optimizer.offload_optimizer:
+            length = sum(gradient.numel() for gradient in gradients)
+            self._free.append(gradients[0].as_strided((length,), (1,), 0))
+
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
         for group in optimizer.fp16_groups:
@@ -320,6 +379,17 @@ class PartitionedParameters:
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _gather_pieces(whole: Tensor, pieces: list[Tensor]) -> None:
+    """Copy to ``whole`` those of the ``pieces``, end to end, that do not lie there already."""
+    offset = 0
+    for piece in pieces:
+        place = whole.narrow(0, offset, piece.numel())
+        if piece.data_ptr() != place.data_ptr():
+            place.copy_(piece.reshape(-1))
+        offset += piece.numel()
+    assert offset == whole.numel()
 
 
 def _zeros_on_the_host(like: Tensor, *, pinned: bool) -> Tensor:

@@ -61,7 +61,7 @@ class Gradients(Protocol):
         ...
 
     def take(self) -> list[Tensor]:
-        """The gradients accumulated since the last ``take``. The caller's to keep and to write to."""
+        """The gradients accumulated since the last ``take``. The caller's to keep and to write to, until ``update``."""
         ...
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
@@ -69,7 +69,10 @@ class Gradients(Protocol):
         ...
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
-        """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false."""
+        """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false.
+
+        What the lists hold afterwards is undefined: the next gradients may be written there.
+        """
         ...
 
     def set_masks(self, masks: list[Tensor]) -> None:

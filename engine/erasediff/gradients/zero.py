@@ -15,6 +15,7 @@ from erasediff.gradients.deepspeed import (
     layout_of,
     return_boundary,
     take_over_clipping,
+    tell_norm,
 )
 from erasediff.gradients.masking import masked_gram, set_masks
 from erasediff.gradients.naming import named
@@ -95,6 +96,9 @@ class ZeroGradients:
             torch._foreach_mul_(retain, clip_scale)
             self.layout.put(retain)
             self.engine.step()
+        self.layout.reuse(retain)
+        self.layout.reuse(forget)
+        tell_norm(self.engine, constraint.norm)
         return_boundary(self.engine)
 
     def weights(self) -> list[Tensor]:

@@ -168,11 +168,8 @@ def rank_memory(
     stored = sum(on_device.values()) + frozen_teacher + (0 if layout.offload_param else weights)
     in_pass = gradients + bucket + gathered + traced.activation_bytes
     # Before the update, one gradient is cast to fp32.
-    in_update = 2 * gradient + (FP32 * sizes.trained // shards if half else 0)
-    # Under ZeRO 1 and 2 a pass ends with its gradient in three places: the parameters', a copy of these pieces, and the
-    # pieces laid end to end; the retain gradient is there too.
-    after_pass = 4 * gradient if layout.stage < 3 else 0
-    after_pass, in_update = (0, 0) if layout.offload_optimizer else (after_pass, in_update)
+    cast = FP32 * sizes.trained // shards if half else 0
+    in_update = 0 if layout.offload_optimizer else 2 * gradient + cast
     return RankMemory(
         weights=0 if layout.offload_param else weights,
         masters=on_device.get("masters", 0),
@@ -182,7 +179,7 @@ def rank_memory(
         gradients=gradients,
         buffers=bucket + gathered,
         activations=traced.activation_bytes,
-        peak=stored + max(in_pass, after_pass, in_update),
+        peak=stored + max(in_pass, in_update),
         host_weights=weights if layout.offload_param else 0,
         host_masters=on_host.get("masters", 0),
         host_moments=on_host.get("moments", 0),

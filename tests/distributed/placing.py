@@ -1,0 +1,28 @@
+"""Where the processes of a test compute: on a GPU each where there are enough of them, all on the CPU elsewhere.
+
+What is compared must be computed alike: one process that others are compared with is placed as the largest group of the
+comparison is, even where a GPU for one process would be free.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GPUS = torch.cuda.device_count()
+"""Of this machine, as CUDA_VISIBLE_DEVICES has them. Counting starts no CUDA context in the tests' own process."""
+
+
+def on_gpus(processes: int, gpus: int = GPUS) -> bool:
+    """Whether ``processes`` that compute together have a GPU each; NCCL has no place for two of them on one."""
+    return gpus >= processes
+
+
+def environment(processes: int, gpus: int = GPUS) -> dict[str, str]:
+    """What ``processes`` that compute together are to find in their environment before they import torch.
+
+    On the CPU nothing finds a GPU: not torch, FSDP's default mesh, DeepSpeed's accelerator or Accelerate.
+    """
+    if on_gpus(processes, gpus):
+        # With TF32 in convolutions, parts of a batch would differ from the whole in the fourth digit.
+        return {"DS_ACCELERATOR": "cuda", "NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,50 @@
+"""Which device a rank computes on, before anything is asked of it."""
+
+import pytest
+import torch
+
+from erasediff.distributed import Peers
+from erasediff.distributed.joining import local_device
+from erasediff.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpus, size, place)``: a machine with GPUs, on which this process has a place among ``size`` ranks."""
+
+    def of(gpus: int, size: int, place: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(Peers, "_current", Peers(rank=place, size=size))
+        monkeypatch.setenv("LOCAL_RANK", str(place))
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "name", "expected"),
+    [
+        (0, 2, "auto", "cpu"),
+        (2, 2, "auto", "cuda:1"),
+        (2, 2, "cuda", "cuda:1"),
+        (2, 2, "cpu", "cpu"),
+        (8, 1, "auto", "auto"),
+        (8, 1, "cuda:1", "cuda:1"),
+    ],
+)
+def test_each_rank_has_a_device_of_its_own(machine, gpus, size, name, expected):
+    machine(gpus, size, size - 1)
+    assert local_device(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "sentence"),
+    [
+        (1, "auto", "has 1 GPU for 2 processes or more: say --device cpu"),
+        (0, "cuda", "has 0 GPUs for 2 processes or more: say --device cpu"),
+        (2, "cuda:0", "say --device cuda, not cuda:0"),
+    ],
+)
+def test_ranks_that_cannot_have_one_are_refused_with_what_to_do(machine, gpus, name, sentence):
+    machine(gpus, 2, 1)
+    with pytest.raises(UserError, match=sentence):
+        local_device(name)
