@@ -122,8 +122,8 @@ class DigitsTask:
         config = self.config(case.seed)
         device = set_up_device(config)
         model = load_model(path, _dataset(), device)
-        images = _dataset().train.of_classes([self.digit])
-        some = Images(*(part[:RELEARNED_IMAGES].to(device) for part in (images.sample, images.class_labels, images.ids)))
+        images = _dataset().train.of_classes([self.digit]).to(device)
+        some = Images(*(part[:RELEARNED_IMAGES] for part in (images.sample, images.class_labels, images.ids)))
         labels = torch.full((count,), self.digit)
 
         def rate() -> float:
