@@ -77,10 +77,12 @@ class RankMemory:
     host_moments: int = 0
     host_averages: int = 0
     host_gradients: int = 0
+    host_buffers: int = 0
 
     @property
     def host(self) -> int:
-        return self.host_weights + self.host_masters + self.host_moments + self.host_averages + self.host_gradients
+        stored = self.host_weights + self.host_masters + self.host_moments + self.host_averages
+        return stored + self.host_gradients + self.host_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,8 @@ def rank_memory(
         host_moments=on_host.get("moments", 0),
         host_averages=on_host.get("averages", 0),
         host_gradients=host_gradients,
+        # A partition of the model's own precision: of the new weights on their way back, or under ZeRO-3 of a gradient.
+        host_buffers=gradient if layout.offload_optimizer else 0,
     )
 
 
