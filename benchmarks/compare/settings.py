@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fashion import CLASSES, TEMPLATES, prompt
-from measure import CACHE
+from fashion import CLASSES, PHRASES, TEMPLATES, prompt
+from measure import CACHE, GUIDANCE_SCALE, INFERENCE_STEPS
 
 Settings = Mapping[str, Any]
 
@@ -43,6 +43,24 @@ def of_prompts(garment: str, **settings: Any) -> Settings:
         "text_to_image.train": "xattn",
         "unlearn.batch_size": 32,
         "esd.num_inference_steps": 25,
+    }
+    return common | {name.replace("__", "."): value for name, value in settings.items()}
+
+
+def of_concepts(garment: str, **settings: Any) -> Settings:
+    """For an autoencoder that has a latent for each garment; all are drawn under the four prompts that they have.
+
+    The block is the last that sees the prompt: whatever the others make of it reaches the prediction through this one.
+    """
+    common = {
+        "threads": 1,
+        "images.forget_prompts": [PHRASES[garment]],
+        "images.retain_prompts": [phrase for name, phrase in PHRASES.items() if name != garment],
+        "images.encode_batch_size": 100,
+        "saemnesia.block": "up_blocks.0.attentions.1",
+        "saemnesia.templates": list(TEMPLATES),
+        "saemnesia.guidance_scale": GUIDANCE_SCALE,
+        "saemnesia.num_inference_steps": INFERENCE_STEPS,
     }
     return common | {name.replace("__", "."): value for name, value in settings.items()}
 
@@ -103,6 +121,18 @@ METHODS: Mapping[str, Callable[[str], Settings]] = {
         unlearn__min_snr_gamma=5.0,
         unlearn__ema_decay=0.99857,
         unlearn__retain_label_dropout=0.1,
+    ),
+    # Its own defaults of detection and intervention; nothing but the nearest garment in the place of the sneaker.
+    "saemnesia": lambda garment: of_concepts(
+        garment,
+        saemnesia__images_per_prompt=60,
+        saemnesia__batch_size=1024,
+        saemnesia__epochs=3,
+        saemnesia__lr=1e-3,
+        saemnesia__supervised_epochs=4,
+        saemnesia__supervised_lr=3e-3,
+        saemnesia__weight=1.0,
+        saemnesia__dead_after=100_000,
     ),
     # Not tuned.
     "selective-amnesia": lambda garment: of_images(garment, unlearn__lr=3e-4, selective_amnesia__fisher_batches=20),

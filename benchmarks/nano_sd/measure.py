@@ -25,6 +25,7 @@ from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff.runs.atomic import atomic_file
 from erasediff.runs.progress import progress_bar
+from erasediff.sae import ConceptEraser
 from erasediff.stages.cache import cache_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
@@ -39,6 +40,9 @@ def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint with this text encoder, in any layout.")] = CACHE
     / "model",
     count: Annotated[int, typer.Option(help="Images per class.")] = 40,
+    saemnesia: Annotated[
+        Path | None, typer.Option(help="The folder OUT/saemnesia of concepts to erase while sampling.")
+    ] = None,
     grid: Annotated[Path | None, typer.Option(help="Draw the first ten of each class here.")] = None,
     forgotten: Annotated[
         str | None, typer.Option(help="Also tell the other classes' numbers without this one.")
@@ -57,6 +61,7 @@ def main(
             data,
             count,
             seed,
+            saemnesia=saemnesia,
             grid=grid,
             forgotten=forgotten,
             console=console,
@@ -77,12 +82,13 @@ def measure(
     count: int,
     seed: int,
     *,
+    saemnesia: Path | None = None,
     grid: Path | None = None,
     forgotten: str | None = None,
     console: Console,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Draws ``count`` images of each class from the checkpoint at ``path``.
+    """Draws ``count`` images of each class from the checkpoint at ``path``, with the eraser in ``saemnesia`` attached.
 
     ``recognised`` maps each class to the share of its images in which the judge sees it; ``fid`` and ``kid`` compare
     the judge's features of all images with those of the 10,000 test images. With ``forgotten``, ``others`` holds the
@@ -91,6 +97,8 @@ def measure(
     if forgotten is not None and forgotten not in CLASSES:
         raise UserError(f"There is no class {forgotten}: choose one of {', '.join(CLASSES)}.")
     model = load_text_to_image(path, device=device)
+    if saemnesia is not None:
+        ConceptEraser.load(saemnesia).attach(model.denoiser_module)
     labels = torch.arange(len(CLASSES)).repeat_interleave(count)
     with progress_bar(console, "Sampling", len(labels)) as bar:
         drawn = model.sample(

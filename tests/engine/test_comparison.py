@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch import nn
 
 from erasediff import Process
 from erasediff.comparison import Case, Lines, compare
-from erasediff.comparison.case import artefact_bytes, command
+from erasediff.comparison.case import Cost, artefact_bytes, carried_out, command
 from erasediff.comparison.digits import tasks_named
 from erasediff.comparison.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.comparison.page import verdict, write_page
@@ -94,6 +95,18 @@ def test_the_artefact_is_the_mask_or_what_changed(tmp_path: Path) -> None:
     assert artefact_bytes(base, run) == 3 * 4
     save_file({"m": torch.ones(1)}, run / "mask.safetensors")
     assert artefact_bytes(base, run) == (run / "mask.safetensors").stat().st_size
+
+
+def test_a_method_that_leaves_the_model_alone_is_measured_with_what_it_attaches(tmp_path: Path) -> None:
+    case = Case(task="t/1", method="saemnesia", seed=0, settings={})
+    eraser = tmp_path / case.name / "saemnesia"
+    eraser.mkdir(parents=True)
+    save_file({"W_enc": torch.ones(5)}, eraser / "sae.safetensors")
+    size = (eraser / "sae.safetensors").stat().st_size
+    assert artefact_bytes(tmp_path / "base", eraser.parent) == size
+    cost = Cost(seconds=2.0, cpu_seconds=1.0, training_seconds=1.0, peak_bytes=None, artefact_bytes=size)
+    (eraser.parent / "cost.json").write_text(json.dumps(dataclasses.asdict(cost)))
+    assert carried_out(case, tmp_path / "base", tmp_path) == (eraser, cost)
 
 
 def test_a_case_of_other_settings_is_another_case(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from erasediff.sae import (
     measure_features,
     train_autoencoder,
 )
-from erasediff.sae.eraser import EditReport, concept_free
+from erasediff.sae.detection import calibrate
+from erasediff.sae.eraser import Detection, EditReport, Intervention, sample_bank
+from erasediff.sae.maps import MeanMaps, measure_maps
 from erasediff.sae.training import geometric_median, squared_correlation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +51,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
         x = (weights * (weights > 0.6)) @ directions[:8]
         x += 3 * directions[8 + concept][:, None, None]
         shards.append(folder / f"shard-{number}.safetensors")
-        save_file({"activations": x.half(), "concept": concept, "timestep": torch.tensor([900, 100])}, shards[-1])
+        tensors = {"activations": x.half(), "concept": concept, "timestep": torch.tensor([900, 100])}
+        save_file(tensors | {"map_size": torch.tensor([5, 8])}, shards[-1])
     return ActivationCache(tuple(shards))
 
 
@@ -61,17 +64,22 @@ def trained(cache: ActivationCache, epochs: int = 6, checkpoint: Path | None = N
 
 def eraser_of(autoencoder: SparseAutoencoder, cache: ActivationCache, block: str = BLOCK) -> ConceptEraser:
     features = measure_features(autoencoder, cache, 3)
-    bank, limit = concept_free(autoencoder, cache, features.timesteps, (0,), 32)
+    assigned = assign_latents(features)
+    bank, bank_concepts, limit = sample_bank(autoencoder, cache, features.timesteps, 96)
     return ConceptEraser(
         autoencoder=autoencoder.requires_grad_(False),
         block=block,
         concepts=tuple(PROMPTS),
-        assigned=assign_latents(features),
-        erased=(0,),
+        assigned=assigned,
+        erased=(),
+        anchors=(),
         features=features,
+        thresholds=calibrate(autoencoder, assigned, cache, features.timesteps)[0],
         bank=bank,
+        bank_concepts=bank_concepts,
+        maps=measure_maps(cache, features.timesteps, 3),
         limit=limit,
-    )
+    ).erasing(PROMPTS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +176,19 @@ def model(nano_folder: Callable[[str], Path]) -> TextToImageModel:
     return load_text_to_image(nano_folder("sd"))
 
 
-def cache_of(model: TextToImageModel, folder: Path, guidance: float = 3.0) -> ActivationCache:
+def cache_of(
+    model: TextToImageModel, folder: Path, guidance: float = 3.0, batch_size: int = 4, crossed: bool = False
+) -> ActivationCache:
     return collect_activations(
-        model, BLOCK, PROMPTS, folder, images_per_prompt=2, num_inference_steps=3, guidance_scale=guidance
+        model,
+        BLOCK,
+        [[prompt, f"a photo of {prompt}"] for prompt in PROMPTS],
+        folder,
+        images_per_concept=2,
+        num_inference_steps=3,
+        guidance_scale=guidance,
+        batch_size=batch_size,
+        crossed=crossed,
     )
 
 
@@ -186,7 +204,9 @@ def test_cache_is_made_once_for_a_model_and_its_prompts(model: TextToImageModel,
     assert cache_of(model, tmp_path, 1.0).shards != first.shards
     patches = again.read(0)
     assert patches.x.shape[1] == 16
-    assert patches.concept.unique().tolist() == [0, 1]
+    assert patches.concept.unique().tolist() == [0, 1, 2]
+    asked = json.loads((again.shards[0].parent / "asked.json").read_text())
+    assert asked["concepts"][1] == ["a dog", "a photo of a dog"]
 
 
 @pytest.fixture
@@ -227,57 +247,218 @@ def test_any_scheduler_any_guidance_any_size(
     )
 
 
-def test_only_patches_with_the_concept_change(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
-    patches = planted.read(0)
-    at_100 = patches.timestep == 100
-    x, concept = patches.x[at_100], patches.concept[at_100]
-    for intervention in ("steer", "replace"):
-        edited = dataclasses.replace(planted_eraser, intervention=intervention).edit(x[None], torch.tensor(101))[0]
-        changed = (edited != x).any(dim=1)
-        assert changed[concept == 0].float().mean() > 0.95
-        assert changed[concept != 0].float().mean() < 0.05
+@pytest.mark.parametrize("detection", ["published", "patch", "image"])
+@pytest.mark.parametrize("intervention", ["published", "steer", "replace", "move"])
+def test_only_patches_with_the_concept_change(
+    planted: ActivationCache, planted_eraser: ConceptEraser, detection: Detection, intervention: Intervention
+) -> None:
+    eraser = dataclasses.replace(planted_eraser, detection=detection, intervention=intervention)
+    x, concept = at(planted, 100)
+    edited = eraser.edit(x, torch.tensor(101))
+    changed = (edited != x).any(dim=2)
+    assert changed[concept == 0].float().mean() > 0.95
+    assert changed[concept != 0].float().mean() < 0.05
+
+
+def at(cache: ActivationCache, timestep: int) -> tuple[Tensor, Tensor]:
+    """Images [B, patches, d] of the first shard at a timestep, and their concepts."""
+    x, concept, timesteps = cache.images(0)
+    return x[:, timesteps.tolist().index(timestep)].float(), concept
+
+
+def test_an_image_is_edited_as_a_whole_or_not_at_all(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
+    eraser = dataclasses.replace(planted_eraser, intervention="replace")
+    x, concept = at(planted, 100)
+    # Of an image with the concept in most patches, one patch that has none of it, and the other way about.
+    x[concept == 0, 0], x[concept == 1, 0] = x[concept == 1, 0].clone(), x[concept == 0, 0].clone()
+    by_image = eraser.edit(x, torch.tensor(100)) != x
+    assert by_image[concept == 0].any(dim=2).all()
+    assert not by_image[concept != 0].any()
+    by_patch = (dataclasses.replace(eraser, detection="patch").edit(x, torch.tensor(100)) != x).any(dim=2)
+    assert not by_patch[concept == 0, 0].any()
+    assert by_patch[concept == 1, 0].all()
+
+
+def test_moving_makes_one_concept_of_another(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
+    eraser = planted_eraser.erasing(PROMPTS[:1], PROMPTS[2:])
+    x, concept = at(planted, 100)
+    edited = eraser.edit(x, torch.tensor(100))
+    code = eraser.autoencoder.encode(edited[concept == 0].flatten(0, 1))
+    z = torch.zeros(len(code.values), eraser.autoencoder.latents).scatter(1, code.indices, code.values)
+    assert (z[:, eraser.assigned].argmax(dim=1) == 2).float().mean() > 0.95
+    place = eraser.features.timesteps.tolist().index(100)
+    expected = eraser.maps.mean[place, 2].float() - eraser.maps.mean[place, 0].float()
+    torch.testing.assert_close((edited - x)[concept == 0][0], expected)
+    # A map of another size is moved by the interpolated means, and a sequence of another length by none.
+    maps = x[concept == 0].transpose(1, 2).unflatten(2, (5, 8))
+    larger = torch.nn.functional.interpolate(maps, size=(10, 16))
+    moved = eraser.edit(larger, torch.tensor(100)) - larger
+    assert moved.abs().min() > 0
+    torch.testing.assert_close(moved.mean(dim=(2, 3))[0], expected.mean(dim=0), atol=1e-2, rtol=0)
+    with pytest.raises(UserError, match="40 patches and this image has 39"):
+        eraser.edit(x[:, :39], torch.tensor(100))
+
+
+def test_what_takes_the_place(planted_eraser: ConceptEraser) -> None:
+    for erased, anchors, expected in (
+        (PROMPTS[:2], (), (2, 2)),
+        (PROMPTS[:2], PROMPTS[2:], (2, 2)),
+        (PROMPTS[:1], PROMPTS[1:2], (1,)),
+    ):
+        assert planted_eraser.erasing(erased, anchors).anchors == expected
+    mean = torch.tensor([[0.0, 5.0, 3.0]])[..., None, None].half()
+    assert MeanMaps(mean, ()).nearest((0,)) == (2,)
+    assert MeanMaps(mean, ()).nearest((0, 2)) == (1, 1)
+    for erased, anchors, said in (
+        (PROMPTS[:1], PROMPTS[:1], "cannot be erased"),
+        (PROMPTS[:1], PROMPTS[1:], "2 anchors for 1"),
+        (PROMPTS[:1], ("a bird",), "No latent"),
+    ):
+        with pytest.raises(UserError, match=said):
+            planted_eraser.erasing(erased, anchors)
+
+
+def test_the_published_rule_is_the_papers_formula(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
+    eraser = dataclasses.replace(planted_eraser, detection="published", intervention="published", strength=-2.0)
+    x, _ = at(planted, 900)
+    autoencoder, place = eraser.autoencoder, eraser.features.timesteps.tolist().index(900)
+    latent = int(eraser.assigned[0])
+    mu = eraser.features.mean[place, :, latent]
+    patches = x.reshape(-1, x.shape[-1])
+    code = autoencoder.encode(patches)
+    z = torch.zeros(len(patches), autoencoder.latents).scatter(1, code.indices, code.values)
+    steered = z.clone()
+    steered[:, latent] = torch.where(z[:, latent] > mu.mean(), -2.0 * mu[0] * z[:, latent], z[:, latent])
+    expected = steered @ autoencoder.W_dec + autoencoder.b_dec + (patches - autoencoder.decode(code))
+    assert (expected - patches).abs().max() > 0.1
+    torch.testing.assert_close(eraser.edit(x, torch.tensor(900)), expected.view_as(x))
+
+
+def test_thresholds_are_where_recall_exceeds_false_positives_most(tmp_path: Path) -> None:
+    """Latents that read one number each: the first tells the two concepts apart, the second nothing."""
+    autoencoder = SparseAutoencoder(2, 2, 1)
+    eye = {"W_enc": torch.eye(2), "b_enc": torch.zeros(2), "W_dec": torch.eye(2), "b_dec": torch.zeros(2)}
+    autoencoder.load_state_dict(eye)
+    first = torch.tensor([[[5.0, 3.0]], [[-1.0, 2.0]], [[4.0, 4.0]], [[0.0, -2.0]]])
+    x = torch.stack([first, torch.ones(4, 1, 2)], dim=-1).half()
+    tensors = {"activations": x, "concept": torch.tensor([0, 1, 0, 1]), "timestep": torch.tensor([7])}
+    save_file(tensors, tmp_path / "shard.safetensors")
+    cache = ActivationCache((tmp_path / "shard.safetensors",))
+    thresholds, patches, images = calibrate(autoencoder, torch.tensor([0, 1]), cache, torch.tensor([7]))
+    assert thresholds.patch[0, 0] == 2.5
+    assert thresholds.image[0, 0] == (4 + 0.5) / 2
+    assert patches.of(0) == images.of(0) == {"recall": 1.0, "false_positives": 0.0, "auc": 1.0}
+    assert torch.isinf(thresholds.image[0, 1])
+    assert images.of(1) == {"recall": 0.0, "false_positives": 0.0, "auc": 0.5}
+
+
+def test_a_threshold_lets_no_more_through_than_it_may(tmp_path: Path) -> None:
+    autoencoder = SparseAutoencoder(1, 1, 1)
+    autoencoder.load_state_dict({name: torch.ones_like(tensor) for name, tensor in autoencoder.state_dict().items()})
+    scores = torch.tensor([9.0, 6.0, 5.0, 4.0, 8.0, 3.0, 2.0, 1.0])
+    tensors = {"activations": scores.view(8, 1, 1, 1).half(), "concept": torch.tensor([0] * 4 + [1] * 4)}
+    save_file(tensors | {"timestep": torch.tensor([7])}, tmp_path / "shard.safetensors")
+    cache = ActivationCache((tmp_path / "shard.safetensors",))
+    found = {
+        most: calibrate(autoencoder, torch.tensor([0]), cache, torch.tensor([7]), most)[2].of(0) for most in (0.3, 0.2)
+    }
+    assert (found[0.3]["recall"], found[0.3]["false_positives"]) == (1.0, 0.25)
+    assert (found[0.2]["recall"], found[0.2]["false_positives"]) == (0.25, 0.0)
+
+
+def test_crossed_activations_are_those_of_the_other_prompt(model: TextToImageModel, tmp_path: Path) -> None:
+    """A first step from the same noise: crossed, each image has what its noise gives under another image's prompt."""
+    drawn = cache_of(model, tmp_path, crossed=True, batch_size=3)
+    x, concept, _ = drawn.images(0)
+    other, others, _ = ActivationCache(drawn.crossed).images(0)
+    assert concept.tolist() == [0, 1, 2]
+    assert others.tolist() == [2, 0, 1]
+    assert not torch.equal(x, other)
+    asked = [[[PROMPTS[number]] for number in numbers] for numbers in (concept.tolist(), others.tolist())]
+    first, second = (
+        collect_activations(
+            model,
+            BLOCK,
+            prompts,
+            tmp_path,
+            images_per_concept=1,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            batch_size=3,
+        ).images(0)[0]
+        for prompts in asked
+    )
+    torch.testing.assert_close(x[:, 0], first[:, 0])
+    torch.testing.assert_close(other[:, 0], second[:, 0])
+    assert len(drawn.with_crossed().shards) == 2 * len(drawn.shards)
+    with pytest.raises(ValueError, match="batch"):
+        cache_of(model, tmp_path, crossed=True, batch_size=1)
+
+
+def test_batches_hold_all_concepts_whatever_a_shard_holds(model: TextToImageModel, tmp_path: Path) -> None:
+    cache = cache_of(model, tmp_path, batch_size=1)
+    assert all(len(cache.images(shard)[1]) == 1 for shard in range(len(cache.shards)))
+    batches = list(cache.batches(64, 0, 2))
+    assert len(batches) == cache.batch_count(64, 2) > 2
+    assert all(batch.concept.unique().tolist() == [0, 1, 2] for batch in batches)
+    again = list(cache.batches(64, 0, 2, start=2))
+    assert all(torch.equal(one.x, other.x) for one, other in zip(batches[2:], again, strict=True))
 
 
 def test_replaced_patches_are_real_and_no_artifacts(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
-    patches = planted.read(0)
-    x = patches.x[(patches.timestep == 900) & (patches.concept == 0)]
+    x, concept = at(planted, 900)
+    x = x[concept == 0]
     rates = {}
     for strength, intervention in ((-1.0, "replace"), (-30.0, "steer")):
         report = EditReport()
         edited = dataclasses.replace(planted_eraser, intervention=intervention, strength=strength).edit(
-            x[None], torch.tensor(900), report
-        )[0]
+            x, torch.tensor(900), report
+        )
         rates[intervention] = report.artifact_rate
         if intervention == "replace":
             place = planted_eraser.features.timesteps.tolist().index(900)
-            changed = edited[(edited != x).any(dim=1)]
-            assert torch.cdist(changed, planted_eraser.bank[place].float()).min(dim=1).values.max() < 1e-2
+            others = planted_eraser.bank[place][planted_eraser.bank_concepts[place] != 0].float()
+            assert torch.cdist(edited[0], others).min(dim=1).values.max() < 1e-2
     assert rates["replace"] <= 0.05 < rates["steer"]
+
+
+def test_what_is_put_in_the_place_is_never_of_an_erased_concept(
+    planted: ActivationCache, planted_eraser: ConceptEraser
+) -> None:
+    eraser = dataclasses.replace(planted_eraser.erasing(PROMPTS[:2]), intervention="replace")
+    place = eraser.features.timesteps.tolist().index(100)
+    x, concept = at(planted, 100)
+    edited = eraser.edit(x[concept < 2], torch.tensor(100)).flatten(0, 1)
+    source = torch.cdist(edited, eraser.bank[place].float()).argmin(dim=1)
+    assert eraser.bank_concepts[place][source].tolist() == [2] * len(edited)
 
 
 def test_several_concepts_at_once_and_one_after_another(
     planted: ActivationCache, planted_eraser: ConceptEraser
 ) -> None:
     eraser = dataclasses.replace(planted_eraser, intervention="steer", strength=0.0)
-    x, time = planted.read(0).x[None], torch.tensor(100)
+    x, time = at(planted, 100)[0], torch.tensor(100)
     both = eraser.erasing(PROMPTS[:2]).edit(x, time)
     one_by_one = eraser.erasing(PROMPTS[1:2]).edit(eraser.erasing(PROMPTS[:1]).edit(x, time), time)
+    before = eraser.autoencoder.encode(x.flatten(0, 1))
     for edited in (both, one_by_one):
-        code = eraser.autoencoder.encode(edited[0])
+        code = eraser.autoencoder.encode(edited.flatten(0, 1))
         left = (code.values * torch.isin(code.indices, eraser.assigned[:2])).sum()
-        before = eraser.autoencoder.encode(x[0])
         assert left < 0.05 * (before.values * torch.isin(before.indices, eraser.assigned[:2])).sum()
     with pytest.raises(UserError, match="No latent"):
         eraser.erasing(["a bird"])
+    with pytest.raises(UserError, match="leave one"):
+        eraser.erasing(PROMPTS)
 
 
 def test_saved_and_loaded(planted: ActivationCache, planted_eraser: ConceptEraser, tmp_path: Path) -> None:
     eraser = planted_eraser
     eraser.save(tmp_path / "eraser")
     loaded = ConceptEraser.load(tmp_path / "eraser")
-    x = planted.read(0).x[None]
+    x, _ = at(planted, 900)
     assert torch.equal(loaded.edit(x, torch.tensor(500)), eraser.edit(x, torch.tensor(500)))
     assert (loaded.concepts, loaded.erased, loaded.block) == (eraser.concepts, eraser.erased, eraser.block)
+    assert loaded.erasing(PROMPTS[:2]).anchors == (2, 2)
     with pytest.raises(UserError, match="exists"):
         eraser.save(tmp_path / "eraser")
     described = json.loads((tmp_path / "eraser" / "concepts.json").read_text())

@@ -18,13 +18,14 @@ from safetensors import safe_open
 
 from erasediff.errors import UserError
 from erasediff.runs.atomic import atomic_write, remove_directory
-from erasediff.runs.folder import MODEL
+from erasediff.runs.folder import ERASER, MODEL
+from erasediff.sae.eraser import WEIGHTS
 
 COST, LOG = "cost.json", "unlearn.log"
 LOOK_EVERY = 0.2
 """Seconds between looks at the peak memory, which only grows."""
 
-ARTEFACTS = ("mask.safetensors", "lora.safetensors")
+ARTEFACTS = ("mask.safetensors", "lora.safetensors", f"{ERASER}/{WEIGHTS}")
 
 
 class FailedRun(UserError):
@@ -37,8 +38,8 @@ class Cost:
 
     training_seconds: of the steps alone, on the clock; other work on the machine makes it longer
     peak_bytes:       the most resident memory of the process, as Linux tells; None elsewhere
-    artefact_bytes:   what someone who has the original needs in order to have the result: the mask or the LoRA, where
-                      the method leaves one, otherwise the tensors that changed
+    artefact_bytes:   what someone who has the original needs in order to have the result: the mask, the LoRA or the
+                      eraser, where the method leaves one, otherwise the tensors that changed
     """
 
     seconds: float
@@ -75,7 +76,8 @@ class Case:
 def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
     """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
 
-    A run that was cut short begins again, so that its cost is that of a whole one. FailedRun if the command fails.
+    Of a method that leaves the model as it was, the folder ``ERASER``, to be attached to ``base``. A run that was cut
+    short begins again, so that its cost is that of a whole one. FailedRun if the command fails.
     """
     if case.method is None:
         return base, None
@@ -84,7 +86,8 @@ def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
         remove_directory(run)
         cost = _run(case, base, run)
         atomic_write(run / COST, json.dumps(asdict(cost)) + "\n")
-    return run / MODEL, Cost(**json.loads((run / COST).read_text()))
+    product = ERASER if (run / ERASER).exists() else MODEL
+    return run / product, Cost(**json.loads((run / COST).read_text()))
 
 
 def _run(case: Case, base: Path, run: Path) -> Cost:
@@ -136,7 +139,7 @@ def command(case: Case, base: Path, run: Path) -> Sequence[str]:
 
 
 def artefact_bytes(base: Path, run: Path) -> int:
-    """Bytes of the mask or LoRA in ``run``, or of those tensors of its model that are not the ``base``'s."""
+    """Bytes of the mask, LoRA or eraser in ``run``, or of those tensors of its model that are not the ``base``'s."""
     for name in ARTEFACTS:
         if (run / name).exists():
             return (run / name).stat().st_size

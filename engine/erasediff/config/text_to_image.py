@@ -54,7 +54,8 @@ class TextToImageConfig(Section):
     saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
     saliency_batches:        forgotten batches that saliency is measured on
     anchor_prompts:          what the target "relabel" puts in the place of what is forgotten; without any, the retained
-                             caption under which the model denoises the forgotten images best
+                             caption under which the model denoises the forgotten images best; and what saemnesia's
+                             "move" makes of it: one of the retained prompts, without any the nearest
     """
 
     config: Path | None = None

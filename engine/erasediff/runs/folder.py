@@ -13,6 +13,8 @@ from erasediff.runs.metrics import MetricsFile
 
 CONFIG = "config.yaml"
 MODEL = "model"
+ERASER = "saemnesia"
+"""Of the method of that name, which leaves the model as it was."""
 SINGLE_FILE = "model.safetensors"
 LATEST = "latest"
 FREE = ("run.", "distributed.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,21 @@ class Patches:
 class ActivationCache:
     """Shards with ``activations`` float16 [images, steps, patches, d], ``concept`` [images], ``timestep`` [steps].
 
-    Memory holds one shard at a time, whatever their number.
+    ``map_size`` [2] is (h, w) of the patches, [0] where the block gives out a sequence.
+
+    Memory holds ``pooled`` shards at a time, whatever their number: as many as it takes for all concepts to meet.
+    ``crossed`` are shards of the same format of what the block gives out under the prompt of another concept than the
+    one that the image is drawn of; ``concept`` is then the prompt's.
     """
 
     shards: tuple[Path, ...]
+    crossed: tuple[Path, ...] = ()
+    pooled: int = 1
+
+    def with_crossed(self) -> ActivationCache:
+        """A cache of both kinds of shards, each beside its own."""
+        both = sorted((*self.shards, *self.crossed), key=lambda shard: shard.name.partition("-")[2])
+        return ActivationCache(tuple(both), pooled=2 * self.pooled)
 
     def shard_patches(self, shard: int) -> int:
         with safe_open(self.shards[shard], "pt") as file:
@@ -44,39 +56,59 @@ class ActivationCache:
         return int(images * steps * patches)
 
     def read(self, shard: int) -> Patches:
+        patches = self._stored(shard)
+        return replace(patches, x=patches.x.float())
+
+    def images(self, shard: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(activations float16 [images, steps, patches, d], concept int64 [images], timestep int64 [steps])."""
         tensors = load_file(self.shards[shard])
-        images, steps, patches, dim = tensors["activations"].shape
-        shape = (images, steps, patches)
+        return tensors["activations"], tensors["concept"], tensors["timestep"]
+
+    def map_size(self) -> tuple[int, ...]:
+        """(h, w) of the block's maps, () where its output is a sequence."""
+        return tuple(load_file(self.shards[0])["map_size"].tolist())
+
+    def _stored(self, shard: int) -> Patches:
+        x, concept, timestep = self.images(shard)
+        shape = x.shape[:3]
         return Patches(
-            x=tensors["activations"].float().reshape(-1, dim),
-            concept=tensors["concept"][:, None, None].expand(shape).reshape(-1),
-            timestep=tensors["timestep"][None, :, None].expand(shape).reshape(-1),
+            x=x.reshape(-1, x.shape[3]),
+            concept=concept[:, None, None].expand(shape).reshape(-1),
+            timestep=timestep[None, :, None].expand(shape).reshape(-1),
         )
 
     def batches(self, batch_size: int, seed: int, epochs: int, start: int = 0) -> Iterator[Patches]:
-        """Batches of shuffled patches from batch ``start`` on: shards in an order, and the patches within a shard.
+        """Batches of shuffled patches from batch ``start`` on: pools of shards in an order, and the patches of a pool.
 
-        The order is a function of (seed, epoch), so a resumed run sees what it would have seen.
+        The order is a function of (seed, epoch), so a resumed run sees what it would have seen. What is left over of a
+        pool is left out of the epoch.
         """
-        sizes = [self.shard_patches(shard) for shard in range(len(self.shards))]
+        pools = self._pools()
         passed = 0
         for epoch in range(epochs):
-            for shard in shuffled(len(sizes), seed, epoch, 0).tolist():
-                count = sizes[shard] // batch_size
+            for number in shuffled(len(pools), seed, epoch, 0).tolist():
+                total = sum(self.shard_patches(shard) for shard in pools[number])
+                count = total // batch_size
                 if passed + count <= start:
                     passed += count
                     continue
-                patches = self.read(shard)
-                order = shuffled(sizes[shard], seed, epoch, 1 + shard)
+                stored = [self._stored(shard) for shard in pools[number]]
+                x = torch.cat([part.x for part in stored])
+                concept = torch.cat([part.concept for part in stored])
+                timestep = torch.cat([part.timestep for part in stored])
+                order = shuffled(total, seed, epoch, 1 + number)
                 for batch in range(max(0, start - passed), count):
                     chosen = order[batch * batch_size : (batch + 1) * batch_size]
-                    yield Patches(
-                        x=patches.x[chosen], concept=patches.concept[chosen], timestep=patches.timestep[chosen]
-                    )
+                    yield Patches(x=x[chosen].float(), concept=concept[chosen], timestep=timestep[chosen])
                 passed += count
 
     def batch_count(self, batch_size: int, epochs: int) -> int:
-        return epochs * sum(self.shard_patches(shard) // batch_size for shard in range(len(self.shards)))
+        return epochs * sum(sum(map(self.shard_patches, pool)) // batch_size for pool in self._pools())
+
+    def _pools(self) -> list[range]:
+        """Neighbours, in which concepts take turns."""
+        count = len(self.shards)
+        return [range(first, min(first + self.pooled, count)) for first in range(0, count, self.pooled)]
 
 
 def shuffled(count: int, seed: int, epoch: int, stream: int) -> Tensor:
@@ -88,62 +120,102 @@ def shuffled(count: int, seed: int, epoch: int, stream: int) -> Tensor:
 def collect_activations(
     model: Any,
     block: str,
-    prompts: Sequence[str],
+    concepts: Sequence[Sequence[str]],
     folder: Path,
     *,
-    images_per_prompt: int,
+    images_per_concept: int,
     num_inference_steps: int,
     guidance_scale: float,
+    crossed: bool = False,
     seed: int = 0,
     batch_size: int = 4,
     progress: Any = None,
 ) -> ActivationCache:
-    """Sample ``images_per_prompt`` images of each prompt and keep what ``block`` gives out for the condition.
+    """Sample ``images_per_concept`` images of each concept and keep what ``block`` gives out for the condition.
+
+    ``concepts`` holds each concept's prompts, which take turns. So do the concepts, that those of a shard are many: a
+    batch of one concept has no negatives to supervise with.
+
+    crossed: at each step, also keep what the block gives out for the same noisy images when their prompts change places
+             within the batch. While a concept is being erased, the prompt says one thing and the image already another,
+             which no trajectory of a single prompt shows. ValueError for batches of one image.
 
     The folder within ``folder`` is named by model, block, prompts and sampling, so another model never reads it; a
-    shard that is there already is not made again, and so a killed run goes on where it was. Prompt number p is concept
-    p. Of classifier-free guidance's two halves the conditional one is kept; without guidance there is only that one.
+    shard that is there already is not made again, and so a killed run goes on where it was. Of classifier-free
+    guidance's two halves the conditional one is kept; without guidance there is only that one.
     """
+    if crossed and batch_size == 1:
+        raise ValueError("prompts change places within a batch: with one image there is no other")
     asked = {
         "network": model.denoiser_hash(),
         "encoders": model.hash,
         "scheduler": str(model.scheduler.config),
         "block": block,
-        "prompts": list(prompts),
-        "sampling": [images_per_prompt, num_inference_steps, guidance_scale, seed, batch_size],
+        "concepts": [list(prompts) for prompts in concepts],
+        "sampling": [images_per_concept, num_inference_steps, guidance_scale, seed, batch_size, crossed],
     }
     place = folder / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     place.mkdir(parents=True, exist_ok=True)
     atomic_write(place / "asked.json", json.dumps(asked, indent=1))
-    numbers = [number for number in range(len(prompts)) for _ in range(images_per_prompt)]
-    shards = []
-    for first in range(0, len(numbers), batch_size):
-        part = numbers[first : first + batch_size]
-        shard = place / f"shard-{first:07d}.safetensors"
+    drawn = [
+        (number, prompts[image % len(prompts)])
+        for image in range(images_per_concept)
+        for number, prompts in enumerate(concepts)
+    ]
+    shards, others = [], []
+    for number, first in enumerate(range(0, len(drawn), batch_size)):
+        part = drawn[first : first + batch_size]
+        shard, other = (place / f"{kind}-{first:07d}.safetensors" for kind in ("shard", "crossed"))
+        # The last batch may hold a single image.
+        shift = 1 + number % (len(part) - 1) if crossed and len(part) > 1 else 0
         shards.append(shard)
+        others += [other] if shift else []
         if not shard.exists():
-            tensors = _record(
-                model, block, [prompts[number] for number in part], num_inference_steps, guidance_scale, seed + first
-            )
-            with atomic_file(shard) as partial:
-                save_file({**tensors, "concept": torch.tensor(part)}, partial)
+            numbers, prompts = zip(*part, strict=True)
+            own, changed = _record(model, block, prompts, num_inference_steps, guidance_scale, seed + first, shift)
+            concept = torch.tensor(numbers)
+            # The one that is looked for comes last.
+            if shift:
+                _write(other, changed | {"concept": concept.roll(shift)})
+            _write(shard, own | {"concept": concept})
         if progress is not None:
             progress(len(part))
-    return ActivationCache(tuple(shards))
+    return ActivationCache(tuple(shards), tuple(others), pooled=-(-len(concepts) // batch_size))
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_file(path) as partial:
+        save_file(tensors, partial)
 
 
 def _record(
-    model: Any, block: str, prompts: list[str], steps: int, guidance_scale: float, seed: int
-) -> dict[str, Tensor]:
+    model: Any, block: str, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int, shift: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is kept of the drawn images, and of them under prompts rolled by ``shift`` (of 0: nothing)."""
     network: nn.Module = model.denoiser_module
-    activations: list[Tensor] = []
+    kept: dict[bool, list[Tensor]] = {False: [], True: []}
     timesteps: list[Tensor] = []
+    rolled = False
+    size: tuple[int, ...] = ()
 
     def keep(x: Tensor, timestep: Tensor) -> None:
-        activations.append(as_patches(x)[-len(prompts) :].detach().to("cpu", torch.float16))
-        timesteps.append(torch.as_tensor(timestep).detach().reshape(-1)[0].cpu().long())
+        nonlocal size
+        size = tuple(x.shape[2:]) if x.dim() == 4 else ()
+        kept[rolled].append(as_patches(x)[-len(prompts) :].detach().to("cpu", torch.float16))
+        if not rolled:
+            timesteps.append(torch.as_tensor(timestep).detach().reshape(-1)[0].cpu().long())
 
-    with at_block(network, block, keep):
+    def cross(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal rolled
+        if not rolled:
+            rolled = True
+            network(*args, **_rolled(kwargs, len(prompts), shift))
+            rolled = False
+
+    with ExitStack() as hooks:
+        hooks.enter_context(at_block(network, block, keep))
+        if shift:
+            hooks.callback(network.register_forward_pre_hook(cross, with_kwargs=True).remove)
         model.sample(
             prompts,
             num_inference_steps=steps,
@@ -151,4 +223,21 @@ def _record(
             seed=seed,
             batch_size=len(prompts),
         )
-    return {"activations": torch.stack(activations, dim=1).contiguous(), "timestep": torch.stack(timesteps)}
+    same = {"timestep": torch.stack(timesteps), "map_size": torch.tensor(size, dtype=torch.int64)}
+    own, changed = ({"activations": torch.stack(x, dim=1).contiguous(), **same} if x else {} for x in kept.values())
+    return own, changed
+
+
+PROMPT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "text_embeds")
+"""What diffusers' networks are told of the prompt, by keyword, SDXL's last one within ``added_cond_kwargs``."""
+
+
+def _rolled(kwargs: Mapping[str, Any], rows: int, shift: int) -> dict[str, Any]:
+    """The keywords of a call of the network, with the prompts of the last ``rows`` rows rolled by ``shift``."""
+    changed = dict(kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, dict):
+            changed[name] = _rolled(value, rows, shift)
+        elif name in PROMPT_INPUTS and isinstance(value, Tensor):
+            changed[name] = torch.cat([value[:-rows], value[-rows:].roll(shift, dims=0)])
+    return changed

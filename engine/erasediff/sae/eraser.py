@@ -19,10 +19,13 @@ from erasediff.runs import strict_json
 from erasediff.runs.atomic import atomic_directory
 from erasediff.sae.activations import ActivationCache, shuffled
 from erasediff.sae.autoencoder import SparseAutoencoder
+from erasediff.sae.detection import Thresholds
 from erasediff.sae.features import Features
 from erasediff.sae.hooks import as_before, as_patches, at_block, denoiser_of
+from erasediff.sae.maps import MeanMaps
 
-Intervention = Literal["steer", "replace"]
+Detection = Literal["published", "patch", "image"]
+Intervention = Literal["published", "steer", "replace", "move"]
 WEIGHTS, CONCEPTS = "sae.safetensors", "concepts.json"
 FAR = 0.99
 """The quantile of reconstruction errors beyond which an edited patch counts as an artifact."""
@@ -32,17 +35,31 @@ FAR = 0.99
 class ConceptEraser:
     """Attaches to a diffusers pipeline, or to its network, and erases the concepts in ``erased``.
 
-    A patch is edited where a latent of an erased concept exceeds its threshold, the mean over all concepts of mu(i, t)
-    (SAeUron, SAEmnesia). The latent is read before TopK, which would hide a concept behind k louder latents, and so
-    only the erased concepts' rows of the autoencoder are multiplied with. The timestep is looked up by its value, and
-    every row of a batch is treated alike: any scheduler, any guidance or none, any height and width.
+    Patches are edited in which a concept is detected. The timestep is looked up by its value, and every row of a batch
+    is treated alike: any scheduler, any guidance or none, any height and width. What reaches the prediction by another
+    way than ``block`` stays: the last block that sees the prompt is the one to choose.
 
-    intervention: "steer": z_i <- strength z_i for those latents, and x <- x + (z' - z) W_dec, which keeps what the
-                  autoencoder does not explain. The published rule multiplies by mu(i, t, c) as well, so that its
-                  strength depends on the units of activations; ours does not: do not carry strengths over.
-                  "replace": x <- the nearest of ``bank``, patches of other concepts at that timestep, seen from x
-                  without the concept's latents: negative strengths leave the distribution (2606.31699).
-    bank:         float16 [bins, R, d];  limit: float32 [bins], the 0.99-quantile of relative reconstruction errors
+    detection:    "published" (SAeUron, 2501.18052, section 4; SAEmnesia, 2509.21379): z_i > mean over concepts of
+                  mu(i, t), z after TopK, each patch for itself.
+                  "patch": ours, the latent before TopK, which hides a concept behind k louder latents, exceeds a
+                  threshold calibrated at each timestep (``Thresholds``); each patch for itself.
+                  "image": ours, the same of the mean over an image's patches; then all of them are edited, since what
+                  is left of a concept in some patches is enough to draw it.
+    intervention: "published": z_i <- strength mu(i, t, c) z_i, x <- x + (z' - z) W_dec, which keeps what the
+                  autoencoder does not explain; its strength depends on the units of the activations.
+                  "steer": ours, without the factor mu(i, t, c): do not carry strengths over.
+                  "replace": x <- the nearest patch of ``bank`` at that timestep of a concept that is not erased, seen
+                  from x without the erased latents; negative strengths leave the distribution (after 2606.31699, which
+                  also detects by latents and puts concept-free patches in the place; which ones is ours). The nearest
+                  patches of other concepts still make up the erased one where it shares most of its parts with them.
+                  "move": ours, x <- x + m(t, a, p) - m(t, c, p), the difference between the mean activations of a
+                  concept's anchor, another concept, and its own, at the timestep and at the patch's place p. A concept
+                  is a pattern over places, which no single direction, such as a row of W_dec, can turn into another.
+    assigned:     int64 [concepts], the latent of each
+    anchors:      for each in ``erased``, the number of the concept that "move" puts in its place
+    bank:         float16 [bins, R, d], with the concept of each patch, int64 [bins, R]
+    maps:         of mean activations, for "move"
+    limit:        float32 [bins], the 0.99-quantile of relative reconstruction errors
     """
 
     autoencoder: SparseAutoencoder
@@ -50,54 +67,107 @@ class ConceptEraser:
     concepts: tuple[str, ...]
     assigned: Tensor
     erased: tuple[int, ...]
+    anchors: tuple[int, ...]
     features: Features
+    thresholds: Thresholds
     bank: Tensor
+    bank_concepts: Tensor
+    maps: MeanMaps
     limit: Tensor
-    intervention: Intervention = "replace"
+    detection: Detection = "image"
+    intervention: Intervention = "move"
     strength: float = -1.0
 
-    def erasing(self, concepts: Sequence[str]) -> Self:
-        """The same for other concepts of those it knows. UserError for one that it does not."""
-        unknown = [name for name in concepts if name not in self.concepts]
+    def erasing(self, concepts: Sequence[str], anchors: Sequence[str] = ()) -> Self:
+        """The same for other concepts of those it knows.
+
+        ``anchors``, one for each or one for all, take their places; without them, of those that are not erased the
+        nearest. UserError for a concept that it does not know, for an anchor that is erased, and for erasing all.
+        """
+        unknown = [name for name in (*concepts, *anchors) if name not in self.concepts]
         if unknown:
             raise UserError(f"No latent stands for {unknown[0]!r}: it knows {', '.join(map(repr, self.concepts))}.")
-        return replace(self, erased=tuple(self.concepts.index(name) for name in concepts))
+        if set(concepts) == set(self.concepts):
+            raise UserError("No concept would be left to draw in the place of the others: leave one.")
+        erased = tuple(self.concepts.index(name) for name in dict.fromkeys(concepts))
+        asked = tuple(self.concepts.index(name) for name in anchors)
+        if len(asked) not in (0, 1, len(erased)):
+            raise UserError(
+                f"There are {len(asked)} anchors for {len(erased)} concepts: give one for each, or for all."
+            )
+        if set(asked) & set(erased):
+            raise UserError(f"An anchor takes the place of what is erased: {anchors[0]!r} cannot be erased itself.")
+        nearest = self.maps.nearest(erased) if not asked else asked * (len(erased) if len(asked) == 1 else 1)
+        return replace(self, erased=erased, anchors=nearest)
 
     @contextmanager
     def attached(self, pipeline: Any, *, report: EditReport | None = None) -> Iterator[Self]:
         """Erase while the block lasts. Several may be attached, one inside the other, to the same block or others."""
-        with at_block(denoiser_of(pipeline), self.block, lambda x, timestep: self.edit(x, timestep, report)):
+        with self.attach(pipeline, report=report):
             yield self
 
-    def attach(self, pipeline: Any) -> ExitStack:
+    def attach(self, pipeline: Any, *, report: EditReport | None = None) -> ExitStack:
         """The same until ``close`` is called on what is returned."""
-        stack = ExitStack()
-        stack.enter_context(self.attached(pipeline))
-        return stack
+        return at_block(denoiser_of(pipeline), self.block, lambda x, timestep: self.edit(x, timestep, report))
 
     @torch.no_grad()
     def edit(self, x: Tensor, timestep: Tensor, report: EditReport | None = None) -> Tensor:
         """The block's output [B, C, h, w] or [B, patches, C] without the erased concepts; its dtype is kept."""
-        shape = as_patches(x)
-        patches = shape.reshape(-1, shape.shape[-1]).float()
+        if not self.erased:
+            return x
+        patches = as_patches(x).float()
         self._move(patches.device)
         time = torch.as_tensor(timestep, device=patches.device).reshape(-1)[:1].float()
-        nearest = (self.features.timesteps.to(patches.device) - time).abs().argmin()
+        nearest = int((self.features.timesteps.to(patches.device) - time).abs().argmin())
         latents = self.assigned[list(self.erased)].to(patches.device)
-        weight, bias = self.autoencoder.W_enc[latents], self.autoencoder.b_enc[latents]
-        active = torch.addmm(bias, patches - self.autoencoder.b_dec, weight.T).relu()
-        hit = active > self.features.mean.to(patches.device)[nearest].mean(dim=0)[latents]
-        strength = self.strength if self.intervention == "steer" else 0.0
-        change = torch.where(hit, (strength - 1.0) * active, 0.0)
-        without = patches + change @ self.autoencoder.W_dec[latents]
-        found = hit.any(dim=1)
-        edited = torch.where(found[:, None], without, patches)
-        if self.intervention == "replace":
-            bank = self.bank.to(patches.device)[nearest].float()
-            edited = torch.where(found[:, None], bank[torch.cdist(without, bank).argmin(dim=1)], patches)
+        active = self._active(patches, latents)
+        excess = self._excess(active, nearest, latents)
+        hit = excess > 0
+        if self.intervention == "move":
+            # Where several are found, the one that is clearest: two moves would not add up to a place in between.
+            clearest = torch.nn.functional.one_hot(excess.argmax(dim=2), len(latents))
+            moves = self.maps.moves(nearest, self.erased, self.anchors, x).to(patches.device)
+            edited = patches + torch.einsum("bpe,epd->bpd", (hit & clearest.bool()).float(), moves)
+        else:
+            strength = self._strength(nearest, latents).to(patches.device)
+            change = torch.where(hit, (strength - 1.0) * active.relu(), 0.0)
+            edited = patches + change @ self.autoencoder.W_dec[latents]
+            if self.intervention == "replace":
+                edited = torch.where(hit.any(dim=2)[..., None], self._nearest_in_bank(edited, nearest), patches)
         if report is not None:
-            report.add(found, reconstruction_error(self.autoencoder, edited) > self.limit.to(x.device)[nearest])
-        return as_before(edited.reshape(shape.shape), x).to(x.dtype)
+            error = reconstruction_error(self.autoencoder, edited.flatten(0, 1))
+            report.add(hit.any(dim=2).flatten(), error > self.limit[nearest].to(x.device))
+        return as_before(edited, x).to(x.dtype)
+
+    def _active(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """[B, patches, erased]: the erased concepts' latents, as the detection has them."""
+        if self.detection == "published":
+            code = self.autoencoder.encode(patches.flatten(0, 1))
+            own = code.indices[:, :, None] == latents
+            return (code.values[:, :, None] * own).sum(dim=1).view(*patches.shape[:2], -1)
+        weight, bias = self.autoencoder.W_enc[latents], self.autoencoder.b_enc[latents]
+        return (patches - self.autoencoder.b_dec) @ weight.T + bias
+
+    def _excess(self, active: Tensor, nearest: int, latents: Tensor) -> Tensor:
+        """[B, patches, erased]: by how much each exceeds its threshold; what is positive is edited."""
+        erased = list(self.erased)
+        if self.detection == "published":
+            return active - self.features.mean[nearest].mean(dim=0)[latents.cpu()].to(active.device)
+        if self.detection == "patch":
+            return active - self.thresholds.patch[nearest, erased].to(active.device)
+        whole = active.mean(dim=1, keepdim=True) - self.thresholds.image[nearest, erased].to(active.device)
+        return whole.expand_as(active)
+
+    def _strength(self, nearest: int, latents: Tensor) -> Tensor:
+        """What each erased latent is multiplied by, [erased]."""
+        if self.intervention == "published":
+            return self.strength * self.features.mean[nearest, list(self.erased), latents.cpu()]
+        return torch.full((len(latents),), self.strength if self.intervention == "steer" else 0.0)
+
+    def _nearest_in_bank(self, patches: Tensor, nearest: int) -> Tensor:
+        others = ~torch.isin(self.bank_concepts[nearest], torch.tensor(self.erased))
+        bank = self.bank[nearest][others].to(patches.device).float()
+        return bank[torch.cdist(patches.flatten(0, 1), bank).argmin(dim=1)].view_as(patches)
 
     def _move(self, device: torch.device) -> None:
         if self.autoencoder.W_enc.device != device:
@@ -107,13 +177,17 @@ class ConceptEraser:
         """The folder ``path`` with sae.safetensors and concepts.json. UserError if it exists, unless ``overwrite``."""
         tensors = {name: tensor.detach().cpu() for name, tensor in self.autoencoder.state_dict().items()}
         tensors |= {"mean": self.features.mean, "timesteps": self.features.timesteps, "assigned": self.assigned}
-        tensors |= {"bank": self.bank, "limit": self.limit}
+        tensors |= {"threshold.patch": self.thresholds.patch, "threshold.image": self.thresholds.image}
+        tensors |= {"bank": self.bank, "bank.concepts": self.bank_concepts, "limit": self.limit}
+        tensors |= {"maps": self.maps.mean, "maps.size": torch.tensor(self.maps.size)}
         described = {
-            "format": 1,
+            "format": 2,
             "block": self.block,
             "k": self.autoencoder.k,
             "concepts": list(self.concepts),
             "erased": [self.concepts[number] for number in self.erased],
+            "anchors": [self.concepts[number] for number in self.anchors],
+            "detection": self.detection,
             "intervention": self.intervention,
             "strength": self.strength,
         }
@@ -136,9 +210,14 @@ class ConceptEraser:
                 concepts=names,
                 assigned=tensors["assigned"],
                 erased=tuple(names.index(name) for name in described["erased"]),
+                anchors=tuple(names.index(name) for name in described["anchors"]),
                 features=Features(tensors["mean"], tensors["timesteps"]),
+                thresholds=Thresholds(tensors["threshold.patch"], tensors["threshold.image"]),
                 bank=tensors["bank"],
+                bank_concepts=tensors["bank.concepts"],
+                maps=MeanMaps(tensors["maps"], tuple(tensors["maps.size"].tolist())),
                 limit=tensors["limit"],
+                detection=described["detection"],
                 intervention=described["intervention"],
                 strength=described["strength"],
             )
@@ -180,23 +259,25 @@ def reconstruction_error(autoencoder: SparseAutoencoder, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def concept_free(
-    autoencoder: SparseAutoencoder, cache: ActivationCache, timesteps: Tensor, forgotten: Sequence[int], size: int
-) -> tuple[Tensor, Tensor]:
-    """(bank float16 [bins, size, d] of patches of no forgotten concept, limit float32 [bins] of errors)."""
+def sample_bank(
+    autoencoder: SparseAutoencoder, cache: ActivationCache, timesteps: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bank float16 [bins, size, d], the concept of each patch int64 [bins, size], limit float32 [bins] of errors)."""
     kept: list[list[Tensor]] = [[] for _ in timesteps]
+    concepts: list[list[Tensor]] = [[] for _ in timesteps]
     per_shard = -(-size // max(1, len(cache.shards))) * 4
     for number in range(len(cache.shards)):
         patches = cache.read(number)
-        other = ~torch.isin(patches.concept, torch.tensor(list(forgotten)))
         for place, timestep in enumerate(timesteps):
-            x = patches.x[other & (patches.timestep == timestep)]
-            kept[place].append(x[shuffled(len(x), 0, number, place)[:per_shard]])
-    pools = [torch.cat(parts) for parts in kept]
-    if min(map(len, pools)) == 0:
-        raise ValueError("the cache holds no patches of other concepts")
-    chosen = [pool[shuffled(len(pool), 1, 0, place)] for place, pool in enumerate(pools)]
+            here = patches.timestep == timestep
+            x, concept = patches.x[here], patches.concept[here]
+            chosen = shuffled(len(x), 0, number, place)[:per_shard]
+            kept[place].append(x[chosen])
+            concepts[place].append(concept[chosen])
+    pools, labels = [torch.cat(parts) for parts in kept], [torch.cat(parts) for parts in concepts]
     device = autoencoder.W_enc.device
-    limit = torch.stack([reconstruction_error(autoencoder, pool.to(device)).quantile(FAR).cpu() for pool in chosen])
-    smallest = min(size, *(len(pool) for pool in chosen))
-    return torch.stack([pool[:smallest] for pool in chosen]).half(), limit
+    limit = torch.stack([reconstruction_error(autoencoder, pool.to(device)).quantile(FAR).cpu() for pool in pools])
+    smallest = min(size, *(len(pool) for pool in pools))
+    order = [shuffled(len(pool), 1, 0, place)[:smallest] for place, pool in enumerate(pools)]
+    bank = torch.stack([pool[chosen] for pool, chosen in zip(pools, order, strict=True)]).half()
+    return bank, torch.stack([label[chosen] for label, chosen in zip(labels, order, strict=True)]), limit

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
+
+ATTENTION_BLOCK = re.compile(r"(.*\.)?attentions\.\d+|(single_)?transformer_blocks\.\d+")
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -23,19 +26,20 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 
 
 def block_of(network: nn.Module, name: str) -> nn.Module:
-    """The block called ``name``. UserError for a network without it."""
+    """The block called ``name``. UserError for a network without it, with the attention blocks that it has."""
     try:
         return network.get_submodule(name)
     except AttributeError:
-        raise UserError(f"The network has no block {name}: name one of its attention blocks.") from None
+        known = [module for module, _ in network.named_modules() if ATTENTION_BLOCK.fullmatch(module)]
+        raise UserError(f"The network has no block {name}: set saemnesia.block to one of {', '.join(known)}.") from None
 
 
-@contextmanager
-def at_block(network: nn.Module, name: str, visit: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+def at_block(network: nn.Module, name: str, visit: Callable[[Tensor, Tensor], Tensor | None]) -> ExitStack:
     """Call ``visit(x, timestep)`` with each output of a block; what it returns takes its place.
 
     x is [B, C, h, w] or [B, patches, C]; the timestep is the one that the network was called with, so neither the
-    scheduler, nor its order, nor the number of calls matters.
+    scheduler, nor its order, nor the number of calls matters. It lasts for a with statement, or until ``close`` is
+    called on what is returned, whether or not that is kept.
     """
     seen: dict[str, Tensor] = {}
 
@@ -50,15 +54,11 @@ def at_block(network: nn.Module, name: str, visit: Callable[[Tensor, Tensor], Te
             return output
         return changed if plain else (changed, *output[1:])
 
-    handles = [
-        network.register_forward_pre_hook(remember, with_kwargs=True),
-        block_of(network, name).register_forward_hook(pass_on),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    block = block_of(network, name)
+    stack = ExitStack()
+    stack.callback(network.register_forward_pre_hook(remember, with_kwargs=True).remove)
+    stack.callback(block.register_forward_hook(pass_on).remove)
+    return stack
 
 
 def as_patches(x: Tensor) -> Tensor:

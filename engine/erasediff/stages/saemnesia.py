@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
 from erasediff.models.family import TextToImageModel
 from erasediff.runs.atomic import atomic_write, check_new
-from erasediff.runs.folder import RunPlace
+from erasediff.runs.folder import ERASER, RunPlace
 from erasediff.runs.progress import progress_bar
 from erasediff.sae import (
     ActivationCache,
@@ -28,70 +30,120 @@ from erasediff.sae import (
     measure_features,
     train_autoencoder,
 )
-from erasediff.sae.eraser import concept_free
+from erasediff.sae.detection import calibrate
+from erasediff.sae.eraser import sample_bank
 from erasediff.sae.hooks import block_of
+from erasediff.sae.maps import measure_maps
 from erasediff.stages.cache import cache_folder
 from erasediff.stages.loading import load_checkpoint
 from erasediff.stages.session import set_up_device
 
-NAME = "saemnesia"
+HELD_OUT = 1 << 20
+"""Added to the seed of images that nothing is trained on."""
 
 
 def erase_with_autoencoder(config: Config, out: Path, console: Console) -> dict[str, Any]:
     """Write OUT/saemnesia, which ``ConceptEraser.load`` reads, and the configuration; returns what is reported of it.
 
     Activations come from the cache where they are there, and training goes on from OUT/training where a killed run left
-    its state. Each prompt to forget and each prompt to retain is a concept with a latent of its own. UserError for
-    missing prompts, a checkpoint or block that cannot be used, and an OUT/saemnesia that exists.
+    its state. Each prompt to forget and each prompt to retain is a concept with a latent of its own. With
+    ``config.saemnesia.eraser`` nothing is trained: the latents that it has serve for more prompts to forget. UserError
+    for missing prompts, a checkpoint or block that cannot be used, and an OUT/saemnesia that exists.
     """
+    began = time.perf_counter()
     config = for_text_to_image(config)
-    settings = config.saemnesia
     forgotten, retained = config.images.forget_prompts, config.images.retain_prompts
     if config.unlearn.model is None:
         raise UserError("Say with --model which model to unlearn from.")
-    if not forgotten or not retained:
+    if config.saemnesia.eraser is None and not (forgotten and retained):
         raise UserError("saemnesia tells concepts apart: give --forget-prompts and --retain-prompts.")
-    check_new(out / NAME)
-    model = load_checkpoint(config, config.unlearn.model, set_up_device(config))
-    block_of(model.denoiser_module, settings.block)
-    cache = _activations(config, model, (*forgotten, *retained), console)
-    autoencoder, measured = _trained(config, cache, len(forgotten) + len(retained), model.device, out, console)
-    assigned = measured.pop("assigned")
-    features = measure_features(autoencoder, cache, len(assigned))
-    erased = tuple(range(len(forgotten)))
-    bank, limit = concept_free(autoencoder, cache, features.timesteps, erased, settings.bank)
-    eraser = ConceptEraser(
-        autoencoder=autoencoder,
-        block=settings.block,
-        concepts=(*forgotten, *retained),
-        assigned=assigned,
-        erased=erased,
-        features=features,
-        bank=bank,
-        limit=limit,
+    check_new(out / ERASER)
+    if config.saemnesia.eraser is None:
+        eraser, measured = _made(config, forgotten, retained, out, console)
+    else:
+        eraser, measured = _extended(config, ConceptEraser.load(config.saemnesia.eraser), forgotten), {}
+    eraser.save(out / ERASER)
+    atomic_write(out / "config.yaml", config.to_yaml())
+    shutil.rmtree(out / "training", ignore_errors=True)
+    counts = {"concepts": len(eraser.concepts), "erased": len(eraser.erased)}
+    return {"eraser": str(out / ERASER), **counts, **measured, "seconds": time.perf_counter() - began}
+
+
+def _extended(config: Config, eraser: ConceptEraser, forgotten: Sequence[str]) -> ConceptEraser:
+    settings = config.saemnesia
+    before = [eraser.concepts[number] for number in eraser.erased]
+    return replace(
+        eraser.erasing([*before, *forgotten], config.text_to_image.anchor_prompts),
+        detection=settings.detection,
         intervention=settings.intervention,
         strength=settings.strength,
     )
-    eraser.save(out / NAME)
-    atomic_write(out / "config.yaml", config.to_yaml())
-    shutil.rmtree(out / "training")
-    return {"eraser": str(out / NAME), "concepts": len(assigned), "erased": len(erased), **measured}
+
+
+def _made(
+    config: Config, forgotten: Sequence[str], retained: Sequence[str], out: Path, console: Console
+) -> tuple[ConceptEraser, dict[str, Any]]:
+    """The eraser after both trainings, and what is reported of it."""
+    settings = config.saemnesia
+    assert config.unlearn.model is not None
+    model = load_checkpoint(config, config.unlearn.model, set_up_device(config))
+    block_of(model.denoiser_module, settings.block)
+    # In an order that does not depend on which are forgotten: their activations then serve for others, too.
+    concepts = tuple(sorted({*forgotten, *retained}))
+    if settings.crossed and config.images.encode_batch_size == 1:
+        raise UserError("Prompts change places within a batch: set images.encode_batch_size to 2 or more.")
+    cache = _activations(config, model, concepts, settings.images_per_prompt, config.seed, console)
+    held_out = _activations(config, model, concepts, settings.held_out, config.seed + HELD_OUT, console)
+    autoencoder, measured = _trained(config, cache, len(concepts), model.device, out, console)
+    assigned = measured.pop("assigned")
+    features = measure_features(autoencoder, cache, len(assigned))
+    thresholds, patches, images = calibrate(
+        autoencoder, assigned, _supervising(config, held_out), features.timesteps, settings.false_positives
+    )
+    bank, bank_concepts, limit = sample_bank(autoencoder, cache, features.timesteps, settings.bank)
+    eraser = ConceptEraser(
+        autoencoder=autoencoder,
+        block=settings.block,
+        concepts=concepts,
+        assigned=assigned,
+        erased=(),
+        anchors=(),
+        features=features,
+        thresholds=thresholds,
+        bank=bank,
+        bank_concepts=bank_concepts,
+        maps=measure_maps(cache, features.timesteps, len(concepts)),
+        limit=limit,
+        detection=settings.detection,
+        intervention=settings.intervention,
+        strength=settings.strength,
+    ).erasing(forgotten, config.text_to_image.anchor_prompts)
+    measured["detection"] = {
+        name: {"patch": patches.of(number), "image": images.of(number)}
+        for name, number in zip(forgotten, eraser.erased, strict=True)
+    }
+    return eraser, measured
+
+
+def _supervising(config: Config, cache: ActivationCache) -> ActivationCache:
+    return cache.with_crossed() if config.saemnesia.crossed else cache
 
 
 def _activations(
-    config: Config, model: TextToImageModel, prompts: tuple[str, ...], console: Console
+    config: Config, model: TextToImageModel, concepts: Sequence[str], images: int, seed: int, console: Console
 ) -> ActivationCache:
     settings = config.saemnesia
-    with progress_bar(console, "Activations", len(prompts) * settings.images_per_prompt) as bar:
+    with progress_bar(console, "Activations", len(concepts) * images) as bar:
         return collect_activations(
             model,
             settings.block,
-            prompts,
+            [[template.replace("{}", concept) for template in settings.templates] for concept in concepts],
             cache_folder() / "activations",
-            images_per_prompt=settings.images_per_prompt,
+            images_per_concept=images,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            seed=config.seed,
+            crossed=settings.crossed,
+            seed=seed,
             batch_size=config.images.encode_batch_size,
             progress=bar.advance,
         )
@@ -133,10 +185,11 @@ def _trained(
         decorrelation=settings.decorrelation,
         sparsity=settings.sparsity,
     )
-    with progress_bar(console, "Concepts", cache.batch_count(second.batch_size, second.epochs)) as bar:
+    supervising = _supervising(config, cache)
+    with progress_bar(console, "Concepts", supervising.batch_count(second.batch_size, second.epochs)) as bar:
         measured = train_autoencoder(
             autoencoder,
-            cache,
+            supervising,
             second,
             supervision=supervision,
             checkpoint=training / "second.safetensors",
