@@ -300,6 +300,17 @@ def test_moving_makes_one_concept_of_another(planted: ActivationCache, planted_e
         eraser.edit(x[:, :39], torch.tensor(100))
 
 
+def test_gradients_pass_what_is_edited(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
+    x, concept = at(planted, 100)
+    for intervention in ("move", "steer"):
+        leaf = x.clone().requires_grad_()
+        edited = dataclasses.replace(planted_eraser, intervention=intervention).edit(leaf, torch.tensor(100))
+        assert (edited != x)[concept == 0].any()
+        (gradient,) = torch.autograd.grad(edited.sum(), leaf)
+        assert gradient[concept == 0].abs().max() > 0
+        torch.testing.assert_close(gradient[concept != 0], torch.ones_like(x[concept != 0]))
+
+
 def test_what_takes_the_place(planted_eraser: ConceptEraser) -> None:
     for erased, anchors, expected in (
         (PROMPTS[:2], (), (2, 2)),

@@ -36,8 +36,8 @@ class ConceptEraser:
     """Attaches to a diffusers pipeline, or to its network, and erases the concepts in ``erased``.
 
     Patches are edited in which a concept is detected. The timestep is looked up by its value, and every row of a batch
-    is treated alike: any scheduler, any guidance or none, any height and width. What reaches the prediction by another
-    way than ``block`` stays: the last block that sees the prompt is the one to choose.
+    is treated alike: any scheduler, any guidance or none, any height and width. Where later
+    blocks attend to the prompt, too, what it says reaches the prediction by other ways than ``block``.
 
     detection:    "published" (SAeUron, 2501.18052, section 4; SAEmnesia, 2509.21379): z_i > mean over concepts of
                   mu(i, t), z after TopK, each patch for itself.
@@ -112,9 +112,11 @@ class ConceptEraser:
         """The same until ``close`` is called on what is returned."""
         return at_block(denoiser_of(pipeline), self.block, lambda x, timestep: self.edit(x, timestep, report))
 
-    @torch.no_grad()
     def edit(self, x: Tensor, timestep: Tensor, report: EditReport | None = None) -> Tensor:
-        """The block's output [B, C, h, w] or [B, patches, C] without the erased concepts; its dtype is kept."""
+        """The block's output [B, C, h, w] or [B, patches, C] without the erased concepts; its dtype is kept.
+
+        Gradients pass, but for "replace", so that an attack can be one on the model as it is sampled.
+        """
         if not self.erased:
             return x
         patches = as_patches(x).float()
