@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ ATTACKED = ("base", "erasediff", "salun", "esd", "selective-amnesia", "pruning",
 """The controls have forgotten nothing: there is nothing to bring back."""
 
 DETACHED = "saemnesia"
-"""Its eraser is attached while sampling; whoever trains the weights takes it off, so relearning says nothing of it."""
+"""Its eraser is attached to the model; whoever trains the weights takes it off, so relearning says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +88,7 @@ class NanoTask:
         counts = torch.full((len(CLASSES),), self.per_class)
         counts[self.label] = self.forgotten
         labels = torch.arange(len(CLASSES)).repeat_interleave(counts)
-        with _sampled(path) as model:
-            answers, features = _seen(model, [prompt(label) for label in labels.tolist()], case.seed)
+        answers, features = _seen(_model(path), [prompt(label) for label in labels.tolist()], case.seed)
         right = answers == labels
         recognised = [right[labels == c].double().mean().item() for c in range(len(CLASSES))]
         others = [share for c, share in enumerate(recognised) if c != self.label]
@@ -140,7 +138,7 @@ class NanoTask:
         """The rate with a learned vector in the place of the garment's last word."""
         model, word, asked = _model(path), self.garment.split()[-1], prompt(self.label)
         vector = inverted_word(model, self._latents(model), asked, word, steps=150, lr=1e-2, seed=case.seed)
-        with _sampled(path, model), in_place_of(model, word, vector):
+        with in_place_of(model, word, vector):
             return {"images": ATTACKED_IMAGES, "steps": 150, "rate": self._rate(model, asked, case.seed)}
 
     def prompts(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
@@ -149,14 +147,12 @@ class NanoTask:
         vocabulary = [word for word in _vocabulary() if word not in self.garment.split()]
         search = PromptSearch(model, self._latents(model), vocabulary, seed=case.seed)
         found = search.search(prompt(self.label), words=3, steps=12, candidates=6)
-        with _sampled(path, model):
-            rate = self._rate(model, found.prompt, case.seed)
         return {
             "images": ATTACKED_IMAGES,
             "prompt": found.prompt,
             "loss": found.loss,
             "unattacked_loss": found.unattacked_loss,
-            "rate": rate,
+            "rate": self._rate(model, found.prompt, case.seed),
         }
 
     def _rate(self, model: StableDiffusion, asked: str, seed: int, count: int | None = None) -> float:
@@ -192,19 +188,13 @@ def _seen(model: StableDiffusion, prompts: Sequence[str], seed: int) -> tuple[Te
 
 
 def _model(path: Path) -> StableDiffusion:
-    """The checkpoint at ``path``; where that is an eraser, the model that it is attached to, without it."""
+    """The checkpoint at ``path``; where that is an eraser, the nano model with it attached."""
     found = CACHE / "model" if path.name == ERASER else path
     model = load_text_to_image(found, device="cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, StableDiffusion)
+    if path.name == ERASER:
+        ConceptEraser.load(path).attach(model.denoiser_module)
     return model
-
-
-@contextmanager
-def _sampled(path: Path, model: StableDiffusion | None = None) -> Iterator[StableDiffusion]:
-    """``_model(path)``, or one that it gave before, as it is to be sampled: with the eraser attached, if it is one."""
-    model = model or _model(path)
-    with ConceptEraser.load(path).attached(model.denoiser_module) if path.name == ERASER else nullcontext():
-        yield model
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from erasediff.sae import (
     measure_features,
     train_autoencoder,
 )
+from erasediff.sae.activations import Patches
 from erasediff.sae.detection import calibrate
 from erasediff.sae.eraser import Detection, EditReport, Intervention, sample_bank
 from erasediff.sae.maps import MeanMaps, measure_maps
@@ -52,7 +53,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
         x += 3 * directions[8 + concept][:, None, None]
         shards.append(folder / f"shard-{number}.safetensors")
         tensors = {"activations": x.half(), "concept": concept, "timestep": torch.tensor([900, 100])}
-        save_file(tensors | {"map_size": torch.tensor([5, 8])}, shards[-1])
+        save_file(tensors | {"map_size": torch.tensor([5, 8]), "drawn": concept.clone()}, shards[-1])
     return ActivationCache(tuple(shards))
 
 
@@ -262,7 +263,7 @@ def test_only_patches_with_the_concept_change(
 
 def at(cache: ActivationCache, timestep: int) -> tuple[Tensor, Tensor]:
     """Images [B, patches, d] of the first shard at a timestep, and their concepts."""
-    x, concept, timesteps = cache.images(0)
+    x, concept, timesteps, _ = cache.images(0)
     return x[:, timesteps.tolist().index(timestep)].float(), concept
 
 
@@ -297,6 +298,17 @@ def test_moving_makes_one_concept_of_another(planted: ActivationCache, planted_e
     torch.testing.assert_close(moved.mean(dim=(2, 3))[0], expected.mean(dim=0), atol=1e-2, rtol=0)
     with pytest.raises(UserError, match="40 patches and this image has 39"):
         eraser.edit(x[:, :39], torch.tensor(100))
+
+
+def test_gradients_pass_what_is_edited(planted: ActivationCache, planted_eraser: ConceptEraser) -> None:
+    x, concept = at(planted, 100)
+    for intervention in ("move", "steer"):
+        leaf = x.clone().requires_grad_()
+        edited = dataclasses.replace(planted_eraser, intervention=intervention).edit(leaf, torch.tensor(100))
+        assert (edited != x)[concept == 0].any()
+        (gradient,) = torch.autograd.grad(edited.sum(), leaf)
+        assert gradient[concept == 0].abs().max() > 0
+        torch.testing.assert_close(gradient[concept != 0], torch.ones_like(x[concept != 0]))
 
 
 def test_what_takes_the_place(planted_eraser: ConceptEraser) -> None:
@@ -341,7 +353,8 @@ def test_thresholds_are_where_recall_exceeds_false_positives_most(tmp_path: Path
     autoencoder.load_state_dict(eye)
     first = torch.tensor([[[5.0, 3.0]], [[-1.0, 2.0]], [[4.0, 4.0]], [[0.0, -2.0]]])
     x = torch.stack([first, torch.ones(4, 1, 2)], dim=-1).half()
-    tensors = {"activations": x, "concept": torch.tensor([0, 1, 0, 1]), "timestep": torch.tensor([7])}
+    concept = torch.tensor([0, 1, 0, 1])
+    tensors = {"activations": x, "concept": concept, "drawn": concept.clone(), "timestep": torch.tensor([7])}
     save_file(tensors, tmp_path / "shard.safetensors")
     cache = ActivationCache((tmp_path / "shard.safetensors",))
     thresholds, patches, images = calibrate(autoencoder, torch.tensor([0, 1]), cache, torch.tensor([7]))
@@ -355,24 +368,68 @@ def test_thresholds_are_where_recall_exceeds_false_positives_most(tmp_path: Path
 def test_a_threshold_lets_no_more_through_than_it_may(tmp_path: Path) -> None:
     autoencoder = SparseAutoencoder(1, 1, 1)
     autoencoder.load_state_dict({name: torch.ones_like(tensor) for name, tensor in autoencoder.state_dict().items()})
-    scores = torch.tensor([9.0, 6.0, 5.0, 4.0, 8.0, 3.0, 2.0, 1.0])
-    tensors = {"activations": scores.view(8, 1, 1, 1).half(), "concept": torch.tensor([0] * 4 + [1] * 4)}
+    scores = torch.tensor([9.0, 6.0, 5.0, 4.0, 8.0, 3.0, 2.0, 1.0, 7.0])
+    concept, drawn = torch.tensor([0] * 4 + [1] * 5), torch.tensor([0] * 4 + [1] * 4 + [0])
+    tensors = {"activations": scores.view(9, 1, 1, 1).half(), "concept": concept, "drawn": drawn}
     save_file(tensors | {"timestep": torch.tensor([7])}, tmp_path / "shard.safetensors")
     cache = ActivationCache((tmp_path / "shard.safetensors",))
     found = {
         most: calibrate(autoencoder, torch.tensor([0]), cache, torch.tensor([7]), most)[2].of(0) for most in (0.3, 0.2)
     }
+    # The last image, of the concept under another's prompt, is no false positive.
     assert (found[0.3]["recall"], found[0.3]["false_positives"]) == (1.0, 0.25)
     assert (found[0.2]["recall"], found[0.2]["false_positives"]) == (0.25, 0.0)
+
+
+def test_supervision_of_images_reads_their_means_and_leaves_out_what_is_neither() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, whole = torch.randn(2, 5, 4, generator=generator)
+    autoencoder, assigned = SparseAutoencoder(4, 8, 2), torch.tensor([3, 6])
+
+    def loss(of_images: bool, drawn: list[int]) -> float:
+        batch = Patches(
+            x=x,
+            concept=torch.tensor([0, 1, 0, 1, 1]),
+            timestep=torch.zeros(5),
+            drawn=torch.tensor(drawn),
+            whole=whole,
+        )
+        supervision = Supervision(assigned=assigned, whole=of_images, weight=1.0, decorrelation=0.0, sparsity=0.0)
+        return supervision.loss(autoencoder, batch, torch.zeros(5, 2)).item()
+
+    def expected(of: Tensor, rows: list[list[int]]) -> float:
+        """The mean over concepts of -(mean over its images + mean over the others' in ``rows``) / 2, of 5 images."""
+        logits = autoencoder.preactivations(of)[:, assigned].double()
+        total = 0.0
+        for concept, (own, others) in enumerate(zip(([0, 2], [1, 3, 4]), rows, strict=True)):
+            right = torch.cat([logits[own, concept], -logits[others, concept]]).sigmoid().log()
+            count = len(own) + len(others)
+            total -= count / 2 * (right[: len(own)].mean() + right[len(own) :].mean()).item()
+        return total / 10
+
+    assert loss(True, [0, 1, 0, 1, 1]) == pytest.approx(expected(whole, [[1, 3, 4], [0, 2]]), rel=1e-4)
+    assert loss(False, [0, 1, 0, 1, 1]) == pytest.approx(expected(x, [[1, 3, 4], [0, 2]]), rel=1e-4)
+    # The last image was drawn of concept 0 and is under concept 1's prompt now.
+    assert loss(True, [0, 1, 0, 1, 0]) == pytest.approx(expected(whole, [[1, 3], [0, 2]]), rel=1e-4)
+
+
+def test_patches_come_with_the_mean_of_their_image(planted: ActivationCache) -> None:
+    images, patches = planted.images(0), planted.read(0)
+    assert torch.equal(patches.x, images.x.float().reshape(-1, 16))
+    means = images.x.mean(dim=2, dtype=torch.float32)
+    assert torch.equal(patches.whole, means[:, :, None].expand_as(images.x).reshape(-1, 16))
+    pairs = {(*x, *mean) for x, mean in zip(patches.x.tolist(), patches.whole.tolist(), strict=True)}
+    for batch in ActivationCache(planted.shards[:1]).batches(64, 0, 1):
+        assert {(*x, *mean) for x, mean in zip(batch.x.tolist(), batch.whole.tolist(), strict=True)} <= pairs
 
 
 def test_crossed_activations_are_those_of_the_other_prompt(model: TextToImageModel, tmp_path: Path) -> None:
     """A first step from the same noise: crossed, each image has what its noise gives under another image's prompt."""
     drawn = cache_of(model, tmp_path, crossed=True, batch_size=3)
-    x, concept, _ = drawn.images(0)
-    other, others, _ = ActivationCache(drawn.crossed).images(0)
+    x, concept, _, _ = drawn.images(0)
+    other, others, _, of = ActivationCache(drawn.crossed).images(0)
     assert concept.tolist() == [0, 1, 2]
-    assert others.tolist() == [2, 0, 1]
+    assert (others.tolist(), of.tolist()) == ([2, 0, 1], [0, 1, 2])
     assert not torch.equal(x, other)
     asked = [[[PROMPTS[number]] for number in numbers] for numbers in (concept.tolist(), others.tolist())]
     first, second = (
@@ -397,7 +454,7 @@ def test_crossed_activations_are_those_of_the_other_prompt(model: TextToImageMod
 
 def test_batches_hold_all_concepts_whatever_a_shard_holds(model: TextToImageModel, tmp_path: Path) -> None:
     cache = cache_of(model, tmp_path, batch_size=1)
-    assert all(len(cache.images(shard)[1]) == 1 for shard in range(len(cache.shards)))
+    assert all(len(cache.images(shard).concept) == 1 for shard in range(len(cache.shards)))
     batches = list(cache.batches(64, 0, 2))
     assert len(batches) == cache.batch_count(64, 2) > 2
     assert all(batch.concept.unique().tolist() == [0, 1, 2] for batch in batches)

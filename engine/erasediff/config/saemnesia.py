@@ -24,8 +24,8 @@ class SaemnesiaConfig(Section):
     batch_size:            patches in a step
     dead_after:            patches after which a latent that was not active counts as dead
     weight, decorrelation, sparsity: of the second stage, as in ``Supervision``: ours, since none is published
-    detection, intervention, strength: as in ``ConceptEraser``; "published" is the papers' of both. What "move" puts
-                           in the place is text_to_image.anchor_prompts, or the nearest
+    detection, intervention, strength, distance: as in ``ConceptEraser``; "published" is the papers' of the first two.
+                           What "move" puts in the place is text_to_image.anchor_prompts, or the nearest concept
     bank:                  patches kept per timestep for "replace"
     eraser:                sampling: the folder of an eraser to attach; unlearning: one whose latents serve again, so
                            that the prompts to forget, which it has to know, are erased besides what it erases
@@ -47,11 +47,12 @@ class SaemnesiaConfig(Section):
     supervised_lr: Positive = 5e-6
     batch_size: Count = 4096
     dead_after: Count = 10_000_000
-    weight: NonNegative = 0.1
+    weight: NonNegative = 10.0
     decorrelation: NonNegative = 0.1
     sparsity: NonNegative = 1e-5
     detection: Literal["published", "patch", "image"] = "image"
     intervention: Literal["published", "steer", "replace", "move"] = "move"
     strength: float = -1.0
+    distance: Positive = 1.5
     bank: Count = 256
     eraser: Path | None = None

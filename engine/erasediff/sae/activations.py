@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,18 +24,62 @@ from erasediff_kernels import philox_bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patches:
-    """x float32 [N, d], and for each patch the number of its prompt and its timestep, int64 [N]."""
+    """x float32 [N, d], and for each patch the number of its prompt's concept and its timestep, int64 [N].
+
+    drawn: int64 [N], the concept that its image was drawn of: another than the prompt's where they are crossed
+    whole: float32 [N, d], the mean over the patches of the image that it is of, at that timestep
+    """
 
     x: Tensor
     concept: Tensor
     timestep: Tensor
+    drawn: Tensor
+    whole: Tensor
+
+    def to(self, device: torch.device) -> Patches:
+        return Patches(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+class Images(NamedTuple):
+    """A shard: x float16 [images, steps, patches, d], concept and drawn int64 [images], timestep int64 [steps]."""
+
+    x: Tensor
+    concept: Tensor
+    timestep: Tensor
+    drawn: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Images at timesteps: x float16 [M, patches, d]; concept, timestep and drawn int64 [M]."""
+
+    x: Tensor
+    concept: Tensor
+    timestep: Tensor
+    drawn: Tensor
+
+    def at(self, chosen: Tensor) -> Patches:
+        """The patches of numbers ``chosen`` int64 [N], counted through the images."""
+        image = chosen // self.x.shape[1]
+        return Patches(
+            x=self.x.flatten(0, 1)[chosen].float(),
+            concept=self.concept[image],
+            timestep=self.timestep[image],
+            drawn=self.drawn[image],
+            whole=self.mean[image],
+        )
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self.x.mean(dim=1, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationCache:
     """Shards with ``activations`` float16 [images, steps, patches, d], ``concept`` [images], ``timestep`` [steps].
 
-    ``map_size`` [2] is (h, w) of the patches, [0] where the block gives out a sequence.
+    ``map_size`` [2] is (h, w) of the patches, [0] where the block gives out a sequence; ``drawn`` [images] as in
+    ``Patches``.
 
     Memory holds ``pooled`` shards at a time, whatever their number: as many as it takes for all concepts to meet.
     ``crossed`` are shards of the same format of what the block gives out under the prompt of another concept than the
@@ -56,26 +101,16 @@ class ActivationCache:
         return int(images * steps * patches)
 
     def read(self, shard: int) -> Patches:
-        patches = self._stored(shard)
-        return replace(patches, x=patches.x.float())
+        stored = self._stored([shard])
+        return stored.at(torch.arange(stored.x.shape[0] * stored.x.shape[1]))
 
-    def images(self, shard: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(activations float16 [images, steps, patches, d], concept int64 [images], timestep int64 [steps])."""
+    def images(self, shard: int) -> Images:
         tensors = load_file(self.shards[shard])
-        return tensors["activations"], tensors["concept"], tensors["timestep"]
+        return Images(tensors["activations"], tensors["concept"], tensors["timestep"], tensors["drawn"])
 
     def map_size(self) -> tuple[int, ...]:
         """(h, w) of the block's maps, () where its output is a sequence."""
         return tuple(load_file(self.shards[0])["map_size"].tolist())
-
-    def _stored(self, shard: int) -> Patches:
-        x, concept, timestep = self.images(shard)
-        shape = x.shape[:3]
-        return Patches(
-            x=x.reshape(-1, x.shape[3]),
-            concept=concept[:, None, None].expand(shape).reshape(-1),
-            timestep=timestep[None, :, None].expand(shape).reshape(-1),
-        )
 
     def batches(self, batch_size: int, seed: int, epochs: int, start: int = 0) -> Iterator[Patches]:
         """Batches of shuffled patches from batch ``start`` on: pools of shards in an order, and the patches of a pool.
@@ -92,15 +127,21 @@ class ActivationCache:
                 if passed + count <= start:
                     passed += count
                     continue
-                stored = [self._stored(shard) for shard in pools[number]]
-                x = torch.cat([part.x for part in stored])
-                concept = torch.cat([part.concept for part in stored])
-                timestep = torch.cat([part.timestep for part in stored])
+                pool = self._stored(pools[number])
                 order = shuffled(total, seed, epoch, 1 + number)
                 for batch in range(max(0, start - passed), count):
-                    chosen = order[batch * batch_size : (batch + 1) * batch_size]
-                    yield Patches(x=x[chosen].float(), concept=concept[chosen], timestep=timestep[chosen])
+                    yield pool.at(order[batch * batch_size : (batch + 1) * batch_size])
                 passed += count
+
+    def _stored(self, shards: Sequence[int]) -> _Stored:
+        read = [self.images(shard) for shard in shards]
+        # An image has as many rows as steps.
+        return _Stored(
+            x=torch.cat([images.x.flatten(0, 1) for images in read]),
+            concept=torch.cat([images.concept.repeat_interleave(len(images.timestep)) for images in read]),
+            timestep=torch.cat([images.timestep.repeat(len(images.concept)) for images in read]),
+            drawn=torch.cat([images.drawn.repeat_interleave(len(images.timestep)) for images in read]),
+        )
 
     def batch_count(self, batch_size: int, epochs: int) -> int:
         return epochs * sum(sum(map(self.shard_patches, pool)) // batch_size for pool in self._pools())
@@ -176,8 +217,8 @@ def collect_activations(
             concept = torch.tensor(numbers)
             # The one that is looked for comes last.
             if shift:
-                _write(other, changed | {"concept": concept.roll(shift)})
-            _write(shard, own | {"concept": concept})
+                _write(other, changed | {"concept": concept.roll(shift), "drawn": concept})
+            _write(shard, own | {"concept": concept, "drawn": concept.clone()})
         if progress is not None:
             progress(len(part))
     return ActivationCache(tuple(shards), tuple(others), pooled=-(-len(concepts) // batch_size))

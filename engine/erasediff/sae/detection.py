@@ -58,14 +58,15 @@ def calibrate(
 
     ``assigned`` int64 [concepts]; ``timesteps`` int64 [bins] are the cache's. Of the thresholds that are exceeded by no
     more than the share ``most_false_positives`` of other concepts' patches, or images, each has the largest recall less
-    false positives (Youden's J) at its timestep.
+    false positives (Youden's J) at its timestep. Images of a concept under the prompt of another are neither.
     """
-    scores, concept = _scores(autoencoder, assigned, cache, timesteps)
+    scores, concept, drawn = _scores(autoencoder, assigned, cache, timesteps)
     patch, image = torch.empty(2, 4, len(timesteps), len(assigned))
     for number in range(len(assigned)):
-        positive = concept == number
+        asked = (concept == number) | (drawn != number)
+        positive = concept[asked] == number
         for place in range(len(timesteps)):
-            own = scores[:, place, :, number]
+            own = scores[asked, place, :, number]
             patch[:, place, number] = _best_cut(
                 own.reshape(-1), positive.repeat_interleave(own.shape[1]), most_false_positives
             )
@@ -75,19 +76,20 @@ def calibrate(
 
 def _scores(
     autoencoder: SparseAutoencoder, assigned: Tensor, cache: ActivationCache, timesteps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(preactivations float32 [images, bins, patches, concepts], each image's concept [images])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(preactivations float32 [images, bins, patches, concepts], each image's concept and what it was drawn of)."""
     device = autoencoder.W_enc.device
     rows, bias = autoencoder.W_enc[assigned.to(device)], autoencoder.b_enc[assigned.to(device)]
-    scores, concepts = [], []
+    scores, concepts, drawn = [], [], []
     for shard in range(len(cache.shards)):
-        x, concept, steps = cache.images(shard)
+        x, concept, steps, own = cache.images(shard)
         # A sampler of second order sees a timestep twice: the first time counts.
         place = (steps == timesteps[:, None]).int().argmax(dim=1)
         part = (x[:, place].float().to(device) - autoencoder.b_dec) @ rows.T + bias
         scores.append(part.cpu())
         concepts.append(concept)
-    return torch.cat(scores), torch.cat(concepts)
+        drawn.append(own)
+    return torch.cat(scores), torch.cat(concepts), torch.cat(drawn)
 
 
 def _best_cut(score: Tensor, positive: Tensor, most_false_positives: float) -> Tensor:

@@ -36,8 +36,8 @@ class ConceptEraser:
     """Attaches to a diffusers pipeline, or to its network, and erases the concepts in ``erased``.
 
     Patches are edited in which a concept is detected. The timestep is looked up by its value, and every row of a batch
-    is treated alike: any scheduler, any guidance or none, any height and width. What reaches the prediction by another
-    way than ``block`` stays: the last block that sees the prompt is the one to choose.
+    is treated alike: any scheduler, any guidance or none, any height and width. Where later
+    blocks attend to the prompt, too, what it says reaches the prediction by other ways than ``block``.
 
     detection:    "published" (SAeUron, 2501.18052, section 4; SAEmnesia, 2509.21379): z_i > mean over concepts of
                   mu(i, t), z after TopK, each patch for itself.
@@ -52,9 +52,10 @@ class ConceptEraser:
                   from x without the erased latents; negative strengths leave the distribution (after 2606.31699, which
                   also detects by latents and puts concept-free patches in the place; which ones is ours). The nearest
                   patches of other concepts still make up the erased one where it shares most of its parts with them.
-                  "move": ours, x <- x + m(t, a, p) - m(t, c, p), the difference between the mean activations of a
+                  "move": ours, x <- x + distance (m(t, a, p) - m(t, c, p)), between the mean activations of a
                   concept's anchor, another concept, and its own, at the timestep and at the patch's place p. A concept
                   is a pattern over places, which no single direction, such as a row of W_dec, can turn into another.
+                  With a distance above 1 the first steps leave less for those in which detection is less sure.
     assigned:     int64 [concepts], the latent of each
     anchors:      for each in ``erased``, the number of the concept that "move" puts in its place
     bank:         float16 [bins, R, d], with the concept of each patch, int64 [bins, R]
@@ -77,6 +78,7 @@ class ConceptEraser:
     detection: Detection = "image"
     intervention: Intervention = "move"
     strength: float = -1.0
+    distance: float = 1.0
 
     def erasing(self, concepts: Sequence[str], anchors: Sequence[str] = ()) -> Self:
         """The same for other concepts of those it knows.
@@ -110,9 +112,11 @@ class ConceptEraser:
         """The same until ``close`` is called on what is returned."""
         return at_block(denoiser_of(pipeline), self.block, lambda x, timestep: self.edit(x, timestep, report))
 
-    @torch.no_grad()
     def edit(self, x: Tensor, timestep: Tensor, report: EditReport | None = None) -> Tensor:
-        """The block's output [B, C, h, w] or [B, patches, C] without the erased concepts; its dtype is kept."""
+        """The block's output [B, C, h, w] or [B, patches, C] without the erased concepts; its dtype is kept.
+
+        Gradients pass, but for "replace", so that an attack can be one on the model as it is sampled.
+        """
         if not self.erased:
             return x
         patches = as_patches(x).float()
@@ -127,7 +131,7 @@ class ConceptEraser:
             # Where several are found, the one that is clearest: two moves would not add up to a place in between.
             clearest = torch.nn.functional.one_hot(excess.argmax(dim=2), len(latents))
             moves = self.maps.moves(nearest, self.erased, self.anchors, x).to(patches.device)
-            edited = patches + torch.einsum("bpe,epd->bpd", (hit & clearest.bool()).float(), moves)
+            edited = patches + self.distance * torch.einsum("bpe,epd->bpd", (hit & clearest.bool()).float(), moves)
         else:
             strength = self._strength(nearest, latents).to(patches.device)
             change = torch.where(hit, (strength - 1.0) * active.relu(), 0.0)
@@ -190,6 +194,7 @@ class ConceptEraser:
             "detection": self.detection,
             "intervention": self.intervention,
             "strength": self.strength,
+            "distance": self.distance,
         }
         with atomic_directory(path, replace=overwrite) as folder:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
@@ -220,6 +225,7 @@ class ConceptEraser:
                 detection=described["detection"],
                 intervention=described["intervention"],
                 strength=described["strength"],
+                distance=described["distance"],
             )
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} holds no concept eraser that can be read ({error}).") from error

@@ -54,7 +54,7 @@ def measure_maps(cache: ActivationCache, timesteps: Tensor, concepts: int) -> Me
     """Over the whole cache, summed in fp64; ``timesteps`` int64 [bins] as in ``Features``."""
     total, count = None, torch.zeros(concepts, dtype=torch.float64)
     for shard in range(len(cache.shards)):
-        x, concept, steps = cache.images(shard)
+        x, concept, steps, _ = cache.images(shard)
         place = (steps == timesteps[:, None]).int().argmax(dim=1)
         x = x[:, place].double()
         if total is None:

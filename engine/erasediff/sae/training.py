@@ -25,22 +25,29 @@ class Supervision:
     The paper rewards log sigmoid(v_c) on the patches of concept c alone, which a latent that is always on satisfies;
     here all latents in ``assigned`` (int64 [concepts], one each) see positives and negatives, weighted alike.
 
+    whole:        v is the latent of the mean over an image's patches, for a detection of images: most patches of most
+                  concepts are alike, so that to be right in each is another task than to be right on average
     weight:       beta, of all that is supervised
     decorrelation: eta, of the mean squared correlation between the activations of two concepts' latents
     sparsity:     lambda_1, of the mean L1 norm of the code
     """
 
     assigned: Tensor
+    whole: bool = False
     weight: float = 0.1
     decorrelation: float = 0.1
     sparsity: float = 1e-5
 
     def loss(self, autoencoder: SparseAutoencoder, batch: Patches, values: Tensor) -> Tensor:
         rows = autoencoder.W_enc[self.assigned]
-        logits = (batch.x - autoencoder.b_dec) @ rows.T + autoencoder.b_enc[self.assigned]
-        labels = (batch.concept[:, None] == torch.arange(len(self.assigned), device=logits.device)).to(logits.dtype)
-        share = labels.mean(dim=0).clamp(1e-3, 1 - 1e-3)
-        balanced = labels / (2 * share) + (1 - labels) / (2 * (1 - share))
+        x = batch.whole if self.whole else batch.x
+        logits = (x - autoencoder.b_dec) @ rows.T + autoencoder.b_enc[self.assigned]
+        numbers = torch.arange(len(self.assigned), device=logits.device)
+        labels = (batch.concept[:, None] == numbers).to(logits.dtype)
+        # An image of the concept that the prompt no longer asks for is neither.
+        asked = ((batch.concept[:, None] == numbers) | (batch.drawn[:, None] != numbers)).to(logits.dtype)
+        share = (labels.sum(dim=0) / asked.sum(dim=0)).clamp(1e-3, 1 - 1e-3)
+        balanced = asked * (labels / (2 * share) + (1 - labels) / (2 * (1 - share)))
         attribution = binary_cross_entropy_with_logits(logits, labels, balanced)
         supervised = attribution + self.decorrelation * squared_correlation(logits.relu())
         loss: Tensor = self.weight * supervised + self.sparsity * values.sum(dim=1).mean()
@@ -102,7 +109,7 @@ def train_autoencoder(
         start = _restore(checkpoint, autoencoder, optimizer, names, idle)
     fvu = torch.zeros((), device=device)
     for step, batch in enumerate(cache.batches(settings.batch_size, settings.seed, settings.epochs, start), start):
-        batch = Patches(x=batch.x.to(device), concept=batch.concept.to(device), timestep=batch.timestep)
+        batch = batch.to(device)
         if step == 0 and supervision is None:
             autoencoder.b_dec.data.copy_(geometric_median(batch.x))
         for group in optimizer.param_groups:

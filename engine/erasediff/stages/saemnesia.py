@@ -77,6 +77,7 @@ def _extended(config: Config, eraser: ConceptEraser, forgotten: Sequence[str]) -
         detection=settings.detection,
         intervention=settings.intervention,
         strength=settings.strength,
+        distance=settings.distance,
     )
 
 
@@ -117,6 +118,7 @@ def _made(
         detection=settings.detection,
         intervention=settings.intervention,
         strength=settings.strength,
+        distance=settings.distance,
     ).erasing(forgotten, config.text_to_image.anchor_prompts)
     measured["detection"] = {
         name: {"patch": patches.of(number), "image": images.of(number)}
@@ -181,6 +183,7 @@ def _trained(
     assigned = assign_latents(measure_features(autoencoder, cache, concepts))
     supervision = Supervision(
         assigned=assigned.to(device),
+        whole=settings.detection == "image",
         weight=settings.weight,
         decorrelation=settings.decorrelation,
         sparsity=settings.sparsity,
