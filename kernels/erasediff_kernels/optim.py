@@ -1,67 +1,22 @@
 """`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from erasediff_kernels._buckets import Bucket, Division, shards
 from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
 from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
 from erasediff_kernels.ops.constraint_multiplier import Constraint
 from erasediff_kernels.reference.moment_codes import BLOCK
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(kw_only=True, slots=True)
-class Bucket:
-    """What one call of the operator is about: parameters of one group, of one kind and on one device.
-
-    `places` are those of its parameters in the group; None for all of them.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    has_master: bool
-    has_mask: bool
-    places: list[int] | None
-    params: list[Tensor]
-    states: list[dict[str, Tensor]]
-
-    def state(self, name: str) -> list[Tensor]:
-        return shards([state[name] for state in self.states])
-
-    def chosen(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Its own of the gradients of the group; none of none."""
-        if self.places is None or not gradients:
-            return shards(list(gradients))
-        return shards([gradients[place] for place in self.places])
-
-
-@dataclass(kw_only=True, slots=True)
-class Division:
-    """The buckets of a group, kept for as long as what they follow from is the same."""
-
-    params: list[Tensor]
-    states: list[dict[str, Tensor]]
-    all_states: list[Any]
-    facts: tuple[Any, ...]
-    buckets: list[Bucket]
-
-    def holds(self, params: Sequence[Tensor], all_states: Collection[Any]) -> bool:
-        """Whether parameters and state are those that were divided: the same objects, whatever they contain."""
-        return (
-            len(params) == len(self.params)
-            and len(all_states) == len(self.all_states)
-            and all(map(is_, params, self.params))
-            and all(map(is_, all_states, self.all_states))
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -509,10 +464,3 @@ def add_coded_moments(p: Tensor, state: dict[str, Tensor]) -> None:
     for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
         state[name] = torch.zeros_like(p, dtype=dtype)
         state[f"{name}_absmax"] = torch.zeros((p.numel() + BLOCK - 1) // BLOCK, device=p.device)
-
-
-def shards(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's shards of distributed tensors; other tensors themselves."""
-    if set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}:
-        return tensors
-    return [cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor for tensor in tensors]
