@@ -22,7 +22,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 demo: install
 	$(BIN)/erasediff demo $(ARGS)
 
-# Those that start processes spend much of their time waiting: the others run beside them.
+# Those that start processes spend much of their time waiting: the others run beside them, and then AFTER, if given.
 test: install
 ifeq ($(ARGS),)
 	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-processes test-others
@@ -35,6 +35,7 @@ test-processes:
 
 test-others:
 	$(BIN)/pytest tests/engine tests/kernels
+	$(if $(AFTER),$(MAKE) --no-print-directory $(AFTER))
 
 lint: install
 	$(BIN)/ruff check .
