@@ -75,15 +75,16 @@ using TensorList = std::vector<Tensor>;
 // Lists that go along with one that sets shapes, layouts and device. Each check is false for what it does not accept.
 class Columns {
  public:
-  explicit Columns(const TensorList& first) {
+  explicit Columns(const TensorList& first) : first_(first) {
     layouts_.reserve(first.size());
     for (const Tensor& tensor : first) layouts_.emplace_back(tensor);
     if (!first.empty()) place_.emplace(first[0]);
   }
 
-  bool are_dense() const {
-    for (const Layout& layout : layouts_) {
-      if (!layout.is_dense()) return false;
+  // Whether the first list itself can be worked on: dense tensors of data on one device.
+  bool are_sound() const {
+    for (size_t i = 0; i < layouts_.size(); ++i) {
+      if (!layouts_[i].is_dense() || !is_data(first_[i].scalar_type()) || !place_->holds(first_[i])) return false;
     }
     return true;
   }
@@ -118,9 +119,8 @@ class Columns {
   }
   bool have_masks_or_none(const TensorList& masks) const { return masks.empty() || have(masks, ScalarType::Byte, 8); }
 
-  const std::optional<Place>& place() const { return place_; }
-
  private:
+  const TensorList& first_;
   std::vector<Layout> layouts_;
   std::optional<Place> place_;
 };
@@ -147,7 +147,7 @@ struct UpdateArguments {
                          rounding_key->numel() != 2 || !place.holds(*rounding_key)))
       return false;
     if (params.empty()) return retain.empty() && forget.empty();
-    if (!place.holds(params[0]) || !columns.are_dense() || !columns.match(params)) return false;
+    if (!place.holds(params[0]) || !columns.are_sound()) return false;
 
     const auto type_of_param = [&](size_t i) { return params[i].scalar_type(); };
     bool coded = false;
@@ -168,8 +168,7 @@ struct UpdateArguments {
 // What the Gram values are made of.
 inline bool gram_is_acceptable(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
   const Columns columns(retain);
-  return !retain.empty() && columns.are_dense() && columns.match(retain) && columns.match_or_absent(forget) &&
-         columns.have_masks_or_none(masks);
+  return !retain.empty() && columns.are_sound() && columns.match_or_absent(forget) && columns.have_masks_or_none(masks);
 }
 
 }  // namespace erasediff

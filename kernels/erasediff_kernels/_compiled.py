@@ -6,6 +6,7 @@ but cannot be loaded is an error, since silently running something slower would 
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def _load() -> frozenset[str]:
     return frozenset(device for device, key in keys.items() if has_kernel("erasediff_C::gradient_gram", key))
 
 
+def _accepted(op: str) -> Callable[..., Tensor | None]:
+    """`op` on lists that Python's checks let pass: that they are not accepted is a mistake of this package."""
+
+    def run(*args: Any) -> Tensor | None:
+        result = ACCEPTING[op](*args)
+        if result is None or result is False:
+            raise RuntimeError(f"{op}: csrc/lists.h refused lists that Python's checks let pass; please report it")
+        return result if isinstance(result, Tensor) else None
+
+    return run
+
+
 DEVICES = _load()
 
 if DEVICES:
@@ -44,14 +57,6 @@ if DEVICES:
     sparse_decode = _ops.sparse_decode.default
     gather_dot = _ops.gather_dot.default
     scatter_outer = _ops.scatter_outer.default
-
-    def gradient_gram(*args: Any) -> Tensor:
-        result: Tensor | None = ACCEPTING["gradient_gram"](*args)
-        assert result is not None, "lists that Python's checks let pass"
-        return result
-
-    def constrained_adamw_(*args: Any) -> None:
-        assert ACCEPTING["constrained_adamw_"](*args), "lists that Python's checks let pass"
-
-    def constrained_sgd_(*args: Any) -> None:
-        assert ACCEPTING["constrained_sgd_"](*args), "lists that Python's checks let pass"
+    gradient_gram = _accepted("gradient_gram")
+    constrained_adamw_ = _accepted("constrained_adamw_")
+    constrained_sgd_ = _accepted("constrained_sgd_")

@@ -271,15 +271,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         device = params[0].device if params else None
         return settings, device, [p.dtype for p in params], ["mask" in state for state in states]
 
-    def _run(
-        self,
-        group: dict[str, Any],
-        bucket: Bucket,
-        params: list[Tensor],
-        retain: list[Tensor],
-        forget: list[Tensor],
-        **common: Any,
-    ) -> None:
+    def _run(self, group: dict[str, Any], bucket: Bucket, *lists: list[Tensor], **common: Any) -> None:
+        """Call the operator; `lists` are what it updates, and the retain and forget gradients."""
         raise NotImplementedError
 
     def _scalar(self, name: Any, value: float | Tensor, device: torch.device) -> Tensor:
@@ -362,15 +355,8 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _run(
-        self,
-        group: dict[str, Any],
-        bucket: Bucket,
-        params: list[Tensor],
-        retain: list[Tensor],
-        forget: list[Tensor],
-        **common: Any,
-    ) -> None:
+    def _run(self, group: dict[str, Any], bucket: Bucket, *lists: list[Tensor], **common: Any) -> None:
+        params, retain, forget = lists
         beta1, beta2 = group["betas"]
         coded = group["moments"] == "8-bit"
         constrained_adamw_(
@@ -432,15 +418,8 @@ class ConstrainedSGD(ConstrainedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
 
-    def _run(
-        self,
-        group: dict[str, Any],
-        bucket: Bucket,
-        params: list[Tensor],
-        retain: list[Tensor],
-        forget: list[Tensor],
-        **common: Any,
-    ) -> None:
+    def _run(self, group: dict[str, Any], bucket: Bucket, *lists: list[Tensor], **common: Any) -> None:
+        params, retain, forget = lists
         constrained_sgd_(
             params,
             bucket.state("momentum_buffer") if group["momentum"] != 0.0 else (),

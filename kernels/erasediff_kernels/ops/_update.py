@@ -1,10 +1,11 @@
-"""Checks shared by `constrained_adamw_` and `constrained_sgd_`."""
+"""What `constrained_adamw_` and `constrained_sgd_` share: how they are run, and checks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from erasediff_kernels import _dispatch
 from erasediff_kernels.ops._checks import DATA_DTYPES
 from erasediff_kernels.ops._lists import (
     check_dense,
@@ -14,12 +15,58 @@ from erasediff_kernels.ops._lists import (
     check_masks,
     check_scalar,
     check_shapes,
+    in_layout_of,
 )
 from erasediff_kernels.reference.moment_codes import BLOCK
 
 # Parameters that moments of 8 bits are for.
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALARS = (torch.float32, torch.float64)
+
+
+def run_update(
+    op: str,
+    params: Sequence[Tensor],
+    states: tuple[Sequence[Tensor], ...],
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    followers: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    scalars: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    hyper: tuple[float, ...],
+    rounding_key: Tensor | None,
+    check_moments: Callable[[], Mapping[str, Sequence[Tensor]]],
+) -> None:
+    """One update, in the order of the operators' schemas.
+
+    followers: (ema, copies, masks)
+    scalars: (multiplier, clip_scale, finite, lr, step)
+    check_moments: looks at those states that `check_update` knows nothing of, and returns the others by name
+    """
+    ema, copies, masks = followers
+    multiplier, clip_scale, finite, lr, step = scalars
+    rest = (*scalars, *hyper, rounding_key)
+    accepting = _dispatch.accepting(op, params, *states, retain, forget, *followers)
+    if accepting is None or not accepting(params, *states, retain, forget, *followers, *rest):
+        check_update(
+            params,
+            check_moments(),
+            {"retain": retain, "forget": forget},
+            {"ema": ema, "copies": copies},
+            masks,
+            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
+            finite,
+            step,
+            rounding_key,
+        )
+        getattr(torch.ops.erasediff, op)(
+            list(params),
+            *map(list, states),
+            in_layout_of(params, retain),
+            in_layout_of(params, forget) if forget else [],
+            *map(list, followers),
+            *rest,
+        )
+    mark_written(params, *states, ema, copies, (step,))
 
 
 def check_update(

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from erasediff_kernels import _dispatch
-from erasediff_kernels.ops._lists import in_layout_of
-from erasediff_kernels.ops._update import check_codes, check_update, mark_written
+from erasediff_kernels.ops._update import check_codes, run_update
 
 
 def constrained_adamw_(
@@ -68,31 +66,23 @@ def constrained_adamw_(
     Raises:
         ValueError: for lists, shapes, strides, dtypes or devices that do not match.
     """
-    states, followers = (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes), (ema, copies, masks)
-    scalars = (multiplier, clip_scale, finite, lr, step, beta1, beta2, eps, weight_decay, ema_decay, rounding_key)
-    accepting = _dispatch.accepting("constrained_adamw_", params, *states, retain, forget, *followers)
-    if accepting is None or not accepting(params, *states, retain, forget, *followers, *scalars):
-        coded = bool(exp_avg_absmaxes or exp_avg_sq_absmaxes)
-        if coded:
-            check_codes("exp_avgs", exp_avgs, torch.int8, exp_avg_absmaxes, params)
-            check_codes("exp_avg_sqs", exp_avg_sqs, torch.uint8, exp_avg_sq_absmaxes, params)
-        check_update(
-            params,
-            {} if coded else {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
-            {"retain": retain, "forget": forget},
-            {"ema": ema, "copies": copies},
-            masks,
-            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
-            finite,
-            step,
-            rounding_key,
-        )
-        torch.ops.erasediff.constrained_adamw_(
-            list(params),
-            *map(list, states),
-            in_layout_of(params, retain),
-            in_layout_of(params, forget) if forget else [],
-            *map(list, followers),
-            *scalars,
-        )
-    mark_written(params, *states, ema, copies, (step,))
+
+    def check_moments() -> dict[str, Sequence[Tensor]]:
+        if not (exp_avg_absmaxes or exp_avg_sq_absmaxes):
+            return {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+        check_codes("exp_avgs", exp_avgs, torch.int8, exp_avg_absmaxes, params)
+        check_codes("exp_avg_sqs", exp_avg_sqs, torch.uint8, exp_avg_sq_absmaxes, params)
+        return {}
+
+    run_update(
+        "constrained_adamw_",
+        params,
+        (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes),
+        retain,
+        forget,
+        (ema, copies, masks),
+        (multiplier, clip_scale, finite, lr, step),
+        (beta1, beta2, eps, weight_decay, ema_decay),
+        rounding_key,
+        check_moments,
+    )

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from erasediff_kernels import _dispatch
-from erasediff_kernels.ops._lists import in_layout_of
-from erasediff_kernels.ops._update import check_update, mark_written
+from erasediff_kernels.ops._update import run_update
 
 
 def constrained_sgd_(
@@ -54,27 +51,15 @@ def constrained_sgd_(
         )
     if nesterov and momentum == 0.0:
         raise ValueError("nesterov=True needs momentum > 0")
-    states, followers = (momentum_buffers,), (ema, copies, masks)
-    scalars = (multiplier, clip_scale, finite, lr, step, momentum, nesterov, weight_decay, ema_decay, rounding_key)
-    accepting = _dispatch.accepting("constrained_sgd_", params, *states, retain, forget, *followers)
-    if accepting is None or not accepting(params, *states, retain, forget, *followers, *scalars):
-        check_update(
-            params,
-            {"momentum_buffers": momentum_buffers} if momentum_buffers else {},
-            {"retain": retain, "forget": forget},
-            {"ema": ema, "copies": copies},
-            masks,
-            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
-            finite,
-            step,
-            rounding_key,
-        )
-        torch.ops.erasediff.constrained_sgd_(
-            list(params),
-            *map(list, states),
-            in_layout_of(params, retain),
-            in_layout_of(params, forget) if forget else [],
-            *map(list, followers),
-            *scalars,
-        )
-    mark_written(params, *states, ema, copies, (step,))
+    run_update(
+        "constrained_sgd_",
+        params,
+        (momentum_buffers,),
+        retain,
+        forget,
+        (ema, copies, masks),
+        (multiplier, clip_scale, finite, lr, step),
+        (momentum, nesterov, weight_decay, ema_decay),
+        rounding_key,
+        lambda: {"momentum_buffers": momentum_buffers} if momentum_buffers else {},
+    )
