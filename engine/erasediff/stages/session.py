@@ -94,7 +94,7 @@ class Session:
                 self.save(path)
             return
         method: Any = self.method
-        weights = averaged_whole(method.model, method.gradients)
+        weights = averaged_whole(method.model, method.gradients, path.parent)
         peers = Peers.current()
         with peers.main_first():
             if peers.is_main:
