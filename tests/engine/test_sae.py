@@ -10,6 +10,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from erasediff.errors import UserError
 from erasediff.models.family import TextToImageModel
@@ -28,7 +29,8 @@ from erasediff.sae import (
 )
 from erasediff.sae.activations import Patches
 from erasediff.sae.detection import calibrate
-from erasediff.sae.eraser import Detection, EditReport, Intervention, sample_bank
+from erasediff.sae.edit import Detection, Intervention
+from erasediff.sae.eraser import EditReport, sample_bank
 from erasediff.sae.maps import MeanMaps, measure_maps
 from erasediff.sae.training import geometric_median, squared_correlation
 
@@ -259,6 +261,24 @@ def test_only_patches_with_the_concept_change(
     changed = (edited != x).any(dim=2)
     assert changed[concept == 0].float().mean() > 0.95
     assert changed[concept != 0].float().mean() < 0.05
+
+
+@pytest.mark.parametrize("detection", ["published", "patch", "image"])
+@pytest.mark.parametrize("intervention", ["published", "steer", "replace", "move"])
+def test_the_host_reads_nothing(
+    planted: ActivationCache, planted_eraser: ConceptEraser, detection: Detection, intervention: Intervention
+) -> None:
+    """On tensors without values whatever the host would have to know of them raises, so on a GPU it never waits."""
+    eraser = dataclasses.replace(planted_eraser, detection=detection, intervention=intervention)
+    x, _ = at(planted, 100)
+    maps = x.transpose(1, 2).unflatten(2, (5, 8))
+    for output in (x, maps, torch.nn.functional.interpolate(maps, size=(6, 9))):
+        eraser.edit(output, torch.tensor(100), report := EditReport())
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            edited = eraser.edit(mode.from_tensor(output), mode.from_tensor(torch.tensor(100)), report)
+            assert edited.shape == output.shape
+            with pytest.raises(DataDependentOutputException):
+                report.edited_rate  # noqa: B018
 
 
 def at(cache: ActivationCache, timestep: int) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +20,11 @@ from erasediff.runs.atomic import atomic_directory
 from erasediff.sae.activations import ActivationCache, shuffled
 from erasediff.sae.autoencoder import SparseAutoencoder
 from erasediff.sae.detection import Thresholds
+from erasediff.sae.edit import Detection, Edit, Intervention, reconstruction_error
 from erasediff.sae.features import Features
-from erasediff.sae.hooks import as_before, as_patches, at_block, denoiser_of
+from erasediff.sae.hooks import at_block, denoiser_of
 from erasediff.sae.maps import MeanMaps
 
-Detection = Literal["published", "patch", "image"]
-Intervention = Literal["published", "steer", "replace", "move"]
 WEIGHTS, CONCEPTS = "sae.safetensors", "concepts.json"
 FAR = 0.99
 """The quantile of reconstruction errors beyond which an edited patch counts as an artifact."""
@@ -79,6 +78,7 @@ class ConceptEraser:
     intervention: Intervention = "move"
     strength: float = -1.0
     distance: float = 1.0
+    _edits: dict[torch.device, Edit] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def erasing(self, concepts: Sequence[str], anchors: Sequence[str] = ()) -> Self:
         """The same for other concepts of those it knows.
@@ -119,63 +119,13 @@ class ConceptEraser:
         """
         if not self.erased:
             return x
-        patches = as_patches(x).float()
-        self._move(patches.device)
-        time = torch.as_tensor(timestep, device=patches.device).reshape(-1)[:1].float()
-        nearest = int((self.features.timesteps.to(patches.device) - time).abs().argmin())
-        latents = self.assigned[list(self.erased)].to(patches.device)
-        active = self._active(patches, latents)
-        excess = self._excess(active, nearest, latents)
-        hit = excess > 0
-        if self.intervention == "move":
-            # Where several are found, the one that is clearest: two moves would not add up to a place in between.
-            clearest = torch.nn.functional.one_hot(excess.argmax(dim=2), len(latents))
-            moves = self.maps.moves(nearest, self.erased, self.anchors, x).to(patches.device)
-            edited = patches + self.distance * torch.einsum("bpe,epd->bpd", (hit & clearest.bool()).float(), moves)
-        else:
-            strength = self._strength(nearest, latents).to(patches.device)
-            change = torch.where(hit, (strength - 1.0) * active.relu(), 0.0)
-            edited = patches + change @ self.autoencoder.W_dec[latents]
-            if self.intervention == "replace":
-                edited = torch.where(hit.any(dim=2)[..., None], self._nearest_in_bank(edited, nearest), patches)
+        edit = self._edits.get(x.device)
+        if edit is None:
+            edit = self._edits[x.device] = Edit.of(self, x.device)
+        edited, found, place = edit(x, timestep)
         if report is not None:
-            error = reconstruction_error(self.autoencoder, edited.flatten(0, 1))
-            report.add(hit.any(dim=2).flatten(), error > self.limit[nearest].to(x.device))
-        return as_before(edited, x).to(x.dtype)
-
-    def _active(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """[B, patches, erased]: the erased concepts' latents, as the detection has them."""
-        if self.detection == "published":
-            code = self.autoencoder.encode(patches.flatten(0, 1))
-            own = code.indices[:, :, None] == latents
-            return (code.values[:, :, None] * own).sum(dim=1).view(*patches.shape[:2], -1)
-        weight, bias = self.autoencoder.W_enc[latents], self.autoencoder.b_enc[latents]
-        return (patches - self.autoencoder.b_dec) @ weight.T + bias
-
-    def _excess(self, active: Tensor, nearest: int, latents: Tensor) -> Tensor:
-        """[B, patches, erased]: by how much each exceeds its threshold; what is positive is edited."""
-        erased = list(self.erased)
-        if self.detection == "published":
-            return active - self.features.mean[nearest].mean(dim=0)[latents.cpu()].to(active.device)
-        if self.detection == "patch":
-            return active - self.thresholds.patch[nearest, erased].to(active.device)
-        whole = active.mean(dim=1, keepdim=True) - self.thresholds.image[nearest, erased].to(active.device)
-        return whole.expand_as(active)
-
-    def _strength(self, nearest: int, latents: Tensor) -> Tensor:
-        """What each erased latent is multiplied by, [erased]."""
-        if self.intervention == "published":
-            return self.strength * self.features.mean[nearest, list(self.erased), latents.cpu()]
-        return torch.full((len(latents),), self.strength if self.intervention == "steer" else 0.0)
-
-    def _nearest_in_bank(self, patches: Tensor, nearest: int) -> Tensor:
-        others = ~torch.isin(self.bank_concepts[nearest], torch.tensor(self.erased))
-        bank = self.bank[nearest][others].to(patches.device).float()
-        return bank[torch.cdist(patches.flatten(0, 1), bank).argmin(dim=1)].view_as(patches)
-
-    def _move(self, device: torch.device) -> None:
-        if self.autoencoder.W_enc.device != device:
-            self.autoencoder.to(device)
+            report.add(found.flatten(), edit.is_far(edited, place))
+        return edited
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         """The folder ``path`` with sae.safetensors and concepts.json. UserError if it exists, unless ``overwrite``."""
@@ -255,13 +205,6 @@ class EditReport:
         """
         _, edited, far = self.counts.tolist() if self.counts is not None else (0, 0, 0)
         return far / max(1, edited)
-
-
-@torch.no_grad()
-def reconstruction_error(autoencoder: SparseAutoencoder, x: Tensor) -> Tensor:
-    """|x - x^|^2 / |x|^2 of each patch, [N]."""
-    error: Tensor = (x - autoencoder(x)).square().sum(dim=1) / x.square().sum(dim=1).clamp_min(1e-12)
-    return error
 
 
 @torch.no_grad()

@@ -30,23 +30,27 @@ class MeanMaps:
     def _distance(self, one: int, other: int) -> float:
         return (self.mean[:, one].float() - self.mean[:, other].float()).square().sum().item()
 
-    def moves(self, place: int, concepts: Sequence[int], anchors: Sequence[int], x: Tensor) -> Tensor:
-        """float32 [concepts, patches, d] in bin ``place``: from the mean of each of ``concepts`` to that of its anchor.
+    def moves(self, concepts: Sequence[int], anchors: Sequence[int]) -> Tensor:
+        """float32 [bins, concepts, patches, d]: from the mean of each of ``concepts`` to that of its anchor."""
+        return self.mean[:, list(anchors)].float() - self.mean[:, list(concepts)].float()
 
-        ``x`` is the block's output: for maps [B, C, h, w] of another size than the cache's, means are interpolated.
-        UserError for sequences of another length, in which a place has no name.
-        """
-        moves = self.mean[place, list(anchors)].float() - self.mean[place, list(concepts)].float()
-        if x.dim() == 4 and tuple(x.shape[2:]) != self.size:
-            maps = moves.transpose(1, 2).unflatten(2, self.size)  # type: ignore[no-untyped-call]
-            resized = torch.nn.functional.interpolate(maps, size=x.shape[2:], mode="bilinear", antialias=True)
-            return resized.flatten(2).transpose(1, 2)
-        if x.dim() == 3 and x.shape[1] != moves.shape[1]:
-            raise UserError(
-                f"The concepts were learned on {moves.shape[1]} patches and this image has {x.shape[1]}: "
-                "draw it in the size of the activations, or set another saemnesia.intervention than move."
-            )
-        return moves
+
+def at_size(moves: Tensor, size: tuple[int, ...], x: Tensor) -> Tensor:
+    """``moves`` [concepts, patches, d] between maps of ``size`` for the block's output ``x``.
+
+    For maps [B, C, h, w] of another size, they are interpolated. UserError for sequences of another length, in which a
+    place has no name.
+    """
+    if x.dim() == 4 and tuple(x.shape[2:]) != size:
+        maps = moves.transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
+        resized = torch.nn.functional.interpolate(maps, size=x.shape[2:], mode="bilinear", antialias=True)
+        return resized.flatten(2).transpose(1, 2)
+    if x.dim() == 3 and x.shape[1] != moves.shape[1]:
+        raise UserError(
+            f"The concepts were learned on {moves.shape[1]} patches and this image has {x.shape[1]}: "
+            "draw it in the size of the activations, or set another saemnesia.intervention than move."
+        )
+    return moves
 
 
 @torch.no_grad()
