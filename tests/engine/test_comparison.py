@@ -115,6 +115,18 @@ def test_a_case_of_other_settings_is_another_case(tmp_path: Path) -> None:
     assert "--set=unlearn.lr=0.0001" in command(cases[0], tmp_path, tmp_path / "run")
 
 
+def test_a_case_is_the_same_wherever_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identities = []
+    for name in ("here", "there"):
+        monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / name))
+        data = tmp_path / name / "data"
+        case = Case(task="t/1", method="esd", seed=0, settings={"images.data": str(data)})
+        assert case.described() == {"images.data": "$ERASEDIFF_CACHE/data"}
+        assert f'--set=images.data="{data}"' in command(case, tmp_path, tmp_path / "run")
+        identities.append(case.identity())
+    assert identities[0] == identities[1]
+
+
 def line(method: str, forgotten: float, retained: float, **changes: Any) -> dict[str, Any]:
     case = {"task": "toy/1", "method": method, "seed": 0, "settings": "a", "measurement": "quality"}
     values = {"forgotten_rate": forgotten, "retained_mean": retained, "retained_worst": retained}

@@ -20,6 +20,7 @@ from erasediff.errors import UserError
 from erasediff.runs.atomic import atomic_write, remove_directory
 from erasediff.runs.folder import ERASER, MODEL
 from erasediff.sae.eraser import WEIGHTS
+from erasediff.stages.cache import ENVIRONMENT_VARIABLE, cache_folder
 
 COST, LOG = "cost.json", "unlearn.log"
 LOOK_EVERY = 0.2
@@ -65,8 +66,16 @@ class Case:
     @property
     def fingerprint(self) -> str:
         """Of the settings: with others, it is another case."""
-        described = json.dumps([self.method, dict(sorted(self.settings.items()))], default=str)
+        described = json.dumps([self.method, dict(sorted(self.described().items()))], default=str)
         return hashlib.sha256(described.encode()).hexdigest()[:8]
+
+    def described(self) -> dict[str, Any]:
+        """The settings as results tell them: paths into the cache begin with its variable, wherever it is."""
+        cache = str(cache_folder())
+        return {
+            name: value.replace(cache, f"${ENVIRONMENT_VARIABLE}") if isinstance(value, str) else value
+            for name, value in self.settings.items()
+        }
 
     def identity(self) -> dict[str, Any]:
         """What a line of results is found again by."""

@@ -80,17 +80,13 @@ def compare(
                     **case.identity(),
                     "measurement": name,
                     "values": measurement(model, case, oracle),
-                    "chosen": {key: _without_home(value) for key, value in case.settings.items()},
+                    "chosen": case.described(),
                     "cost": None if cost is None else asdict(cost),
                 }
                 lines.append(line)
         console.print(f"{title}: {', '.join(missing)}")
     if failures:
         raise UserError(f"{len(failures)} of {len(cases)} cases failed; the first: {failures[0]}")
-
-
-def _without_home(value: Any) -> Any:
-    return value.replace(str(Path.home()), "~") if isinstance(value, str) else value
 
 
 def _case(task: Task, method: str, seed: int) -> Case:
