@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 600
-LARGE_ALLOCATIONS_ARE_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+LARGE_ALLOCATIONS_ARE_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For glibc: what is freed leaves the process, as a process's peak should show. It costs time."""
 
 
