@@ -16,6 +16,7 @@ from pixels import as_grey, as_rgb
 from rich.console import Console
 from settings import METHODS
 from torch import Tensor, nn
+from train import take
 
 from erasediff.comparison import Case
 from erasediff.comparison.adversarial import PromptSearch
@@ -65,7 +66,7 @@ class NanoTask:
 
     def base(self, seed: int, console: Console) -> Path:
         if not (CACHE / "model").exists():
-            raise UserError("There is no nano model yet: run python benchmarks/nano_sd/train.py first.")
+            take(CACHE, DEBIAN_FOLDER, console)
         return CACHE / "model"
 
     def settings(self, method: str) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """All methods on the nano Stable Diffusion and on the digits: ``python benchmarks/compare/run.py``.
 
 JSON lines go to ``benchmarks/results/compare.jsonl``; the table and the page beside it are drawn from that file alone.
-The nano model has to be there (``benchmarks/nano_sd/train.py``).
+The nano model is the one that ``benchmarks/nano_sd/train.py`` puts into the cache, now if it is not there.
 """
 
 from __future__ import annotations

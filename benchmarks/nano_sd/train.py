@@ -1,28 +1,31 @@
-"""Train a complete small Stable Diffusion on Fashion-MNIST, once, into a cache folder.
+"""A complete small Stable Diffusion of Fashion-MNIST, in a cache folder: as it was trained before, or trained anew.
 
 ``python benchmarks/nano_sd/train.py`` leaves there
 
     model/      the pipeline, as any Stable Diffusion 1.x checkpoint
     data/       the 60,000 training images as a captioned folder, for forget and retain sets
-    latents/    their latents and text embeddings, as the engine caches them
     judge/      a classifier of the real images, with its accuracy on the test split
     base.json   what the judge sees in the model's images; base.png shows them
 
-What is there is not made again, so an interrupted training goes on with the same command.
+The weights come from ``trained/`` beside this script, so that results from different machines are of the same model.
+With ``--anew`` they are trained here, which leaves ``latents/``, too: the images' latents and text embeddings, as the
+engine caches them. What is there is not made again, so an interrupted training goes on with the same command.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from denoiser import train_denoiser, write_untrained
-from fashion import DEBIAN_FOLDER, load, write_folder
+from fashion import DEBIAN_FOLDER, Clothes, load, write_folder
 from judge import Judge, train_judge
 from measure import CACHE, measure
 from rich.console import Console
@@ -30,7 +33,11 @@ from text import build_tokenizer, train_text_encoder
 from vae import train_vae
 
 from erasediff.errors import UserError
-from erasediff.runs.atomic import atomic_write
+from erasediff.models.load import load_text_to_image
+from erasediff.runs.atomic import atomic_directory, atomic_write
+
+TRAINED = Path(__file__).parent / "trained"
+"""The pipeline and the classifier that ``--anew`` gave on a CPU, in float16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,30 +60,57 @@ def main(
     data: Annotated[
         Path, typer.Option(help="Folder with Fashion-MNIST's .gz files, as in Debian's dataset-fashion-mnist.")
     ] = DEBIAN_FOLDER,
-    effort: Annotated[float, typer.Option(help="Share of the training's steps; for a trial.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and noise.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda; the weights are not the same.")] = "cpu",
+    anew: Annotated[bool, typer.Option("--anew", help="Train here, for about 50 minutes of one core.")] = False,
+    effort: Annotated[float, typer.Option(help="With --anew, the share of its steps; for a trial.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --anew, of weights, batches and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="With --anew, cpu or cuda; the weights are not the same.")] = "cpu",
+    publish: Annotated[
+        Path | None, typer.Option(help="Also write what there is to this folder, in float16, as trained/ has it.")
+    ] = None,
 ) -> None:
-    console = Console(stderr=True)
+    console, begun = Console(stderr=True), time.monotonic()
     try:
-        train(cache, data, Settings(seed=seed).scaled(effort), console, device)
+        if not anew and (effort, seed, device) != (1.0, 0, "cpu"):
+            raise UserError("--effort, --seed and --device are of a training: give --anew, too.")
+        if anew:
+            train(cache, data, Settings(seed=seed).scaled(effort), console, device)
+        else:
+            take(cache, data, console)
+        if not (cache / "base.json").exists():
+            judge = Judge.load(cache / "judge")
+            found = measure(
+                cache / "model", judge, data, 100, seed, grid=cache / "base.png", console=console, device=device
+            )
+            atomic_write(cache / "base.json", json.dumps(found, indent=1) + "\n")
+        if publish is not None:
+            load_text_to_image(cache / "model").save(publish / "model", dtype=torch.float16)
+            Judge.load(cache / "judge").half().save(publish / "judge")
     except UserError as error:
         console.print(str(error), style="red", highlight=False)
         raise typer.Exit(2) from None
+    print((cache / "base.json").read_text())
+    console.print(f"{cache / 'model'} is ready, {time.monotonic() - begun:.0f} seconds after the start.")
+
+
+def take(cache: Path, data: Path, console: Console) -> None:
+    """Put what was trained before into ``cache``. UserError if a model trained anew is there, or the data is not."""
+    _check_settings(cache / "settings.json", {"trained": "before"})
+    _write_data(load(data, "train"), cache / "data", console)
+    for name in ("judge", "model"):
+        if not (cache / name).exists():
+            with atomic_directory(cache / name) as folder:
+                shutil.copytree(TRAINED / name, folder, dirs_exist_ok=True)
 
 
 def train(cache: Path, data: Path, settings: Settings, console: Console, device: str = "cpu") -> None:
     """Make what is missing in ``cache``. UserError if it was made with other settings, or the data is not there."""
-    _check_settings(cache / "settings.json", settings)
-    begun = time.monotonic()
+    _check_settings(cache / "settings.json", asdict(settings))
 
     def missing(name: str) -> bool:
         return not (cache / name).exists()
 
     clothes = load(data, "train")
-    if missing("data/metadata.jsonl"):
-        console.print("Writing the captioned folder")
-        write_folder(clothes, cache / "data")
+    _write_data(clothes, cache / "data", console)
     if missing("judge"):
         train_judge(clothes, load(data, "t10k"), settings.judge, settings.seed, console, device).save(cache / "judge")
     if missing("untrained"):
@@ -96,18 +130,16 @@ def train(cache: Path, data: Path, settings: Settings, console: Console, device:
             console,
             device,
         )
-    if missing("base.json"):
-        judge = Judge.load(cache / "judge")
-        found = measure(
-            cache / "model", judge, data, 100, settings.seed, grid=cache / "base.png", console=console, device=device
-        )
-        atomic_write(cache / "base.json", json.dumps(found, indent=1) + "\n")
-    print((cache / "base.json").read_text())
-    console.print(f"{cache / 'model'} is ready, {time.monotonic() - begun:.0f} seconds after the start.")
 
 
-def _check_settings(path: Path, settings: Settings) -> None:
-    written = json.dumps(asdict(settings)) + "\n"
+def _write_data(clothes: Clothes, folder: Path, console: Console) -> None:
+    if not (folder / "metadata.jsonl").exists():
+        console.print("Writing the captioned folder")
+        write_folder(clothes, folder)
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    written = json.dumps(settings) + "\n"
     if not path.exists():
         atomic_write(path, written)
     elif path.read_text() != written:
