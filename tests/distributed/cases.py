@@ -14,6 +14,8 @@ from harness import load
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
 from erasediff.distributed import World
@@ -264,6 +266,28 @@ def bytes_of_tensors() -> int:
         if isinstance(found, Tensor)
     }
     return sum(storages.values())
+
+
+def gathered_in_a_step(options: dict[str, Any]) -> float:
+    """How many times a step hands all weights of the model to gathers, once DeepSpeed knows the order of modules."""
+    method = unlearner(**options)
+    world, total = World.current(), sum(parameter.ds_numel for parameter in method.model.parameters())
+    for step in range(3):
+        method.step(*batches(step, world))
+    with CountedGathers() as counted:
+        method.step(*batches(3, world))
+    return counted.elements / total
+
+
+class CountedGathers(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "allgather" in func.__name__:
+            self.elements += sum(leaf.numel() for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def norm_told_by_the_engine(options: dict[str, Any]) -> tuple[float, float]:

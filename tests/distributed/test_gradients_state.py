@@ -105,6 +105,16 @@ def test_adapters_alone_are_trained(run_on, layout):
     assert all(torch.equal(weight, base[name]) for name, weight in weights.items() if "lora" not in name)
 
 
+@pytest.mark.parametrize(("distance", "at_least", "at_most"), [(None, 0.99, 1.1), (100_000, 2.0, 4.0)])
+def test_both_gradients_are_of_weights_gathered_once_where_a_pass_may_keep_them(run_on, distance, at_least, at_most):
+    """Otherwise each pass gathers them anew, at least once: the user has said how many may be whole at a time."""
+    zero = {"stage3_param_persistence_threshold": 0}
+    if distance is not None:
+        zero["stage3_max_reuse_distance"] = distance
+    for times in run_on(2, CASES, "gathered_in_a_step", {"layout": "zero-3", "zero": zero}):
+        assert at_least <= times <= at_most
+
+
 @pytest.mark.parametrize(
     ("layout", "poisoned"),
     [("ddp", "retain"), ("fsdp", "forget"), ("zero-1", "forget"), ("zero-2", "retain"), ("zero-3", "forget")],

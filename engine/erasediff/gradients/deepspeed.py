@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+HELD = "held for the next pass"
+"""Stands among the modules that are at work with a parameter."""
 TRIED = ((0, 19), (0, 20))
 """The first version that is known to have these names, and the first that is not."""
 
@@ -49,6 +51,10 @@ class Layout(Protocol):
 
     def reuse(self, gradients: list[Tensor]) -> None:
         """Nobody needs what ``take`` has returned any more: the next gradient may be written there."""
+        ...
+
+    def hold(self, held: bool) -> None:
+        """Whether weights that a pass has gathered stay for the next one."""
         ...
 
     def fragments(self) -> Iterator[Fragment]: ...
@@ -182,6 +188,9 @@ class WholeParameters:
     def reuse(self, gradients: list[Tensor]) -> None:
         pass
 
+    def hold(self, held: bool) -> None:
+        pass
+
     def fragments(self) -> Iterator[Fragment]:
         for index, parameter in enumerate(self.parameters):
             yield Fragment(parameter, 0, index, 0, parameter.numel())
@@ -289,6 +298,9 @@ class PartitionedGradients:
         if gradients and not self._are_joined and not self.optimizer.cpu_offload:
             self._free.append(gradients)
 
+    def hold(self, held: bool) -> None:
+        pass
+
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
         for index in self.groups:
@@ -316,6 +328,11 @@ class PartitionedParameters:
         if not optimizer.offload_optimizer:
             # As under ZeRO 1 and 2; here it is no option.
             optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        offload = optimizer.parameter_offload
+        parameters = list(offload.module.parameters())
+        # What the first module has gathered is needed again after a way there and back.
+        way = 2 * sum(parameter.ds_numel for parameter in parameters)
+        self._holdable = parameters if way <= offload._max_reuse_distance_in_numel else []
 
     @property
     def _partitions(self) -> dict[int, Tensor]:
@@ -360,6 +377,14 @@ class PartitionedParameters:
         if gradients and not self.optimizer.offload_optimizer:
             length = sum(gradient.numel() for gradient in gradients)
             self._free.append(gradients[0].as_strided((length,), (1,), 0))
+
+    def hold(self, held: bool) -> None:
+        """The whole model or nothing, so that no more is whole at a time than ``stage3_max_reuse_distance`` allows one
+        pass. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all of them.
+        """
+        for parameter in self._holdable:
+            change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
+            change(HELD)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class LocalGradients:
     @property
     def replicas(self) -> int:
         return self.world.size
+
+    def held_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin(self, calls: int) -> None:
         pass

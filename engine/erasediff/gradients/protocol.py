@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,6 +51,10 @@ class Gradients(Protocol):
     @property
     def replicas(self) -> int:
         """How many processes hold each element: what their Gram values count several times."""
+        ...
+
+    def held_weights(self) -> AbstractContextManager[None]:
+        """Within the block no weight changes: what one pass has gathered of cut ones may stay for the next."""
         ...
 
     def begin(self, calls: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,14 @@ class ZeroGradients:
     @property
     def replicas(self) -> int:
         return 1 if self._is_partitioned else self.world.size
+
+    @contextmanager
+    def held_weights(self) -> Iterator[None]:
+        self.layout.hold(True)
+        try:
+            yield
+        finally:
+            self.layout.hold(False)
 
     def begin(self, calls: int) -> None:
         self._calls_left = calls

@@ -71,10 +71,13 @@ class EraseDiff(Solver):
         """
         key = self._key()
         inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
-        retain_loss, retain_gradient = self._gradient(retain, lambda backward: self._retain_loss(retain, key, backward))
-        forget_loss, forget_gradient = self._gradient(
-            forget, lambda backward: self.objective.forget_loss(self.model, forget, key, self.target, backward)
-        )
+        with self.gradients.held_weights():
+            retain_loss, retain_gradient = self._gradient(
+                retain, lambda backward: self._retain_loss(retain, key, backward)
+            )
+            forget_loss, forget_gradient = self._gradient(
+                forget, lambda backward: self.objective.forget_loss(self.model, forget, key, self.target, backward)
+            )
         return self._update(
             retain_gradient,
             forget_gradient,
