@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from published import Published, PublishedLoop
 from rich.console import Console
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, Stream, forget_classes, read_images
 from erasediff.models import ema_weights
@@ -115,13 +117,14 @@ def erasediff(task: Task, lr: float, eta: float, ema_decay: float | None) -> Con
     )
 
 
-def published(task: Task, settings: Published) -> Contender:
-    """The public loop, repaired, over the same batches."""
+def published(task: Task, settings: Published, ema_decay: float | None) -> Contender:
+    """The public loop, repaired, over the same batches; averaged weights are none of the scripts'."""
     model = load_text_to_image(task.checkpoint)
+    network = model.denoiser_module
     retain, forget = task.batches()
     pass_length = -(-len(task.forget) // task.batch_size)
     loop = PublishedLoop(
-        model.denoiser_module,
+        network,
         process=model.process,
         denoiser=model.denoiser,
         anchor=model.encode_prompts([task.anchor]),
@@ -131,15 +134,37 @@ def published(task: Task, settings: Published) -> Contender:
         settings=settings,
         seed=task.seed,
     )
+    if ema_decay is None:
+        step, result = loop.step, nullcontext
+    else:
+        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+
+        def step() -> None:
+            loop.step()
+            averaged.update_parameters(network)
+
+        result = partial(_with_weights_of, network, averaged.module)
     return Contender(
         name="published",
         model=model,
-        step=loop.step,
+        step=step,
+        result=result,
         settings={
             "lr": settings.lr,
+            "ema_decay": ema_decay,
             "multiplier": settings.multiplier,
             "inner_passes": settings.inner_passes,
             "pass_length": pass_length,
             "batch_size": task.batch_size,
         },
     )
+
+
+@contextmanager
+def _with_weights_of(network: nn.Module, other: nn.Module) -> Iterator[None]:
+    own = copy.deepcopy(network.state_dict())
+    network.load_state_dict(other.state_dict())
+    try:
+        yield
+    finally:
+        network.load_state_dict(own)

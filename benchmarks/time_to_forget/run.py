@@ -114,6 +114,7 @@ def main(
         float | None, typer.Option(help="Of EraseDiff's averaged weights; the scripts have none.")
     ] = 0.9,
     published_lr: Annotated[float | None, typer.Option(help="Of the public loop; 1e-5 in its scripts.")] = None,
+    published_ema_decay: Annotated[float | None, typer.Option(help="Of averaged weights for the public loop.")] = None,
     multiplier: Annotated[float, typer.Option(help="The public loop's lambda.")] = 1.0,
     inner_passes: Annotated[int, typer.Option(help="The public loop's K.")] = 1,
     every: Annotated[int, typer.Option(help="Kept updates between two looks.")] = 10,
@@ -140,7 +141,7 @@ def main(
         theirs = replace(task, batch_size=published_batch_size or batch_size)
         contenders = {
             "erasediff": lambda: erasediff(task, lr, eta, ema_decay),
-            "published": lambda: published(theirs, settings),
+            "published": lambda: published(theirs, settings, published_ema_decay),
         }
         racing = [make() for name, make in contenders.items() if only in (None, name)]
     except UserError as error:
