@@ -91,6 +91,7 @@ CHOSEN = [
     (3, {"layout": "zero-1", "offload": "optimizer", "barrier": "cosine"}),
     (3, {"layout": "zero-2", "relabel": True, "barrier": "fixed"}),
     (3, {"layout": "zero-3", "offload": "both", "accumulation": 2, "zero": {"sub_group_size": 40000}}),
+    (2, {"layout": "zero-3", "relabel": True, "zero": {"stage3_max_reuse_distance": 1000}}),
     (3, {"layout": "zero-2", "optimizer": "AdamW"}),
 ]
 
