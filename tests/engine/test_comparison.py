@@ -155,9 +155,11 @@ def test_the_last_settings_count_and_gaps_are_named() -> None:
     assert row.numbers["forgotten rate"] == 0.1
     assert row.numbers["steps to relearn"] is None, "of the settings before"
     said = " ".join(gaps(table))
-    assert "1 seed of three" in said
+    assert "1 seed of three: " in said
     assert "esd was not run on toy/2" in said
     assert "Not measured: steps to relearn" in said
+    (table,) = tables([line("esd", 0.1, 0.9, seed=seed) for seed in range(3)] + [line("salun", 0.1, 0.9)])
+    assert "Only 1 seed of three for salun: " in " ".join(gaps(table))
 
 
 class ToyTask:

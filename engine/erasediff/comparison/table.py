@@ -81,9 +81,10 @@ def tables(lines: Iterable[Line]) -> list[Table]:
 def gaps(table: Table) -> list[str]:
     """What the table does not tell, in sentences; they are part of the result."""
     found = []
-    fewest = min(len(row.seeds) for row in table.rows)
-    if fewest < 3:
-        found.append(f"Only {fewest} seed{'s' if fewest > 1 else ''} of three: differences of a point are noise.")
+    for count in sorted({len(row.seeds) for row in table.rows if len(row.seeds) < 3}):
+        few = [row.method for row in table.rows if len(row.seeds) == count]
+        whose = "" if len(few) == len(table.rows) else f" for {', '.join(few)}"
+        found.append(f"Only {count} seed{'s' * (count > 1)} of three{whose}: differences of a point are noise.")
     most = {task for row in table.rows for task in row.tasks}
     found += [
         f"{row.method} was not run on {', '.join(sorted(most - row.tasks))}." for row in table.rows if most - row.tasks
