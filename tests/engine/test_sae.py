@@ -1,9 +1,11 @@
 """Sparse autoencoders: training on planted concepts, and erasing on a nano Stable Diffusion under any sampler."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -250,32 +252,28 @@ def test_any_scheduler_any_guidance_any_size(
     )
 
 
-@pytest.mark.parametrize("detection", ["published", "patch", "image"])
-@pytest.mark.parametrize("intervention", ["published", "steer", "replace", "move"])
-def test_only_patches_with_the_concept_change(
-    planted: ActivationCache, planted_eraser: ConceptEraser, detection: Detection, intervention: Intervention
-) -> None:
-    eraser = dataclasses.replace(planted_eraser, detection=detection, intervention=intervention)
+@pytest.fixture(params=itertools.product(get_args(Detection), get_args(Intervention)), ids="-".join)
+def eraser_of_each_rule(planted_eraser: ConceptEraser, request: pytest.FixtureRequest) -> ConceptEraser:
+    detection, intervention = request.param
+    return dataclasses.replace(planted_eraser, detection=detection, intervention=intervention)
+
+
+def test_only_patches_with_the_concept_change(planted: ActivationCache, eraser_of_each_rule: ConceptEraser) -> None:
     x, concept = at(planted, 100)
-    edited = eraser.edit(x, torch.tensor(101))
+    edited = eraser_of_each_rule.edit(x, torch.tensor(101))
     changed = (edited != x).any(dim=2)
     assert changed[concept == 0].float().mean() > 0.95
     assert changed[concept != 0].float().mean() < 0.05
 
 
-@pytest.mark.parametrize("detection", ["published", "patch", "image"])
-@pytest.mark.parametrize("intervention", ["published", "steer", "replace", "move"])
-def test_the_host_reads_nothing(
-    planted: ActivationCache, planted_eraser: ConceptEraser, detection: Detection, intervention: Intervention
-) -> None:
+def test_the_host_reads_nothing(planted: ActivationCache, eraser_of_each_rule: ConceptEraser) -> None:
     """On tensors without values whatever the host would have to know of them raises, so on a GPU it never waits."""
-    eraser = dataclasses.replace(planted_eraser, detection=detection, intervention=intervention)
     x, _ = at(planted, 100)
     maps = x.transpose(1, 2).unflatten(2, (5, 8))
     for output in (x, maps, torch.nn.functional.interpolate(maps, size=(6, 9))):
-        eraser.edit(output, torch.tensor(100), report := EditReport())
+        eraser_of_each_rule.edit(output, torch.tensor(100), report := EditReport())
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            edited = eraser.edit(mode.from_tensor(output), mode.from_tensor(torch.tensor(100)), report)
+            edited = eraser_of_each_rule.edit(mode.from_tensor(output), mode.from_tensor(torch.tensor(100)), report)
             assert edited.shape == output.shape
             with pytest.raises(DataDependentOutputException):
                 report.edited_rate  # noqa: B018
