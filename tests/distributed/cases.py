@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
+from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel, gradients
 from erasediff.distributed import World
 from erasediff.gradients import averaged_weights, full_weights, partitioned_module
 from erasediff.methods import FineTune
@@ -274,19 +275,33 @@ def gathered_in_a_step(options: dict[str, Any]) -> float:
     world, total = World.current(), sum(parameter.ds_numel for parameter in method.model.parameters())
     for step in range(3):
         method.step(*batches(step, world))
-    with CountedGathers() as counted:
+    with Collectives() as collectives:
         method.step(*batches(3, world))
-    return counted.elements / total
+    return sum(collectives.elements["allgather"]) / total
 
 
-class CountedGathers(TorchDispatchMode):
+def averaged_from(smallest: int, options: dict[str, Any]) -> tuple[int, list[dict[str, float]], dict[str, Tensor]]:
+    """Of three steps in which gradients of ``smallest`` bytes are averaged where they are, and smaller ones together:
+    the most elements that were averaged at once, the reports, and on the first process the weights.
+    """
+    gradients.deepspeed.REDUCED_IN_PLACE = smallest
+    method = unlearner(**options)
+    with Collectives() as collectives:
+        reports = take_steps(method, range(3))
+    return max(collectives.elements["allreduce"]), reports, dict(full_weights(method.model))
+
+
+class Collectives(TorchDispatchMode):
+    """``elements``: by kind, of each collective's first tensors; those of a gather are where it writes."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements: defaultdict[str, list[int]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "allgather" in func.__name__:
-            self.elements += sum(leaf.numel() for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor))
+        if func.namespace == "c10d":
+            kind = next((kind for kind in ("allgather", "allreduce") if kind in func.__name__), func.__name__)
+            self.elements[kind].append(sum(leaf.numel() for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)))
         return func(*args, **(kwargs or {}))
 
 

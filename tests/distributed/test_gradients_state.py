@@ -115,6 +115,23 @@ def test_both_gradients_are_of_weights_gathered_once_where_a_pass_may_keep_them(
         assert at_least <= times <= at_most
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_without_sharding_gradients_are_averaged_where_they_are(run_on, bf16):
+    """To the same bits, however many of them are joined for it."""
+    all_joined, none_joined, some_joined = (
+        run_on(2, CASES, "averaged_from", smallest, {"layout": "zero-0", "bf16": bf16})[0]
+        for smallest in (1 << 30, 1, 4096)
+    )
+    total = sum(weight.numel() for weight in all_joined[2].values())
+    largest = max(weight.numel() for weight in all_joined[2].values())
+    assert all_joined[0] == total
+    assert none_joined[0] == largest
+    assert some_joined[0] < total / 4
+    for _, reports, weights in (none_joined, some_joined):
+        assert reports == all_joined[1]
+        assert all(torch.equal(weight, all_joined[2][name]) for name, weight in weights.items())
+
+
 @pytest.mark.parametrize(
     ("layout", "poisoned"),
     [("ddp", "retain"), ("fsdp", "forget"), ("zero-1", "forget"), ("zero-2", "retain"), ("zero-3", "forget")],

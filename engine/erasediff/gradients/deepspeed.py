@@ -7,6 +7,7 @@ have one tensor for each of them.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 HELD = "held for the next pass"
 """Stands among the modules that are at work with a parameter."""
+REDUCED_IN_PLACE = 1 << 16
+"""Bytes from which a gradient is worth a collective of its own."""
 TRIED = ((0, 19), (0, 20))
 """The first version that is known to have these names, and the first that is not."""
 
@@ -124,9 +127,9 @@ def layout_of(engine: Any) -> Layout:
     """The layout of an engine that ``check_engine`` has let pass. ``ValueError`` for an unknown optimizer wrapper."""
     wrapper = type(engine.optimizer).__name__
     if engine.optimizer is engine.basic_optimizer:
-        return WholeParameters(engine.basic_optimizer)
+        return WholeParameters(engine, engine.basic_optimizer)
     if wrapper == "FP16_UnfusedOptimizer":
-        return WholeMasters(engine.optimizer)
+        return WholeMasters(engine, engine.optimizer)
     if wrapper == "DeepSpeedZeroOptimizer":
         return PartitionedGradients(engine.optimizer)
     if wrapper == "DeepSpeedZeroOptimizer_Stage3":
@@ -159,9 +162,12 @@ def return_boundary(engine: Any) -> None:
 
 
 class WholeParameters:
-    """Stage 0 in fp32: gradients of whole parameters in ``grad``, averaged over all processes."""
+    """Stage 0 in fp32: gradients of whole parameters in ``grad``, averaged over all processes.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    DeepSpeed copies all gradients into one tensor for that, and back: here they are averaged where they are.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         chosen = [
             (parameter, index)
             for index, group in enumerate(optimizer.param_groups)
@@ -171,6 +177,31 @@ class WholeParameters:
         self.parameters = [parameter for parameter, _ in chosen]
         self.groups = [index for _, index in chosen]
         self.flats: list[Tensor] = list(self.parameters)
+        if engine.gradient_average:
+            engine.buffered_allreduce_fallback = functools.partial(self._average, engine)
+
+    @torch.no_grad()
+    def _average(self, engine: Any, grads: None = None, elements_per_buffer: int = 0) -> None:
+        processes = torch.distributed.get_world_size()
+        if processes == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters]
+        torch._foreach_div_(gradients, processes)
+        sent = engine.communication_data_type
+        in_place: list[Tensor] = []
+        others: list[Tensor] = []
+        for gradient in gradients:
+            is_large = gradient.nbytes >= REDUCED_IN_PLACE and gradient.is_contiguous() and gradient.dtype == sent
+            (in_place if is_large else others).append(gradient)
+        joined = [torch.cat([gradient.reshape(-1).to(sent) for gradient in others])] if others else []
+        for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in in_place + joined]:
+            work.wait()
+        if others:
+            parts = torch.split(joined[0], [gradient.numel() for gradient in others])
+            torch._foreach_copy_(others, [part.view(g.shape) for part, g in zip(parts, others, strict=True)])
 
     def renew(self) -> None:
         pass
@@ -202,8 +233,8 @@ class WholeParameters:
 class WholeMasters(WholeParameters):
     """Stage 0 in bf16: as there, with an fp32 master of each parameter in the optimizer's groups."""
 
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer.optimizer)
+    def __init__(self, engine: Any, optimizer: Any) -> None:
+        super().__init__(engine, optimizer.optimizer)
         self.parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
         assert len(self.parameters) == len(self.flats)
 
