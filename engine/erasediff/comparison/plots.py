@@ -20,6 +20,8 @@ METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
 """In the lines' colours; every other method is grey, told apart by its marker."""
 
 MARKERS = "osDv^<>Pph"
+LEAST_DRAWN = 0.5
+"""Of the other classes, for a point among those that can be told apart."""
 
 
 def data_url(table: Table, draw: Draw, *, dark: bool) -> str:
@@ -36,18 +38,23 @@ def save(table: Table, draw: Draw, path: Path) -> None:
 
 
 def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
-    """A point per method: what is forgotten to the left, what is retained above."""
+    """A point per method: what is forgotten to the left, what is retained above.
+
+    A method that ruined the model is named below: its point would press all others into one corner.
+    """
+    ruined = []
     for number, row in enumerate(table.rows):
         forgotten, retained = row.numbers[FORGOTTEN], row.numbers[RETAINED]
-        if forgotten is not None and retained is not None:
-            axes.plot(
-                100 * forgotten,
-                100 * retained,
-                MARKERS[number % len(MARKERS)],
-                color=_colour(row.method, style),
-                label=row.method,
-            )
-    axes.set_xlabel("forgotten class still drawn, %", color=style["text"], fontsize=9)
+        if forgotten is None or retained is None:
+            continue
+        if retained < LEAST_DRAWN:
+            ruined.append(f"{row.method} ({100 * forgotten:.0f}, {100 * retained:.1f})")
+            continue
+        marker = MARKERS[number % len(MARKERS)]
+        colour = _colour(row.method, style)
+        axes.plot(100 * forgotten, 100 * retained, marker, color=colour, label=row.method)
+    below = f"\nfar below: {', '.join(ruined)}" if ruined else ""
+    axes.set_xlabel(f"forgotten class still drawn, %{below}", color=style["text"], fontsize=9)
     axes.set_ylabel("other classes drawn, %", color=style["text"], fontsize=9)
 
 
