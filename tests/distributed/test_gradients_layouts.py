@@ -18,7 +18,7 @@ from torch import Tensor
 
 CASES = Path(__file__).with_name("cases.py")
 STEPS = 20
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
 """Of losses, norms and weights, as |difference| / |value|: the order in which ranks are summed differs.
 
 lambda is a difference, a / |g|^2 - <r,g> / |g|^2. Its Gram values are summed in fp64, over ranks too, but of gradients
