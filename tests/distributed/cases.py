@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,3 +339,30 @@ def loaded_in_parts() -> dict[str, Any]:
         "same": not differing,
         "reports": take_steps(method, range(3)),
     }
+
+
+def hooks_in_a_step(options: dict[str, Any]) -> dict[str, Any]:
+    """How often modules were called in the fourth step, by a hook of the user's and by DeepSpeed's before each, and
+    whether the hooks are as before it.
+    """
+    method = unlearner(**options)
+    offload = method.gradients.engine.optimizer.parameter_offload
+    modules = list(offload.module.modules())
+    calls: Counter[str] = Counter()
+    for module in modules:
+        module.register_forward_hook(lambda *_: calls.update(["user"]))
+    gathering = offload.pre_sub_module_forward_function
+
+    def noted(module: nn.Module) -> None:
+        calls["deepspeed"] += 1
+        gathering(module)
+
+    offload.pre_sub_module_forward_function = noted
+    world = World.current()
+    for step in range(3):
+        method.step(*batches(step, world))
+    before = [(list(module._forward_pre_hooks), list(module._forward_hooks)) for module in modules]
+    calls.clear()
+    method.step(*batches(3, world))
+    after = [(list(module._forward_pre_hooks), list(module._forward_hooks)) for module in modules]
+    return {"calls": dict(calls), "same": before == after}

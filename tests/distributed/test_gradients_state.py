@@ -115,6 +115,14 @@ def test_both_gradients_are_of_weights_gathered_once_where_a_pass_may_keep_them(
         assert at_least <= times <= at_most
 
 
+@pytest.mark.parametrize(("distance", "passes"), [(1_000_000_000, 1), (100_000, 2)])
+def test_only_deepspeeds_hooks_rest_while_all_weights_are_whole(run_on, distance, passes):
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
+    for found in run_on(2, CASES, "hooks_in_a_step", {"layout": "zero-3", "zero": zero}):
+        assert found["same"]
+        assert 2 * found["calls"]["deepspeed"] == passes * found["calls"]["user"] > 0
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_without_sharding_gradients_are_averaged_where_they_are(run_on, bf16):
     """To the same bits, however many of them are joined for it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -364,6 +365,8 @@ class PartitionedParameters:
         # What the first module has gathered is needed again after a way there and back.
         way = 2 * sum(parameter.ds_numel for parameter in parameters)
         self._holdable = parameters if way <= offload._max_reuse_distance_in_numel else []
+        self._hooks: dict[int, tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = {}
+        """What ``_pass_by`` has emptied, and what was there."""
 
     @property
     def _partitions(self) -> dict[int, Tensor]:
@@ -372,6 +375,8 @@ class PartitionedParameters:
 
     def renew(self) -> None:
         optimizer = self.optimizer
+        if self._are_all_whole():
+            self._pass_by()
         # Also makes the first backward pass overwrite where further ones add.
         optimizer.zero_grad()
         if not self._is_lent:
@@ -416,6 +421,26 @@ class PartitionedParameters:
         for parameter in self._holdable:
             change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
             change(HELD)
+        if not held:
+            for hooks, before in self._hooks.values():
+                hooks.clear()
+                hooks.update(before)
+            self._hooks = {}
+
+    def _are_all_whole(self) -> bool:
+        """Whether the next pass finds all weights where they are, and DeepSpeed knows their order without it."""
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+        held = [HELD in p.ds_active_sub_modules and p.ds_status.name == "AVAILABLE" for p in self._holdable]
+        return bool(held) and all(held) and coordinator.is_complete_trace()
+
+    def _pass_by(self) -> None:
+        """DeepSpeed's hooks around modules do not run: each would find out that there is nothing to gather."""
+        offload = self.optimizer.parameter_offload
+        for handle in (*offload.forward_hooks, *offload.backward_hooks):
+            hooks = handle.hooks_dict_ref()
+            if handle.id in hooks:
+                self._hooks.setdefault(id(hooks), (hooks, hooks.copy()))
+                del hooks[handle.id]
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
