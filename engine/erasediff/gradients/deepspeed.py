@@ -186,10 +186,7 @@ class WholeParameters:
         processes = torch.distributed.get_world_size()
         if processes == 1:
             return
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = self._gradients()
         torch._foreach_div_(gradients, processes)
         sent = engine.communication_data_type
         in_place: list[Tensor] = []
@@ -208,10 +205,17 @@ class WholeParameters:
         pass
 
     def take(self) -> list[Tensor]:
-        taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        taken = self._gradients()
         for parameter in self.parameters:
             parameter.grad = None
         return taken
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all parameters: zeros for those that no loss has reached."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters]
 
     def put(self, gradients: list[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
