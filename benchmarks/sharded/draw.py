@@ -18,8 +18,9 @@ Lines = list[dict[str, Any]]
 def draw() -> Path:
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in read(RESULTS / "sharded.jsonl"):
-        # Of memory, what was measured in fp32 and without offloading alone.
-        if line.get("precision", "float32") == "float32" and line.get("offload") is None:
+        # What was measured on CPUs, in fp32 and without offloading.
+        plain = line.get("precision", "float32") == "float32" and line.get("offload") is None
+        if plain and not line["device"].startswith("NVIDIA"):
             latest[line["benchmark"], line["ranks"], line["stage"], line.get("contender"), line.get("samples")] = line
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     memory, volume, rate = figure.subplots(1, 3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -20,7 +22,7 @@ from workload import erasediff, fine_tuning
 CONTENDERS = {
     "erasediff": erasediff,
     "deepspeed": fine_tuning,
-    "deepspeed, two micro-batches": lambda size, stage, per_rank: fine_tuning(size, stage, per_rank, accumulation=2),
+    "deepspeed, two micro-batches": functools.partial(fine_tuning, accumulation=2),
 }
 
 
@@ -79,22 +81,47 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def throughput(size: str, stage: int, per_rank: int, turns: int) -> dict[str, Any]:
-    """Seconds and this process's CPU seconds of each turn of each contender; they take turns in the same processes."""
+def throughput(size: str, stage: int, per_rank: int, turns: int, **options: Any) -> dict[str, Any]:
+    """Seconds and this process's CPU seconds of each turn of each contender; they take turns in the same processes.
+
+    On a GPU also the most that torch allocates there in a step, beyond what is there before it.
+    """
     names = list(CONTENDERS)
-    steps = {name: CONTENDERS[name](size, stage, per_rank) for name in names}
+    steps = {}
+    held: dict[str, int] = {}
+    for name in names:
+        before = allocated()
+        steps[name] = CONTENDERS[name](size, stage, per_rank, **options)
+        steps[name]()
+        held[name] = allocated() - before
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, int] = {}
     for turn in range(-2, turns):
         for name in names if turn % 2 else reversed(names):
-            dist.barrier()
+            before = allocated()
+            finished()
             begun, cpu_begun = time.perf_counter(), time.process_time()
             steps[name]()
-            dist.barrier()
+            finished()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begun)
                 cpu_seconds[name].append(time.process_time() - cpu_begun)
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+            if torch.cuda.is_available():
+                peaks[name] = held[name] + torch.cuda.max_memory_allocated() - before
+                torch.cuda.reset_peak_memory_stats()
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peaks}
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def finished() -> None:
+    """All ranks have done all that they were told to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 MEASUREMENTS = {"memory": memory, "volume": volume, "throughput": throughput}
@@ -104,7 +131,11 @@ def main() -> None:
     name, options, out = sys.argv[1:]
     torch.set_num_threads(1)
 
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
     result = MEASUREMENTS[name](**json.loads(options))
     Path(out).write_text(json.dumps(result))
     dist.barrier()

@@ -16,9 +16,12 @@ LARGE_ALLOCATIONS_ARE_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRI
 """For glibc: what is freed leaves the process, as a process's peak should show. It costs time."""
 
 
-def run_ranks(measurement: str, ranks: int, *, returning: bool = False, **options: Any) -> list[dict[str, Any]]:
-    """What ``measure.MEASUREMENTS[measurement](**options)`` returns on each of ``ranks`` gloo processes.
+def run_ranks(
+    measurement: str, ranks: int, *, device: str = "cpu", returning: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """What ``measure.MEASUREMENTS[measurement](**options)`` returns on each of ``ranks`` processes.
 
+    device:    "cpu", with gloo, or "cuda", with NCCL and a GPU for each
     returning: with ``LARGE_ALLOCATIONS_ARE_RETURNED``
 
     Raises ``RuntimeError`` with the first failed rank's errors; all others are ended.
@@ -37,7 +40,8 @@ def run_ranks(measurement: str, ranks: int, *, returning: bool = False, **option
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "DS_ACCELERATOR": "cpu",
+                "DS_ACCELERATOR": device,
+                **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
                 "OMP_NUM_THREADS": "1",
             }
             command = [sys.executable, str(Path(__file__).with_name("measure.py")), measurement]

@@ -21,6 +21,7 @@ from workload import (
     PERSISTENCE_THRESHOLD,
     PREFETCH_BUCKET_SIZE,
     REDUCE_BUCKET_SIZE,
+    SD,
     planned,
 )
 
@@ -88,11 +89,15 @@ def volume(ranks: int, stages: Sequence[int]) -> Iterator[Line]:
             }
 
 
-def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns: int) -> Iterator[Line]:
+def throughput(
+    ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns: int, *, device: str, bf16: bool
+) -> Iterator[Line]:
     """Seconds per step on the same number of samples, in turns within the same processes."""
+    size = SD if device == "cuda" else "15M"
     for count in ranks:
         for stage in stages:
-            results = run_ranks("throughput", count, size="15M", stage=stage, per_rank=per_rank, turns=turns)
+            options = {"size": size, "stage": stage, "per_rank": per_rank, "turns": turns, "bf16": bf16}
+            results = run_ranks("throughput", count, device=device, **options)
             # A step ends when its last rank does; what others on this machine take from it is not in its CPU seconds.
             seconds, cpu_seconds = (
                 {
@@ -106,6 +111,8 @@ def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns
                     "benchmark": "sharded throughput",
                     "stage": stage,
                     "ranks": count,
+                    "model": size,
+                    "precision": "bfloat16" if bf16 else "float32",
                     "contender": name,
                     "samples": per_rank * count,
                     "seconds": statistics.median(taken),
@@ -115,6 +122,7 @@ def throughput(ranks: Sequence[int], stages: Sequence[int], per_rank: int, turns
                     "cpu_seconds": statistics.median(cpu_seconds[name]),
                     "cpu_times_deepspeed": median_ratio(cpu_seconds[name], cpu_seconds["deepspeed"]),
                     "turns": turns,
+                    "peak_bytes": [result["peak_bytes"].get(name) for result in results],
                 }
 
 
@@ -129,19 +137,22 @@ def main(
     stage: Annotated[list[int] | None, typer.Option(help="These stages alone.")] = None,
     samples: Annotated[int, typer.Option(help="Of each rank's step, for the throughput.")] = 32,
     turns: Annotated[int, typer.Option(help="Steps of each contender that count.")] = 5,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bfloat16, for the memory.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bfloat16, for memory and throughput.")] = False,
     offload: Annotated[str | None, typer.Option(help="optimizer, or both it and parameters, for the memory.")] = None,
+    device: Annotated[str, typer.Option(help="cuda: the throughput of Stable Diffusion 1.5's UNet on GPUs.")] = "cpu",
 ) -> None:
     stages = stage or STAGES
     parts: dict[str, Callable[[], Iterator[Line]]] = {
         "memory": lambda: memory(ranks, stages, bf16=bf16, offload=offload),
         "volume": lambda: volume(ranks, stages),
-        "throughput": lambda: throughput(sorted({1, ranks}), stages, samples, turns),
+        "throughput": lambda: throughput(sorted({1, ranks}), stages, samples, turns, device=device, bf16=bf16),
     }
+    if device == "cuda":
+        only = "throughput"
     for name in parts if only is None else [only]:
         began = time.perf_counter()
         for line in parts[name]():
-            append("sharded", [environment("cpu") | {"threads": 1, "deepspeed": version("deepspeed")} | line])
+            append("sharded", [environment(device) | {"threads": 1, "deepspeed": version("deepspeed")} | line])
             shown = {key: value for key, value in line.items() if key not in ("bytes", "calls", "benchmark")}
             print(name, shown, flush=True)
         print(f"{name}: {time.perf_counter() - began:.0f} s")

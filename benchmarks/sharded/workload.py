@@ -17,14 +17,24 @@ from erasediff_kernels import ConstrainedAdamW
 
 WIDTHS = {"100M": (128, 256, 512), "15M": (64, 128, 192)}
 CROSS_ATTENTION_DIM, TOKENS, LATENT = 256, 77, 16
+SD = "SD 1.5"
+"""That UNet itself, for GPUs."""
 REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 4_000_000, 4_000_000, 10_000
+SIZES = {
+    "overlap_comm": False,
+    "reduce_bucket_size": REDUCE_BUCKET_SIZE,
+    "stage3_prefetch_bucket_size": PREFETCH_BUCKET_SIZE,
+    "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+}
 """Small beside the model, as DeepSpeed's defaults are beside a real one."""
 Step = Callable[[], object]
 
 
 def denoiser(size: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), World.current().device:
         torch.manual_seed(0)
+        if size == SD:
+            return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         return UNet2DConditionModel(
             sample_size=LATENT,
             block_out_channels=WIDTHS[size],
@@ -41,19 +51,22 @@ def planned(size: str, *, bf16: bool = False) -> Network:
     return Network(name=size, module=module, resolution=8 * LATENT)
 
 
-def batch(count: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * World.current().rank + seed)
-    return {
-        "sample": torch.randn(count, 4, LATENT, LATENT, generator=generator),
-        "encoder_hidden_states": torch.randn(count, TOKENS, CROSS_ATTENTION_DIM, generator=generator),
-        "sample_ids": torch.arange(count) + count * World.current().rank,
+def batch(size: str, count: int, seed: int) -> dict[str, Tensor]:
+    world = World.current()
+    generator = torch.Generator().manual_seed(1000 * world.rank + seed)
+    latent, width = (64, 768) if size == SD else (LATENT, CROSS_ATTENTION_DIM)
+    values = {
+        "sample": torch.randn(count, 4, latent, latent, generator=generator),
+        "encoder_hidden_states": torch.randn(count, TOKENS, width, generator=generator),
+        "sample_ids": torch.arange(count) + count * world.rank,
     }
+    return {name: value.to(world.device) for name, value in values.items()}
 
 
 def deepspeed_config(
     stage: int, micro_batch: int, accumulation: int, *, bf16: bool = False, offload: str | None = None
 ) -> dict[str, Any]:
-    """offload: None, "optimizer", or "both" it and parameters."""
+    """offload: None, "optimizer", or "both" it and parameters. On GPUs with DeepSpeed's own sizes and overlapping."""
     on_the_host = {"device": "cpu", "pin_memory": False}
     parts = {None: (), "optimizer": ("offload_optimizer",), "both": ("offload_optimizer", "offload_param")}[offload]
     return {
@@ -65,10 +78,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
-            "stage3_prefetch_bucket_size": PREFETCH_BUCKET_SIZE,
-            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+            **({} if World.current().device.type == "cuda" else SIZES),
             **dict.fromkeys(parts, on_the_host),
         },
     }
@@ -93,26 +103,27 @@ def erasediff(size: str, stage: int, per_rank: int, *, bf16: bool = False, offlo
     engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // 2, 1, bf16=bf16, offload=offload))
     autocast = torch.bfloat16 if bf16 else None
     unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1), autocast=autocast)
-    retain, forget = batch(per_rank // 2, 0), batch(per_rank // 2, 1)
+    retain, forget = batch(size, per_rank // 2, 0), batch(size, per_rank // 2, 1)
     return lambda: unlearner.step(retain, forget)
 
 
-def fine_tuning(size: str, stage: int, per_rank: int, accumulation: int = 1) -> Step:
+def fine_tuning(size: str, stage: int, per_rank: int, accumulation: int = 1, *, bf16: bool = False) -> Step:
     """The loop that people write with DeepSpeed: torch's noise, loss and fused AdamW, the engine's clipping."""
-    model = denoiser(size)
+    device, dtype = World.current().device, torch.bfloat16 if bf16 else torch.float32
+    model = denoiser(size).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // accumulation, accumulation))
+    engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // accumulation, accumulation, bf16=bf16))
     noising = scheduler()
-    parts = [batch(per_rank // accumulation, index) for index in range(accumulation)]
+    parts = [batch(size, per_rank // accumulation, index) for index in range(accumulation)]
 
     def step() -> None:
         for part in parts:
             sample = part["sample"]
             noise = torch.randn_like(sample)
-            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(sample),))
-            noisy = noising.add_noise(sample, noise, timesteps)
-            prediction = engine(noisy, timesteps, part["encoder_hidden_states"], return_dict=False)[0]
-            engine.backward(functional.mse_loss(prediction, noise))
+            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(sample),), device=device)
+            noisy = noising.add_noise(sample, noise, timesteps).to(dtype)
+            prediction = engine(noisy, timesteps, part["encoder_hidden_states"].to(dtype), return_dict=False)[0]
+            engine.backward(functional.mse_loss(prediction.float(), noise))
             engine.step()
 
     return step

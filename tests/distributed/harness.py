@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from placing import environment, on_gpus
+from placing import GPUS, environment, on_gpus
 
 SECONDS = 120
 
@@ -111,7 +111,7 @@ def load(file: Path) -> ModuleType:
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank % max(1, GPUS)),
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -126,11 +126,11 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     backend = "gloo"
     if os.environ["DS_ACCELERATOR"] == "cuda":
         # Stops and the like are agreed on with tensors of the CPU.
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl" if size <= GPUS else "cpu:gloo,cuda:gloo"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Some tests are about bits. What cannot be the same in each run says so, by its name.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.cuda.is_available() == ("nccl" in backend), "this rank sees GPUs where it is to see none, or none"
+    assert torch.cuda.is_available() == ("cuda" in backend), "this rank sees GPUs where it is to see none, or none"
     dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS))
     while True:
         try:

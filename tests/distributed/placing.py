@@ -1,20 +1,25 @@
 """Where the processes of a test compute: on a GPU each where there are enough of them, all on the CPU elsewhere.
 
+With SHARE_GPUS=1 the groups of ``harness`` share what GPUs there are, by gloo: slow, but all of a step but NCCL.
+
 What is compared must be computed alike: one process that others are compared with is placed as the largest group of the
 comparison is, even where a GPU for one process would be free.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 GPUS = torch.cuda.device_count()
 """Of this machine, as CUDA_VISIBLE_DEVICES has them. Counting starts no CUDA context in the tests' own process."""
+SHARED = os.environ.get("SHARE_GPUS") == "1"
 
 
-def on_gpus(processes: int, gpus: int = GPUS) -> bool:
+def on_gpus(processes: int, gpus: int = GPUS, *, shared: bool = SHARED) -> bool:
     """Whether ``processes`` that compute together have a GPU each; NCCL has no place for two of them on one."""
-    return gpus >= processes
+    return gpus >= processes or (shared and gpus > 0)
 
 
 def environment(processes: int, gpus: int = GPUS) -> dict[str, str]:

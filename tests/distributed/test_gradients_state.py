@@ -120,7 +120,8 @@ def test_only_deepspeeds_hooks_rest_while_all_weights_are_whole(run_on, distance
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
     for found in run_on(2, CASES, "hooks_in_a_step", {"layout": "zero-3", "zero": zero}):
         assert found["same"]
-        assert 2 * found["calls"]["deepspeed"] == passes * found["calls"]["user"] > 0
+        assert found["calls"]["user"] > 0
+        assert 2 * found["calls"].get("deepspeed", 0) == passes * found["calls"]["user"]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

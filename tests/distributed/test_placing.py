@@ -24,7 +24,8 @@ HERE = Path(__file__)
     [(1, 0, False), (1, 1, True), (2, 1, False), (3, 2, False), (3, 3, True), (2, 8, True)],
 )
 def test_there_is_a_gpu_for_each_process_or_none_is_used(processes: int, gpus: int, expected: bool) -> None:
-    assert on_gpus(processes, gpus) is expected
+    assert on_gpus(processes, gpus, shared=False) is expected
+    assert on_gpus(processes, gpus, shared=True) is (gpus > 0)
     assert environment(processes, gpus)["DS_ACCELERATOR"] == ("cuda" if expected else "cpu")
     # Without it all GPUs are there to be found: one for each rank by its number.
     assert environment(processes, gpus).get("CUDA_VISIBLE_DEVICES") == (None if expected else "")

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from erasediff.gradients.scatter import ScatteredParts, ScatteredRanges
 
 HELD = "held for the next pass"
 """Stands among the modules that are at work with a parameter."""
@@ -58,7 +61,7 @@ class Layout(Protocol):
         ...
 
     def hold(self, held: bool) -> None:
-        """Whether weights that a pass has gathered stay for the next one."""
+        """Whether weights that a pass has gathered stay for the next one, and what was taken may not be whole yet."""
         ...
 
     def fragments(self) -> Iterator[Fragment]: ...
@@ -178,6 +181,8 @@ class WholeParameters:
         self.parameters = [parameter for parameter, _ in chosen]
         self.groups = [index for _, index in chosen]
         self.flats: list[Tensor] = list(self.parameters)
+        self._is_held = False
+        self._under_way: list[Callable[[], object]] = []
         if engine.gradient_average:
             engine.buffered_allreduce_fallback = functools.partial(self._average, engine)
 
@@ -194,12 +199,18 @@ class WholeParameters:
         for gradient in gradients:
             is_large = gradient.nbytes >= REDUCED_IN_PLACE and gradient.is_contiguous() and gradient.dtype == sent
             (in_place if is_large else others).append(gradient)
-        joined = [torch.cat([gradient.reshape(-1).to(sent) for gradient in others])] if others else []
-        for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in in_place + joined]:
-            work.wait()
+        self._under_way += [torch.distributed.all_reduce(tensor, async_op=True).wait for tensor in in_place]
         if others:
-            parts = torch.split(joined[0], [gradient.numel() for gradient in others])
-            torch._foreach_copy_(others, [part.view(g.shape) for part, g in zip(parts, others, strict=True)])
+            joined = torch.cat([gradient.reshape(-1).to(sent) for gradient in others])
+            work = torch.distributed.all_reduce(joined, async_op=True)
+            self._under_way.append(functools.partial(_wait_and_part, work, joined, others))
+        if not self._is_held:
+            self._wait()
+
+    def _wait(self) -> None:
+        for wait in self._under_way:
+            wait()
+        self._under_way = []
 
     def renew(self) -> None:
         pass
@@ -225,7 +236,9 @@ class WholeParameters:
         pass
 
     def hold(self, held: bool) -> None:
-        pass
+        self._is_held = held
+        if not held:
+            self._wait()
 
     def fragments(self) -> Iterator[Fragment]:
         for index, parameter in enumerate(self.parameters):
@@ -252,57 +265,79 @@ class WholeMasters(WholeParameters):
 class PartitionedGradients:
     """ZeRO 1 and 2: one fp32 partition for each group, in which parameters lie end to end.
 
-    After a backward pass the gradients of a partition are a list of pieces, or with the optimizer offloaded, in the
-    partition's ``grad``. DeepSpeed copies each reduced gradient out of its bucket: here, to where it lies in the
-    partition, so that the pieces need not be joined.
+    With the optimizer offloaded, the gradients of a partition are in its ``grad`` after a backward pass.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.flats: list[Tensor] = list(optimizer.single_partition_of_fp32_groups)
         self.groups = list(range(len(self.flats)))
-        self._rooms: list[list[Tensor]] = []
-        """Of the backward passes since ``renew``, the flat gradients that the first one wrote, if any did."""
         self._free: list[list[Tensor]] = []
-        self._are_joined = any(map(optimizer._use_compact_grad_partition_buffer, self.groups))
-        if optimizer.cpu_offload:
-            return
-        # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
-        optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
-        if optimizer.contiguous_gradients and not self._are_joined:
-            self._places = {optimizer.get_param_id(place.parameter): place for place in self.fragments()}
-            optimizer.copy_grads_in_partition = self._copy_to_its_place
+        self._scatter = self._scatter_of()
+        self._is_held = False
+        if not optimizer.cpu_offload:
+            # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
+            optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
 
-    def _copy_to_its_place(self, parameter: nn.Parameter, group: int | None = None) -> None:
+    def _scatter_of(self) -> ScatteredRanges | None:
+        """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
-        # None at the beginning of each backward pass: the gradients of further ones are added to the first one's.
-        if optimizer.grads_in_partition is None:
-            optimizer.grads_in_partition = self._room()
-            self._rooms = self._rooms or [optimizer.grads_in_partition]
-        gradient = optimizer.get_gradient_for_reduction(parameter)
-        _, _, index, offset, length = self._places[optimizer.get_param_id(parameter)]
-        if length == gradient.numel():
-            place = optimizer.grads_in_partition[index].narrow(0, offset, length).view(gradient.shape)
-        else:
-            # The partition ends within this parameter, and DeepSpeed will cut the whole gradient.
-            place = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        gradient.data = place.copy_(gradient)
+        own = {
+            "offloaded": optimizer.cpu_offload,
+            "no mean": not optimizer.gradient_average,
+            "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
+            "in several precisions": len(optimizer.ipg_buckets) != 1,
+            "of sequences in parts": optimizer.sequence_parallel_size != 1,
+            "of tensors in parts": optimizer.autoep_folding_tp_group is not None,
+            "orthogonalized": any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups),
+            "of several groups": any(own is not optimizer.dp_process_group for own in optimizer.real_dp_process_group),
+        }
+        if any(own.values()):
+            return None
+        parameters = [(parameter, index) for index in self.groups for parameter in optimizer.bit16_groups[index]]
+        self._indices = {id(parameter): place for place, (parameter, _) in enumerate(parameters)}
+        places = []
+        for parameter, index in parameters:
+            identity = optimizer.get_param_id(parameter)
+            first = min(optimizer.param_to_partition_ids[index][identity])
+            offset = optimizer.grad_partition_insertion_offset[index][first][identity]
+            places.append((index, int(first * optimizer.partition_size[index] + offset), parameter.numel()))
+        ranges = [int(optimizer.partition_size[index]) for index in self.groups]
+        (dtype,) = optimizer.ipg_buckets
+        numel, device = int(optimizer.reduce_bucket_size), torch.device(optimizer.device)
+        return ScatteredRanges(places, ranges, numel, dtype, device, optimizer.dp_process_group)
 
-    def _room(self) -> list[Tensor]:
-        if self._free:
-            return self._free.pop()
-        dtype = self.optimizer.gradient_accumulation_dtype
-        return [torch.empty_like(flat, dtype=dtype, requires_grad=False) for flat in self.flats]
+    def _add(self, parameter: nn.Parameter, group: int) -> None:
+        """In the place of DeepSpeed's own reduction, which copies each gradient twice more, once it is averaged."""
+        assert self._scatter is not None
+        optimizer = self.optimizer
+        if optimizer.use_grad_accum_attribute:
+            optimizer._fill_param_grad_accum_attribute(parameter)
+        gradient = optimizer.get_gradient_for_reduction(parameter)
+        # ZeRO-1 adds up whole gradients, and averages their sum. Not ready while a module in tiles has some left.
+        is_due = optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
+        if is_due and gradient is not None and getattr(parameter, "ds_grad_is_ready", True):
+            self._scatter.add(self._indices[id(parameter)], gradient)
+            optimizer.clear_grad_attribute(parameter)
+
+    def _end_of_pass(self) -> None:
+        self.optimizer._epilogue_ran_this_backward = True
 
     def renew(self) -> None:
-        self._rooms = []
+        optimizer = self.optimizer
         # With the optimizer offloaded, the first backward pass overwrites and further ones add.
-        self.optimizer.micro_step_id = -1
-        self.optimizer.zero_grad()
-        if self.optimizer.cpu_offload:
+        optimizer.micro_step_id = -1
+        optimizer.zero_grad()
+        if optimizer.cpu_offload:
             for flat in self.flats:
                 if flat.grad is None:
-                    flat.grad = _zeros_on_the_host(flat, pinned=self.optimizer.cpu_offload_pin_memory)
+                    flat.grad = _zeros_on_the_host(flat, pinned=optimizer.cpu_offload_pin_memory)
+        if self._scatter is not None:
+            dtype = optimizer.gradient_accumulation_dtype
+            self._room = self._free.pop() if self._free else [torch.empty_like(f, dtype=dtype) for f in self.flats]
+            self._scatter.begin(self._room)
+            optimizer.process_gradients = optimizer.reduce_ready_partitions_and_remove_grads = self._add
+            optimizer.independent_gradient_partition_epilogue = self._end_of_pass
 
     def take(self) -> list[Tensor]:
         optimizer = self.optimizer
@@ -312,16 +347,24 @@ class PartitionedGradients:
             for flat in self.flats:
                 flat.grad = None
             return taken
-        if self._are_joined:
-            taken = [optimizer.averaged_gradients[index].flat_partition for index in self.groups]
-        else:
-            taken = self._rooms[0] if self._rooms else self._room()
-            for index, whole in zip(self.groups, taken, strict=True):
-                _gather_pieces(whole, optimizer.averaged_gradients[index])
+        if self._scatter is not None:
+            if not optimizer.partition_gradients:
+                # Of an earlier micro-batch alone.
+                for group in self.groups:
+                    for parameter in optimizer.bit16_groups[group]:
+                        self._add(parameter, group)
+            self._scatter.finish()
+            if not self._is_held:
+                self._scatter.wait()
+            # Whoever uses the engine between steps finds it as it was.
+            del optimizer.process_gradients, optimizer.reduce_ready_partitions_and_remove_grads
+            del optimizer.independent_gradient_partition_epilogue
+            return self._room
+        taken = [torch.cat([p.reshape(-1) for p in optimizer.averaged_gradients[index]]) for index in self.groups]
         for index in self.groups:
             optimizer.averaged_gradients[index] = None
             optimizer.all_grad_tensors[index] = None
-        return list(taken)
+        return taken
 
     def put(self, gradients: list[Tensor]) -> None:
         for index, gradient in zip(self.groups, gradients, strict=True):
@@ -331,11 +374,13 @@ class PartitionedGradients:
                 self.optimizer.averaged_gradients[index] = [gradient]
 
     def reuse(self, gradients: list[Tensor]) -> None:
-        if gradients and not self._are_joined and not self.optimizer.cpu_offload:
+        if gradients and self._scatter is not None:
             self._free.append(gradients)
 
     def hold(self, held: bool) -> None:
-        pass
+        self._is_held = held
+        if not held and self._scatter is not None:
+            self._scatter.wait()
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
@@ -364,13 +409,56 @@ class PartitionedParameters:
         if not optimizer.offload_optimizer:
             # As under ZeRO 1 and 2; here it is no option.
             optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        parameters: list[Any] = [parameter for group in optimizer.fp16_groups for parameter in group]
+        self._indices = {parameter.ds_id: index for index, parameter in enumerate(parameters)}
+        self._scatter = self._scatter_of(parameters)
+        self._is_held = False
         offload = optimizer.parameter_offload
         parameters = list(offload.module.parameters())
         # What the first module has gathered is needed again after a way there and back.
         way = 2 * sum(parameter.ds_numel for parameter in parameters)
         self._holdable = parameters if way <= offload._max_reuse_distance_in_numel else []
-        self._hooks: dict[int, tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = {}
+        self._gathering: list[Gathered] = []
+        self._waiting: list[RemovableHandle] = []
+        self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
         """What ``_pass_by`` has emptied, and what was there."""
+
+    def _scatter_of(self, parameters: list[Any]) -> ScatteredParts | None:
+        """None where what the engine was told of its gradients is more than a mean in one precision."""
+        optimizer = self.optimizer
+        group = optimizer.dp_process_group
+        processes = torch.distributed.get_world_size(group)
+        own = {
+            "offloaded": bool(optimizer.offload_optimizer),
+            "quantized": optimizer.all2all_process_group is not None,
+            "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
+            "in several precisions": len(optimizer.ipg_buckets) != 1,
+            "of sequences in parts": optimizer.sequence_parallel_size != 1,
+            "orthogonalized": optimizer.use_muon,
+            "of tensors in parts": optimizer.autoep_folding_tp_group is not None,
+            "of several groups": any(optimizer._get_param_partition_group(p) is not group for p in parameters)
+            or optimizer._gradient_averaging_world_size(parameters, processes) != processes,
+        }
+        if any(own.values()):
+            return None
+        numels = [parameter.ds_numel for parameter in parameters]
+        (dtype,) = optimizer.ipg_buckets
+        device = torch.device(optimizer.device)
+        scatter = ScatteredParts(numels, int(optimizer.reduce_bucket_size), dtype, device, group)
+        assert scatter.lengths == [parameter.partition_numel() for parameter in parameters]
+        if optimizer.ipg_buckets[dtype].buffer is not None:
+            # Nothing else needs it while gradients come in.
+            scatter.lend(optimizer.ipg_buckets[dtype].buffer)
+        return scatter
+
+    def _add(self, parameter: Any) -> None:
+        """In the place of DeepSpeed's own reduction, which copies each gradient three times more."""
+        assert self._scatter is not None
+        # False while a module that is computed in tiles has some left.
+        if getattr(parameter, "ds_grad_is_ready", True):
+            assert parameter.grad is not None
+            self._scatter.add(self._indices[parameter.ds_id], parameter.grad)
+            parameter.grad = None
 
     @property
     def _partitions(self) -> dict[int, Tensor]:
@@ -379,18 +467,24 @@ class PartitionedParameters:
 
     def renew(self) -> None:
         optimizer = self.optimizer
-        if self._are_all_whole():
-            self._pass_by()
         # Also makes the first backward pass overwrite where further ones add.
         optimizer.zero_grad()
-        if not self._is_lent:
-            return
-        self._is_lent = False
+        if self._is_lent:
+            self._is_lent = False
+            self._make_room()
+        if self._scatter is not None:
+            self._scatter.begin([optimizer.grad_partitions_flat_buffer])
+            optimizer.reduce_ready_partitions_and_remove_grads = self._add
+
+    def _make_room(self) -> None:
+        optimizer = self.optimizer
         if optimizer.offload_optimizer:
             for flat in self.flats:
                 flat.grad = _zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
             return
-        buffer = self._free.pop().zero_() if self._free else torch.zeros_like(optimizer.grad_partitions_flat_buffer)
+        buffer = self._free.pop() if self._free else torch.empty_like(optimizer.grad_partitions_flat_buffer)
+        if self._scatter is None:
+            buffer.zero_()
         optimizer.grad_partitions_flat_buffer = buffer
         offset = 0
         for group in optimizer.fp16_groups:
@@ -401,6 +495,12 @@ class PartitionedParameters:
 
     def take(self) -> list[Tensor]:
         self._is_lent = True
+        if self._scatter is not None:
+            self._scatter.finish()
+            if not self._is_held:
+                self._scatter.wait()
+            # Whoever uses the engine between steps finds it as it was.
+            del self.optimizer.reduce_ready_partitions_and_remove_grads
         if self.optimizer.offload_optimizer:
             return [flat.grad for flat in self.flats]  # type: ignore[misc]
         lengths = [flat.numel() for flat in self.flats]
@@ -422,28 +522,64 @@ class PartitionedParameters:
         """The whole model or nothing, so that no more is whole at a time than ``stage3_max_reuse_distance`` allows one
         pass. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all of them.
         """
+        self._is_held = held
+        if not held and self._scatter is not None:
+            self._scatter.wait()
         for parameter in self._holdable:
             change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
             change(HELD)
-        if not held:
-            for hooks, before in self._hooks.values():
+        if held and self._can_gather():
+            self._gather()
+            self._pass_by()
+        elif not held:
+            for gathered in self._gathering:
+                gathered.wait()
+            for handle in self._waiting:
+                handle.remove()
+            for hooks, before in self._hooks:
                 hooks.clear()
                 hooks.update(before)
-            self._hooks = {}
+            self._gathering, self._waiting, self._hooks = [], [], []
 
-    def _are_all_whole(self) -> bool:
-        """Whether the next pass finds all weights where they are, and DeepSpeed knows their order without it."""
-        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
-        held = [HELD in p.ds_active_sub_modules and p.ds_status.name == "AVAILABLE" for p in self._holdable]
-        return bool(held) and all(held) and coordinator.is_complete_trace()
+    def _can_gather(self) -> bool:
+        """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
+        offload = self.optimizer.parameter_offload
+        is_quantized = offload.zero_quantized_weights or offload.zero_quantized_nontrainable_weights
+        is_quiet = all(parameter.ds_status.name != "INFLIGHT" for parameter in self._holdable)
+        coordinator = offload.get_param_coordinator()
+        return bool(self._holdable) and is_quiet and not is_quantized and coordinator.is_complete_trace()
+
+    def _gather(self) -> None:
+        """Send for all weights at once; a module waits only for those that it needs.
+
+        DeepSpeed sends for them from its hooks around each module, of which those before and after both passes would
+        find out, over and over, that there is nothing to do.
+        """
+        offload = self.optimizer.parameter_offload
+        order = offload.get_param_coordinator()._PartitionedParameterCoordinator__param_order
+        used = dict.fromkeys([*(traced.param for traced in order), *self._holdable])
+        cut = [parameter for parameter in used if parameter.ds_status.name == "NOT_AVAILABLE"]
+        of: dict[nn.Parameter, Gathered] = {}
+        for together in _in_buckets(cut, offload._prefetch_bucket_sz):
+            gathered = Gathered(together[0].all_gather_coalesced(together))
+            self._gathering.append(gathered)
+            of |= dict.fromkeys(together, gathered)
+        for module in offload.module.modules():
+            own = [*module.named_parameters(recurse=False), *module.ds_external_parameters()]
+            needed = list(dict.fromkeys(of[parameter] for _, parameter in own if parameter in of))
+            if needed:
+                self._waiting.append(module.register_forward_pre_hook(functools.partial(_wait, needed), prepend=True))
 
     def _pass_by(self) -> None:
-        """DeepSpeed's hooks around modules do not run: each would find out that there is nothing to gather."""
+        """DeepSpeed's hooks around modules do not run."""
         offload = self.optimizer.parameter_offload
+        emptied = set()
         for handle in (*offload.forward_hooks, *offload.backward_hooks):
             hooks = handle.hooks_dict_ref()
             if handle.id in hooks:
-                self._hooks.setdefault(id(hooks), (hooks, hooks.copy()))
+                if id(hooks) not in emptied:
+                    emptied.add(id(hooks))
+                    self._hooks.append((hooks, hooks.copy()))
                 del hooks[handle.id]
 
     def fragments(self) -> Iterator[Fragment]:
@@ -466,15 +602,42 @@ class PartitionedParameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _gather_pieces(whole: Tensor, pieces: list[Tensor]) -> None:
-    """Copy to ``whole`` those of the ``pieces``, end to end, that do not lie there already."""
-    offset = 0
-    for piece in pieces:
-        place = whole.narrow(0, offset, piece.numel())
-        if piece.data_ptr() != place.data_ptr():
-            place.copy_(piece.reshape(-1))
-        offset += piece.numel()
-    assert offset == whole.numel()
+class Gathered:
+    """Parameters that DeepSpeed has sent for together."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def wait(self) -> None:
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+
+
+def _wait(needed: list[Gathered], *_: object) -> None:
+    for gathered in needed:
+        gathered.wait()
+
+
+def _in_buckets(parameters: list[Any], numel: int) -> Iterator[list[Any]]:
+    """Up to ``numel`` elements together, if it is more than one parameter."""
+    together: list[Any] = []
+    size = 0
+    for parameter in parameters:
+        if together and size + parameter.ds_numel > numel:
+            yield together
+            together, size = [], 0
+        together.append(parameter)
+        size += parameter.ds_numel
+    if together:
+        yield together
+
+
+@torch.no_grad()
+def _wait_and_part(work: torch.distributed.Work, joined: Tensor, gradients: list[Tensor]) -> None:
+    work.wait()
+    parts = torch.split(joined, [gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
 def _zeros_on_the_host(like: Tensor, *, pinned: bool) -> Tensor:

@@ -54,7 +54,10 @@ class Gradients(Protocol):
         ...
 
     def held_weights(self) -> AbstractContextManager[None]:
-        """Within the block no weight changes: what one pass has gathered of cut ones may stay for the next."""
+        """Within the block no weight changes: what one pass has gathered of cut ones may stay for the next.
+
+        Gradients taken within are whole when it ends: their reduction may go on beside the next pass.
+        """
         ...
 
     def begin(self, calls: int) -> None:
