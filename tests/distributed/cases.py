@@ -366,3 +366,23 @@ def hooks_in_a_step(options: dict[str, Any]) -> dict[str, Any]:
     method.step(*batches(3, world))
     after = [(list(module._forward_pre_hooks), list(module._forward_hooks)) for module in modules]
     return {"calls": dict(calls), "same": before == after}
+
+
+def fine_tuned_between(options: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights after a step, one of the user's own loop with the same engine or optimizer, and a step again."""
+    method = unlearner(**options)
+    world = World.current()
+    take_steps(method, range(1))
+    batch, _ = batches(7, world)
+    timesteps = torch.arange(len(batch["sample"]), device=world.device) * 50
+    prediction = method.model(batch["sample"], timesteps, batch["encoder_hidden_states"], return_dict=False)[0]
+    loss = prediction.square().mean()
+    if options["layout"].startswith("zero"):
+        method.gradients.engine.backward(loss)
+        method.gradients.engine.step()
+    else:
+        loss.backward()
+        method.optimizer.step()
+        method.optimizer.zero_grad()
+    take_steps(method, range(2, 3))
+    return dict(full_weights(method.model))

@@ -124,6 +124,17 @@ def test_only_deepspeeds_hooks_rest_while_all_weights_are_whole(run_on, distance
         assert 2 * found["calls"].get("deepspeed", 0) == passes * found["calls"]["user"]
 
 
+@pytest.mark.parametrize("layout", ["zero-0", "zero-1", "zero-2", "zero-3"])
+def test_the_engine_is_still_the_users_between_steps(run_on, layout):
+    options = {"optimizer": "ConstrainedSGD"}
+    expected = run_on(1, CASES, "fine_tuned_between", {"layout": "local", **options}, widest=2)[0]
+    # Each process's timesteps are its own.
+    actual = run_on(1, CASES, "fine_tuned_between", {"layout": layout, **options}, widest=2)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    on_two = [run_on(2, CASES, "fine_tuned_between", {"layout": other, **options})[0] for other in (layout, "ddp")]
+    torch.testing.assert_close(*on_two, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_without_sharding_gradients_are_averaged_where_they_are(run_on, bf16):
     """To the same bits, however many of them are joined for it."""
