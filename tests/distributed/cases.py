@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -386,3 +387,20 @@ def fine_tuned_between(options: dict[str, Any]) -> dict[str, Tensor]:
         method.optimizer.zero_grad()
     take_steps(method, range(2, 3))
     return dict(full_weights(method.model))
+
+
+def precision_within_the_engine(layout: str) -> tuple[list[torch.dtype], bool]:
+    """dtypes that a linear layer of fp32 weights returned in a step under autocast, while torch says that autocast is
+    on for GPUs too, as it is where there are some; and whether the engine then does as its configuration says again.
+    """
+    method = unlearner(layout)
+    method.objective = dataclasses.replace(method.objective, autocast=torch.bfloat16)
+    layer = method.gradients.engine.module.time_embedding.linear_1
+    found: list[torch.dtype] = []
+    layer.register_forward_hook(lambda _module, _inputs, output: found.append(output.dtype))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        take_steps(method, range(1))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    return found, method.gradients.engine.torch_autocast_enabled()

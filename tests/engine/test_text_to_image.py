@@ -295,7 +295,8 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(nano_folder: Folder, photo
     begin = [
         *("unlearn", "--model", nano_folder("sdxl"), "--data", photos, "--forget-class", "cat"),
         *("--config", "nano.yaml", "--steps", 16, "--barrier", "gap", "--train", "xattn-kv"),
-        *("--target", "relabel", "--anchor-prompts", "a dog;a bird"),
+        # On a GPU, attention's backward pass adds up in no fixed order.
+        *("--target", "relabel", "--anchor-prompts", "a dog;a bird", "--device", "cpu"),
         *("--set", "text_to_image.saliency=0.5", "--set", "unlearn.ema_decay=0.9", "--set", "run.checkpoint_every=4"),
     ]
     run(*begin, "--out", "whole")

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
 
@@ -75,6 +75,26 @@ def is_engine(model: object) -> bool:
     """Whether ``model`` is a DeepSpeed engine; does not import DeepSpeed."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+
+@contextmanager
+def autocast(model: object, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """``torch.autocast`` that holds within a DeepSpeed engine too, or nothing if ``dtype`` is None.
+
+    On an accelerator an engine turns off what surrounds it, unless its own configuration asks for the same.
+    """
+    if dtype is None:
+        yield
+        return
+    engine: Any = model if is_engine(model) else None
+    if engine is not None:
+        engine.torch_autocast_enabled, engine.torch_autocast_dtype = lambda: True, lambda: dtype
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        if engine is not None:
+            del engine.torch_autocast_enabled, engine.torch_autocast_dtype
 
 
 def gathered(*parameters: Tensor) -> AbstractContextManager[object]:

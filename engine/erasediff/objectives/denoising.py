@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from erasediff.gradients.deepspeed import autocast
 from erasediff.objectives.batch import Batch, Denoiser, condition_of, diffusers_denoiser, micro_batches, with_sample_ids
 from erasediff.objectives.target import DeviationTarget
 from erasediff.process import NoiseRole, Process, draw_timesteps
@@ -113,7 +113,7 @@ class DenoisingObjective:
             noisy_sample, timesteps = self.noised(part, key, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP)
             conditioning = self.process.conditioning[timesteps]
             condition = condition_of(part)
-            with self._precision(noisy_sample.device):
+            with autocast(model, noisy_sample.device, self.autocast):
                 return target.loss(
                     self.denoiser(model, noisy_sample, conditioning, condition),
                     model=model,
@@ -145,7 +145,7 @@ class DenoisingObjective:
 
     def prediction(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         """What ``model`` predicts at x_t [B, ...] and train timesteps int64 [B]."""
-        with self._precision(noisy_sample.device):
+        with autocast(model, noisy_sample.device, self.autocast):
             return self.denoiser(model, noisy_sample, self.process.conditioning[timesteps], condition)
 
     def micro_batch_count(self, batch: Batch) -> int:
@@ -164,9 +164,6 @@ class DenoisingObjective:
         if self.min_snr_gamma is None:
             return weight
         return weight * self.process.min_snr_weight(timesteps, self.min_snr_gamma)
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _accumulate(self, loss: Callable[[Batch, Tensor], Tensor], batch: Batch, backward: Backward | None) -> Tensor:
         """Sum over micro-batches of ``loss(part, weight [B])``, the weights carrying the mean over the whole batch."""
