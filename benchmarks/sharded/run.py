@@ -57,7 +57,7 @@ def memory(ranks: int, stages: Sequence[int], *, bf16: bool, offload: str | None
         plan = found.peak + found.host
         if stage in (1, 2):
             # gloo gathers the new weights into memory of its own; both gradients are still there.
-            stored = found.weights + found.masters + found.moments + found.gradients + found.host
+            stored = found.weights + found.masters + found.moments + found.gradients + found.buffers + found.host
             plan = max(plan, stored + found.weights)
         peaks = [result["peak_bytes"] for result in measured]
         yield {

@@ -14,7 +14,9 @@ from torch import Tensor
 LARGEST_BUCKET = 1 << 24
 """Elements beyond which a collective is no faster, only later."""
 IN_FLIGHT = 2
-"""Buckets under way before the backward pass waits for the oldest."""
+"""Full buckets under way before the backward pass waits for the oldest; of a longer parameter's, one."""
+AT_ONCE = IN_FLIGHT + 5
+"""Buckets in memory: gradients do not come in the order of parameters, and of Stable Diffusion's UNet five are open."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class GradientScatter(ABC):
 
     Each gradient is read once, to its bucket, and the bucket's mean over processes is written to where it stays.
 
+    bucket_numel:  the most elements of whole gradients that are reduced together, if it is more than one parameter
     dtype, device: of what is sent
     group:         processes; each must see the gradients in the same order
 
@@ -58,7 +61,11 @@ class GradientScatter(ABC):
     of the time of gloo's reduce-scatter.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, bucket_numel: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.full = min(bucket_numel, LARGEST_BUCKET)
+        """Elements that a bucket of several parameters does not exceed."""
         self.dtype = dtype
         self.device = device
         self.group = group
@@ -66,30 +73,20 @@ class GradientScatter(ABC):
         self.rank = dist.get_rank(group)
         self._buckets: list[Bucket] = []
         self._places: list[Place] = []
-        self._free: list[Tensor] = []
-        self._under_way: deque[Callable[[], None]] = deque()
-
-    def _limit(self, bucket_numel: int) -> int:
-        # Alone, a process has nothing to send: each gradient goes where it stays.
-        return min(bucket_numel, LARGEST_BUCKET) if self.processes > 1 else 0
+        self._free: dict[int, list[Tensor]] = {}
+        """Buffers by their length: of full buckets, and of what is received for one."""
+        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
+        """Elements of a bucket, and what waits for it and sees that its mean is in its place."""
 
     @property
     def _exchanges(self) -> bool:
         return self.device.type == "cpu"
 
-    @property
-    def largest(self) -> int:
-        """Elements of a buffer that any bucket fits in; 0 for a process alone."""
-        if self.processes == 1 or not self._buckets:
-            return 0
-        if self._exchanges:
-            return self.processes * max(max(bucket.sizes) for bucket in self._buckets)
-        return max(sum(bucket.sizes) for bucket in self._buckets)
-
     def lend(self, memory: Tensor) -> None:
         """Flat and of ``dtype``, for as many buffers as fit in. More are allocated where more buckets are open."""
-        if self.largest:
-            self._free += [part for part in torch.split(memory, self.largest) if len(part) == self.largest]
+        if self.processes > 1 and self.full:
+            for buffer in torch.split(memory, self.full):
+                self._give_back(buffer)
 
     def begin(self, flats: Sequence[Tensor]) -> None:
         """A new gradient, to be written to ``flats``, one dimension each, whatever they hold."""
@@ -112,7 +109,7 @@ class GradientScatter(ABC):
         if bucket.buffer is not None and index not in bucket.missing:
             self._send(bucket)
         if bucket.buffer is None:
-            bucket.buffer = self._take_buffer()
+            bucket.buffer = self._take_buffer(sum(bucket.sizes))
             bucket.missing = set(bucket.members)
         self._write(gradient.reshape(-1).to(self.dtype), self._room(bucket.buffer, self._places[index]))
         bucket.missing.remove(index)
@@ -134,8 +131,7 @@ class GradientScatter(ABC):
 
     @torch.no_grad()
     def wait(self) -> None:
-        while self._under_way:
-            self._under_way.popleft()()
+        self._wait_until(0)
 
     @abstractmethod
     def _room(self, buffer: Tensor, place: Place) -> Tensor:
@@ -152,24 +148,36 @@ class GradientScatter(ABC):
     def _part(self, bucket: Bucket) -> Tensor:
         return self._flats[bucket.flat].narrow(0, bucket.start, bucket.sizes[self.rank])
 
-    def _take_buffer(self) -> Tensor:
-        if self._free:
-            return self._free.pop()
-        return torch.empty(self.largest, dtype=self.dtype, device=self.device)
+    def _take_buffer(self, numel: int) -> Tensor:
+        kept = (self.full, self.processes * self.full)
+        length = next((length for length in kept if numel <= length), numel)
+        free = self._free.get(length)
+        return free.pop() if free else torch.empty(length, dtype=self.dtype, device=self.device)
+
+    def _give_back(self, buffer: Tensor) -> None:
+        # Of a longer parameter, memory is there while it is needed.
+        if len(buffer) in (self.full, self.processes * self.full):
+            self._free.setdefault(len(buffer), []).append(buffer)
 
     def _send(self, bucket: Bucket) -> None:
         assert bucket.buffer is not None
         buffer, bucket.buffer = bucket.buffer, None
         for index in bucket.missing:
             self._room(buffer, self._places[index]).zero_()
-        if len(self._under_way) == IN_FLIGHT:
-            self._under_way.popleft()()
+        numel = sum(bucket.sizes)
+        self._wait_until(IN_FLIGHT * self.full - numel)
         exchange = self._exchange if self._exchanges else self._reduce
-        self._under_way.append(exchange(bucket, buffer))
+        self._under_way.append((numel, exchange(bucket, buffer)))
+
+    def _wait_until(self, numel: int) -> None:
+        """No more elements than that are under way."""
+        while self._under_way and sum(each for each, _ in self._under_way) > numel:
+            _, settle = self._under_way.popleft()
+            settle()
 
     def _exchange(self, bucket: Bucket, buffer: Tensor) -> Callable[[], None]:
-        received = self._take_buffer()
         part, adds = self._part(bucket), bucket.is_written
+        received = self._take_buffer(self.processes * len(part))
         bucket.is_written = True
         parts = received[: self.processes * len(part)]
         sent = buffer[: sum(bucket.sizes)]
@@ -183,7 +191,8 @@ class GradientScatter(ABC):
                 part.add_(rows.sum(0, dtype=part.dtype))
             else:
                 torch.sum(rows, 0, dtype=part.dtype, out=part)
-            self._free += [buffer, received]
+            self._give_back(buffer)
+            self._give_back(received)
 
         return settle
 
@@ -202,9 +211,10 @@ class ScatteredParts(GradientScatter):
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(dtype, device, group)
+        super().__init__(bucket_numel, dtype, device, group)
         self.lengths = [-(-numel // self.processes) for numel in numels]
-        limit = self._limit(bucket_numel) // self.processes
+        # Alone, a process has nothing to send: each gradient goes where it stays.
+        limit = self.full // self.processes if self.processes > 1 else 0
         start = 0
         for index, length in enumerate(self.lengths):
             if not self._buckets or self._buckets[-1].sizes[0] + length > limit:
@@ -244,7 +254,7 @@ class ScatteredParts(GradientScatter):
                 part.add_(mean)
             elif not is_direct:
                 part.copy_(mean)
-            self._free.append(buffer)
+            self._give_back(buffer)
 
         return settle
 
@@ -265,9 +275,11 @@ class ScatteredRanges(GradientScatter):
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(dtype, device, group)
-        # What is exchanged of a bucket may all be of one range: its process gets as much from each.
-        limit = self._limit(bucket_numel) // (self.processes if self._exchanges else 1)
+        super().__init__(bucket_numel, dtype, device, group)
+        if self._exchanges:
+            # A bucket may all be of one range, whose process gets as much from each.
+            self.full //= self.processes
+        limit = self.full if self.processes > 1 else 0
         found: dict[int, Place] = {}
         self._gaps: list[tuple[int, int, int]] = []
         for flat, length in enumerate(ranges):
@@ -321,7 +333,7 @@ class ScatteredRanges(GradientScatter):
                 part.add_(owned[self.rank])
             else:
                 part.copy_(owned[self.rank])
-            self._free.append(buffer)
+            self._give_back(buffer)
 
         return settle
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from erasediff.gradients.deepspeed import REDUCED_IN_PLACE
+from erasediff.gradients.scatter import AT_ONCE, LARGEST_BUCKET
 from erasediff.planning.networks import Network
 from erasediff.planning.trace import Trace
 
@@ -57,7 +58,7 @@ class RankMemory:
     """Bytes on one rank; those with ``host_`` are on the CPU because they were offloaded.
 
     gradients:   both, retain and forget, as they are kept until the update
-    buffers:     DeepSpeed's buckets, and the parameters that ZeRO-3 gathers around the module that runs
+    buffers:     buckets of gradients, and the parameters that ZeRO-3 gathers around the module that runs
     activations: the most alive within one pass; see ``trace.Trace``
     peak:        of the whole step. Less than the sum: gradients come to be while activations go
     """
@@ -157,7 +158,7 @@ def rank_memory(
         "moments": -(-moments // shards),
         "averages": -(-average // shards),
     }
-    bucket = layout.reduce_bucket_size * sizes.trained_bytes * (2 if layout.overlap_comm and layout.stage < 3 else 1)
+    bucket = _reduction(layout, sizes) * sizes.trained_bytes
     gathered, weights = 0, sizes.weights * sizes.weight_bytes
     if layout.stage == 3:
         weights = -(-weights // shards)
@@ -175,7 +176,7 @@ def rank_memory(
     in_pass = gradients + bucket + gathered + traced.activation_bytes
     # Before the update, one gradient is cast to fp32.
     cast = FP32 * sizes.trained // shards if half else 0
-    in_update = 0 if layout.offload_optimizer else 2 * gradient + cast
+    in_update = 0 if layout.offload_optimizer else 2 * gradient + bucket + cast
     return RankMemory(
         weights=0 if layout.offload_param else weights,
         masters=on_device.get("masters", 0),
@@ -194,6 +195,15 @@ def rank_memory(
         # A partition of the model's own precision: of the new weights on their way back, or under ZeRO-3 of a gradient.
         host_buffers=gradient if layout.offload_optimizer else 0,
     )
+
+
+def _reduction(layout: Layout, sizes: Sizes) -> int:
+    """Elements that are on their way to be averaged, under ZeRO."""
+    if layout.offload_optimizer:
+        return layout.reduce_bucket_size * (2 if layout.overlap_comm and layout.stage != 3 else 1)
+    ours = min(AT_ONCE * min(layout.reduce_bucket_size, LARGEST_BUCKET), sizes.trained) if layout.ranks > 1 else 0
+    # ZeRO-3 allocates one bucket at the beginning, which then is ours.
+    return max(ours, layout.reduce_bucket_size) if layout.stage == 3 else ours
 
 
 def dtype_of(precision: Precision) -> tuple[torch.dtype, torch.dtype | None]:
