@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +16,9 @@ import pytest
 import torch
 from commands import SECONDS, TINY, WIDEST, curve, finish, run, start, weights
 from diffusers import DDPMPipeline
-from placing import on_gpus
+from placing import environment, on_gpus
 
+ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "erasediff.cli"),
     "accelerate": (
@@ -76,6 +82,54 @@ def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: st
     output, _ = run(*unlearn(home), "--out", tmp_path / "run", *asked, launcher=LAUNCHERS[name])
     assert output.count('"steps_taken": 12') == 1
     assert_same_curve(tmp_path / "run", home)
+
+
+SRUN = """#!/usr/bin/env bash
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
+nodes=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node "$@" &
+    nodes+=($!)
+done
+for node in "${nodes[@]}"; do
+    wait "$node" || exit
+done
+"""
+
+
+def test_the_slurm_script_runs_on_two_nodes_and_goes_on_when_requeued(home: Path, tmp_path: Path) -> None:
+    """Each with an agent and ranks of its own, on this machine: what Slurm itself does is played by two scripts."""
+    for name, text in {"srun": SRUN, "scontrol": "#!/usr/bin/env bash\necho localhost\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = free.getsockname()[1] % 20000
+    slurm = {"PATH": path, "SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "1", "SLURM_JOB_ID": str(job)}
+    slurm |= {"SLURM_JOB_NODELIST": "localhost", "LAUNCH": "zero", "STAGE": "2"}
+    variables = {**os.environ, **environment(WIDEST), **slurm, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = ["bash", str(ROOT / "benchmarks/slurm/nodes.sh")]
+    out = tmp_path / "run"
+    asked = [*map(str, unlearn(home)[1:]), "--out", str(out)]
+    ended = subprocess.run(
+        [*script, *asked], env=variables, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout.count('"steps_taken": 12') == 1
+    assert_same_curve(out, home)
+    whole = weights(out)
+
+    shutil.rmtree(out / "model")
+    for step in (12, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    variables["SLURM_RESTART_COUNT"] = "1"
+    ended = subprocess.run(
+        [*script, "--out", str(out)], env=variables, capture_output=True, timeout=SECONDS, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert_same_curve(out, home)
+    torch.testing.assert_close(weights(out), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
