@@ -49,7 +49,10 @@ def resident(name: str) -> int:
 
 
 def volume(size: str, stage: int, per_rank: int) -> dict[str, Any]:
-    """Bytes that each contender hands to collectives in its third step, by kind; of a gather or scatter, the whole."""
+    """Bytes that each contender hands to collectives in its third step, by kind.
+
+    Of a gather or scatter, the whole; of an exchange, what the process sends, its own part included.
+    """
     found = {}
     for contender, make in CONTENDERS.items():
         step = make(size, stage, per_rank)
@@ -74,6 +77,8 @@ class CollectiveBytes(TorchDispatchMode):
             name = func.__name__.partition(".")[0].strip("_")
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             whole = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+            if name.startswith("alltoall"):
+                _received, whole = tensors
             if whole is not None:
                 is_list = name in ("allgather", "reduce_scatter")
                 self.bytes[name] += whole.nbytes * (dist.get_world_size() if is_list else 1)
