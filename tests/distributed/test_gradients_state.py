@@ -115,7 +115,7 @@ def test_both_gradients_are_of_weights_gathered_once_where_a_pass_may_keep_them(
         assert at_least <= times <= at_most
 
 
-@pytest.mark.parametrize(("distance", "passes"), [(1_000_000_000, 1), (100_000, 2)])
+@pytest.mark.parametrize(("distance", "passes"), [(1_000_000_000, 0), (100_000, 2)])
 def test_only_deepspeeds_hooks_rest_while_all_weights_are_whole(run_on, distance, passes):
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
     for found in run_on(2, CASES, "hooks_in_a_step", {"layout": "zero-3", "zero": zero}):

@@ -73,9 +73,8 @@ def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path
         torch.testing.assert_close(weight, one[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "torchrun" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: str) -> None:
     # As a flag, --launch would be one of deepspeed's own.
     asked = ("--set", "distributed.launch=ddp")

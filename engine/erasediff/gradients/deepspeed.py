@@ -549,16 +549,18 @@ class PartitionedParameters:
             change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
             change(HELD)
         if held and self._can_gather():
-            self._gather()
             self._pass_by()
+            self._gather()
         elif not held:
             for gathered in self._gathering:
                 gathered.wait()
             for handle in self._waiting:
                 handle.remove()
             for hooks, before in self._hooks:
+                since = {key: hook for key, hook in hooks.items() if key not in before}
                 hooks.clear()
                 hooks.update(before)
+                hooks.update(since)
             self._gathering, self._waiting, self._hooks = [], [], []
 
     def _can_gather(self) -> bool:
