@@ -58,4 +58,8 @@ if wanted benchmarks; then
   else
     "$PYTHON" benchmarks/kernels/step.py "${arguments[@]}"
   fi
+  if [ "$gpu" = 1 ] && have diffusers && have deepspeed; then
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    "$PYTHON" benchmarks/sharded/run.py --device cuda --bf16 --ranks "$gpus" --samples 32
+  fi
 fi

@@ -28,6 +28,7 @@ CONTENDERS = {
 
 def memory(size: str, stage: int, per_rank: int, **options: Any) -> dict[str, Any]:
     """The most that two steps take beyond what the process had before the engine was made."""
+    options["autocast"] = True
     warm_up = erasediff("15M", stage, 2, **options)
     warm_up()
     del warm_up

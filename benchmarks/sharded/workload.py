@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from erasediff import EraseDiff, Norm, Process
 from erasediff.distributed import World
+from erasediff.objectives import Batch, diffusers_denoiser
 from erasediff.planning import Network
 from erasediff_kernels import ConstrainedAdamW
 
@@ -96,13 +97,25 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
-def erasediff(size: str, stage: int, per_rank: int, *, bf16: bool = False, offload: str | None = None) -> Step:
-    """Steps over ``per_rank`` samples on each rank, half of them retained and half forgotten."""
+def in_bf16(model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    inputs = {name: value.to(torch.bfloat16) for name, value in condition.items()}
+    return diffusers_denoiser(model, noisy_sample.to(torch.bfloat16), timesteps, inputs)
+
+
+def erasediff(
+    size: str, stage: int, per_rank: int, *, bf16: bool = False, offload: str | None = None, autocast: bool = False
+) -> Step:
+    """Steps over ``per_rank`` samples on each rank, half of them retained and half forgotten.
+
+    autocast: bf16 weights are used with autocast, which computes norms in fp32, and not as ``fine_tuning`` uses them
+    """
     model = denoiser(size).to(torch.bfloat16 if bf16 else torch.float32)
     optimizer = ConstrainedAdamW(model.parameters(), lr=1e-5)
     engine = engine_of(model, optimizer, deepspeed_config(stage, per_rank // 2, 1, bf16=bf16, offload=offload))
-    autocast = torch.bfloat16 if bf16 else None
-    unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1), autocast=autocast)
+    precision: dict[str, Any] = {"denoiser": in_bf16} if bf16 and not autocast else {}
+    if bf16 and autocast:
+        precision["autocast"] = torch.bfloat16
+    unlearner = EraseDiff(engine, process=Process.from_scheduler(scheduler()), barrier=Norm(0.1), **precision)
     retain, forget = batch(size, per_rank // 2, 0), batch(size, per_rank // 2, 1)
     return lambda: unlearner.step(retain, forget)
 

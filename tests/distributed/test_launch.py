@@ -73,8 +73,9 @@ def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path
         torch.testing.assert_close(weight, one[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "torchrun" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: str) -> None:
     # As a flag, --launch would be one of deepspeed's own.
     asked = ("--set", "distributed.launch=ddp")
@@ -96,6 +97,7 @@ done
 """
 
 
+@pytest.mark.slow
 def test_the_slurm_script_runs_on_two_nodes_and_goes_on_when_requeued(home: Path, tmp_path: Path) -> None:
     """Each with an agent and ranks of its own, on this machine: what Slurm itself does is played by two scripts."""
     for name, text in {"srun": SRUN, "scontrol": "#!/usr/bin/env bash\necho localhost\n"}.items():
