@@ -79,7 +79,6 @@ def test_one_process_in_any_layout_unlearns_as_plain_pytorch_does(run_on, on_one
 
 
 CHOSEN = [
-    (2, {"layout": "ddp", "accumulation": 2}),
     (2, {"layout": "fsdp", "barrier": "gap"}),
     (2, {"layout": "zero-0", "accumulation": 2, "barrier": "cosine"}),
     (2, {"layout": "zero-1", "barrier": "gap", "accumulation": 2, "zero": {"reduce_bucket_size": 30000}}),
@@ -87,7 +86,6 @@ CHOSEN = [
     (2, {"layout": "zero-3", "barrier": "gap", "accumulation": 2, "zero": {"reduce_bucket_size": 30000}}),
     (3, {"layout": "ddp", "gradient_as_bucket_view": True}),
     (3, {"layout": "fsdp", "accumulation": 2}),
-    (3, {"layout": "zero-0", "barrier": "gap"}),
     (3, {"layout": "zero-1", "offload": "optimizer", "barrier": "cosine"}),
     (3, {"layout": "zero-2", "relabel": True, "barrier": "fixed", "zero": {"reduce_bucket_size": 30000}}),
     (3, {"layout": "zero-3", "offload": "both", "accumulation": 2, "zero": {"sub_group_size": 40000}}),

@@ -78,6 +78,10 @@ class GradientScatter(ABC):
         self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
         """Elements of a bucket, and what waits for it and sees that its mean is in its place."""
 
+    def _fit(self) -> None:
+        """Buffers of a small model are no longer than it needs."""
+        self.full = min(self.full, max((sum(bucket.sizes) for bucket in self._buckets), default=0))
+
     @property
     def _exchanges(self) -> bool:
         return self.device.type == "cpu"
@@ -224,6 +228,7 @@ class ScatteredParts(GradientScatter):
             bucket.members.append(index)
             bucket.sizes = [bucket.sizes[0] + length] * self.processes
             start += length
+        self._fit()
 
     def _room(self, buffer: Tensor, place: Place) -> Tensor:
         length = place.bucket.sizes[0]
@@ -301,6 +306,7 @@ class ScatteredRanges(GradientScatter):
             self._gaps.append((flat, end, self.processes * length))
         self._places = [found[index] for index in range(len(parameters))]
         self._lengths = list(ranges)
+        self._fit()
 
     def begin(self, flats: Sequence[Tensor]) -> None:
         super().begin(flats)
