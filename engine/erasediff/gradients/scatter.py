@@ -75,8 +75,8 @@ class GradientScatter(ABC):
         self._places: list[Place] = []
         self._free: dict[int, list[Tensor]] = {}
         """Buffers by their length: of full buckets, and of what is received for one."""
-        self._under_way: deque[tuple[int, Callable[[], None]]] = deque()
-        """Elements of a bucket, and what waits for it and sees that its mean is in its place."""
+        self._under_way: deque[tuple[int, Tensor, Callable[[], None]]] = deque()
+        """Elements of a bucket, its buffer, and what waits for it and sees that its mean is in its place."""
 
     def _fit(self) -> None:
         """Buffers of a small model are no longer than it needs."""
@@ -146,8 +146,8 @@ class GradientScatter(ABC):
         """The ``processes``-th part of a flat gradient."""
 
     @abstractmethod
-    def _reduce(self, bucket: Bucket, buffer: Tensor) -> Callable[[], None]:
-        """By collectives that reduce. Returns what waits for them and sees that the bucket's mean is in its place."""
+    def _reduce(self, sent: Tensor, sizes: list[int], part: Tensor, adds: bool) -> Callable[[], None]:
+        """By collectives that reduce. Returns what waits for them and writes the mean to ``part``, or adds it there."""
 
     def _part(self, bucket: Bucket) -> Tensor:
         return self._flats[bucket.flat].narrow(0, bucket.start, bucket.sizes[self.rank])
@@ -171,22 +171,22 @@ class GradientScatter(ABC):
         numel = sum(bucket.sizes)
         self._wait_until(IN_FLIGHT * self.full - numel)
         exchange = self._exchange if self._exchanges else self._reduce
-        self._under_way.append((numel, exchange(bucket, buffer)))
+        part, adds = self._part(bucket), bucket.is_written
+        bucket.is_written = True
+        self._under_way.append((numel, buffer, exchange(buffer[:numel], bucket.sizes, part, adds)))
 
     def _wait_until(self, numel: int) -> None:
         """No more elements than that are under way."""
-        while self._under_way and sum(each for each, _ in self._under_way) > numel:
-            _, settle = self._under_way.popleft()
+        while self._under_way and sum(each for each, *_ in self._under_way) > numel:
+            _, buffer, settle = self._under_way.popleft()
             settle()
+            self._give_back(buffer)
 
-    def _exchange(self, bucket: Bucket, buffer: Tensor) -> Callable[[], None]:
-        part, adds = self._part(bucket), bucket.is_written
+    def _exchange(self, sent: Tensor, sizes: list[int], part: Tensor, adds: bool) -> Callable[[], None]:
         received = self._take_buffer(self.processes * len(part))
-        bucket.is_written = True
         parts = received[: self.processes * len(part)]
-        sent = buffer[: sum(bucket.sizes)]
         kept = [len(part)] * self.processes
-        work = _started(dist.all_to_all_single(parts, sent, kept, bucket.sizes, group=self.group, async_op=True))
+        work = _started(dist.all_to_all_single(parts, sent, kept, sizes, group=self.group, async_op=True))
 
         def settle() -> None:
             work.wait()
@@ -195,7 +195,6 @@ class GradientScatter(ABC):
                 part.add_(rows.sum(0, dtype=part.dtype))
             else:
                 torch.sum(rows, 0, dtype=part.dtype, out=part)
-            self._give_back(buffer)
             self._give_back(received)
 
         return settle
@@ -245,12 +244,9 @@ class ScatteredParts(GradientScatter):
             room[whole:].zero_()
             torch.div(gradient[whole * length :], self.processes, out=room[whole, :rest])
 
-    def _reduce(self, bucket: Bucket, buffer: Tensor) -> Callable[[], None]:
-        part, adds = self._part(bucket), bucket.is_written
-        bucket.is_written = True
+    def _reduce(self, sent: Tensor, sizes: list[int], part: Tensor, adds: bool) -> Callable[[], None]:
         is_direct = not adds and part.dtype == self.dtype
         mean = part if is_direct else torch.empty_like(part, dtype=self.dtype)
-        sent = buffer[: sum(bucket.sizes)]
         work = _started(dist.reduce_scatter_tensor(mean, sent, group=self.group, async_op=True))
 
         def settle() -> None:
@@ -259,7 +255,6 @@ class ScatteredParts(GradientScatter):
                 part.add_(mean)
             elif not is_direct:
                 part.copy_(mean)
-            self._give_back(buffer)
 
         return settle
 
@@ -321,15 +316,13 @@ class ScatteredRanges(GradientScatter):
     def _write(self, gradient: Tensor, room: Tensor) -> None:
         torch.div(gradient, self.processes, out=room)
 
-    def _reduce(self, bucket: Bucket, buffer: Tensor) -> Callable[[], None]:
-        part, adds = self._part(bucket), bucket.is_written
-        bucket.is_written = True
-        owned = torch.split(buffer[: sum(bucket.sizes)], bucket.sizes)
+    def _reduce(self, sent: Tensor, sizes: list[int], part: Tensor, adds: bool) -> Callable[[], None]:
+        owned = torch.split(sent, sizes)
         ranks = range(self.processes) if self.group is None else dist.get_process_group_ranks(self.group)
         works = [
-            _started(dist.reduce(sent, dst=rank, group=self.group, async_op=True))
-            for rank, sent in zip(ranks, owned, strict=True)
-            if len(sent)
+            _started(dist.reduce(theirs, dst=rank, group=self.group, async_op=True))
+            for rank, theirs in zip(ranks, owned, strict=True)
+            if len(theirs)
         ]
 
         def settle() -> None:
@@ -339,7 +332,6 @@ class ScatteredRanges(GradientScatter):
                 part.add_(owned[self.rank])
             else:
                 part.copy_(owned[self.rank])
-            self._give_back(buffer)
 
         return settle
 
