@@ -303,12 +303,9 @@ class PartitionedGradients:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         own = {
+            **_more_than_a_mean(optimizer),
             "offloaded": optimizer.cpu_offload,
             "no mean": not optimizer.gradient_average,
-            "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
-            "in several precisions": len(optimizer.ipg_buckets) != 1,
-            "of sequences in parts": optimizer.sequence_parallel_size != 1,
-            "of tensors in parts": optimizer.autoep_folding_tp_group is not None,
             "orthogonalized": any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups),
             "of several groups": any(own is not optimizer.dp_process_group for own in optimizer.real_dp_process_group),
         }
@@ -449,13 +446,10 @@ class PartitionedParameters:
         group = optimizer.dp_process_group
         processes = torch.distributed.get_world_size(group)
         own = {
+            **_more_than_a_mean(optimizer),
             "offloaded": bool(optimizer.offload_optimizer),
             "quantized": optimizer.all2all_process_group is not None,
-            "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
-            "in several precisions": len(optimizer.ipg_buckets) != 1,
-            "of sequences in parts": optimizer.sequence_parallel_size != 1,
             "orthogonalized": optimizer.use_muon,
-            "of tensors in parts": optimizer.autoep_folding_tp_group is not None,
             "of several groups": any(optimizer._get_param_partition_group(p) is not group for p in parameters)
             or optimizer._gradient_averaging_world_size(parameters, processes) != processes,
         }
@@ -622,6 +616,16 @@ class PartitionedParameters:
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _more_than_a_mean(optimizer: Any) -> dict[str, bool]:
+    """What either of ZeRO's optimizers may have been told of its gradients."""
+    return {
+        "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
+        "in several precisions": len(optimizer.ipg_buckets) != 1,
+        "of sequences in parts": optimizer.sequence_parallel_size != 1,
+        "of tensors in parts": optimizer.autoep_folding_tp_group is not None,
+    }
 
 
 class Gathered:
