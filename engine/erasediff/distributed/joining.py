@@ -31,9 +31,10 @@ def check_launch(settings: DistributedConfig) -> None:
         raise UserError("This command runs in one process: leave distributed.launch at none.")
 
 
-def local_device(name: str) -> str:
-    """The device of this rank, where ``name`` leaves the choice. UserError for one GPU for several ranks."""
-    if Peers.current().size == 1:
+def local_device(name: str, launch: str) -> str:
+    """The device of this rank, where ``name`` leaves the choice and a launcher makes it. UserError for one GPU for
+    several ranks."""
+    if launch == "none":
         return name
     if name.startswith("cuda:"):
         raise UserError(f"Each process has a GPU of its own: say --device cuda, not {name}.")
@@ -44,7 +45,7 @@ def local_device(name: str) -> str:
         return "cpu"
     if place >= gpus:
         found = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
-        raise UserError(f"This machine has {found} for {place + 1} processes or more: say --device cpu.")
+        raise UserError(f"This machine has {found}, and its process {place + 1} needs one of its own: say --device cpu.")
     return f"cuda:{place}"
 
 

@@ -432,9 +432,8 @@ class PartitionedParameters:
         self._is_held = False
         offload = optimizer.parameter_offload
         parameters = list(offload.module.parameters())
-        # What the first module has gathered is needed again after a way there and back.
-        way = 2 * sum(parameter.ds_numel for parameter in parameters)
-        self._holdable = parameters if way <= offload._max_reuse_distance_in_numel else []
+        limit = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel)
+        self._holdable = parameters if sum(parameter.ds_numel for parameter in parameters) <= limit else []
         self._gathering: list[Gathered] = []
         self._waiting: list[RemovableHandle] = []
         self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
@@ -533,8 +532,8 @@ class PartitionedParameters:
             self._free.append(gradients[0].as_strided((length,), (1,), 0))
 
     def hold(self, held: bool) -> None:
-        """The whole model or nothing, so that no more is whole at a time than ``stage3_max_reuse_distance`` allows one
-        pass. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all of them.
+        """The whole model or nothing, where both ``stage3_max_live_parameters`` and ``stage3_max_reuse_distance`` are
+        at least as many. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all.
         """
         self._is_held = held
         if not held and self._scatter is not None:

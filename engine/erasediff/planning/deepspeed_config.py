@@ -33,4 +33,5 @@ def buckets_of(path: Path | None) -> Layout:
         stage3_prefetch_bucket_size=size("stage3_prefetch_bucket_size"),
         stage3_param_persistence_threshold=size("stage3_param_persistence_threshold"),
         stage3_max_reuse_distance=size("stage3_max_reuse_distance"),
+        stage3_max_live_parameters=size("stage3_max_live_parameters"),
     )

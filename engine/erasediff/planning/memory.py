@@ -37,6 +37,7 @@ class Layout:
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_param_persistence_threshold: int = 100_000
     stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_max_live_parameters: int = 1_000_000_000
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or (self.stage is None and self.ranks > 1):
@@ -162,10 +163,7 @@ def rank_memory(
     gathered, weights = 0, sizes.weights * sizes.weight_bytes
     if layout.stage == 3:
         weights = -(-weights // shards)
-        # What the backward pass needs again soon stays whole after the forward pass: there and back is twice the way.
-        kept = layout.stage3_max_reuse_distance // 2
-        at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size + kept
-        gathered = min(sizes.weights, at_once) * sizes.weight_bytes
+        gathered = _gathered(layout, sizes) * sizes.weight_bytes
         frozen_teacher = weights if teacher else 0
     on_device = {} if layout.offload_optimizer else optimizer
     on_host = optimizer if layout.offload_optimizer else {}
@@ -195,6 +193,16 @@ def rank_memory(
         # A partition of the model's own precision: of the new weights on their way back, or under ZeRO-3 of a gradient.
         host_buffers=gradient if layout.offload_optimizer else 0,
     )
+
+
+def _gathered(layout: Layout, sizes: Sizes) -> int:
+    """Elements of weights that are whole at a time, under ZeRO-3."""
+    if sizes.weights <= min(layout.stage3_max_reuse_distance, layout.stage3_max_live_parameters):
+        return sizes.weights
+    # What the backward pass needs again soon stays whole after the forward pass: there and back is twice the way.
+    kept = layout.stage3_max_reuse_distance // 2
+    at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size + kept
+    return min(sizes.weights, at_once)
 
 
 def _reduction(layout: Layout, sizes: Sizes) -> int:

@@ -115,7 +115,7 @@ def set_up_device(config: Config) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_launch(config.distributed)
-    name = local_device(config.device)
+    name = local_device(config.device, config.distributed.launch)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
