@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DDPMScheduler
@@ -19,15 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel, gradients
+from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
 from erasediff.distributed import World
 from erasediff.gradients import averaged_weights, full_weights, partitioned_module
+from erasediff.gradients.deepspeed import unsharded
 from erasediff.methods import FineTune
 from erasediff.models.lora import add as add_lora
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 
 BATCH = 12
 BARRIERS = {"norm": Norm(0.5), "gap": Gap(5.0), "fixed": Fixed(1.0), "cosine": Cosine(0.5)}
+MOST_SCALARS = 8
+"""Losses and Gram values that a step sums over processes at once, at most."""
 nano = load(Path(__file__).parents[1] / "nano.py")
 
 
@@ -281,15 +285,15 @@ def gathered_in_a_step(options: dict[str, Any]) -> float:
     return sum(collectives.elements["allgather"]) / total
 
 
-def averaged_from(smallest: int, options: dict[str, Any]) -> tuple[int, list[dict[str, float]], dict[str, Tensor]]:
-    """Of three steps in which gradients of ``smallest`` bytes are averaged where they are, and smaller ones together:
-    the most elements that were averaged at once, the reports, and on the first process the weights.
+def averaged_by(numel: int, options: dict[str, Any]) -> tuple[list[int], list[dict[str, float]], dict[str, Tensor]]:
+    """Of three steps in which up to ``numel`` elements are averaged together, if it is more than one gradient: how many
+    were each time, the reports, and on the first process the weights.
     """
-    gradients.deepspeed.REDUCED_IN_PLACE = smallest
     method = unlearner(**options)
-    with Collectives() as collectives:
+    with mock.patch.object(unsharded, "BUCKET_NUMEL", numel), Collectives() as collectives:
         reports = take_steps(method, range(3))
-    return max(collectives.elements["allreduce"]), reports, dict(full_weights(method.model))
+    averaged = [elements for elements in collectives.elements["allreduce"] if elements > MOST_SCALARS]
+    return averaged, reports, dict(full_weights(method.model))
 
 
 class Collectives(TorchDispatchMode):

@@ -143,20 +143,22 @@ def test_the_engine_is_still_the_users_between_steps(run_on, layout):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_without_sharding_gradients_are_averaged_where_they_are(run_on, bf16):
-    """To the same bits, however many of them are joined for it."""
-    all_joined, none_joined, some_joined = (
-        run_on(2, CASES, "averaged_from", smallest, {"layout": "zero-0", "bf16": bf16})[0]
-        for smallest in (1 << 30, 1, 4096)
+def test_without_sharding_gradients_are_averaged_in_buckets(run_on, bf16):
+    """To the same bits, however many of them are in one."""
+    at_once, one_by_one, some = (
+        run_on(2, CASES, "averaged_by", numel, {"layout": "zero-0", "bf16": bf16})[0] for numel in (1 << 30, 1, 4096)
     )
-    total = sum(weight.numel() for weight in all_joined[2].values())
-    largest = max(weight.numel() for weight in all_joined[2].values())
-    assert all_joined[0] == total
-    assert none_joined[0] == largest
-    assert some_joined[0] < total / 4
-    for _, reports, weights in (none_joined, some_joined):
-        assert reports == all_joined[1]
-        assert all(torch.equal(weight, all_joined[2][name]) for name, weight in weights.items())
+    weights = at_once[2]
+    # Two gradients in each of three steps.
+    assert len(at_once[0]) == 6
+    assert min(at_once[0]) >= sum(weight.numel() for weight in weights.values())
+    assert len(one_by_one[0]) == 6 * len(weights)
+    largest = max(weight.numel() for weight in weights.values())
+    assert 6 < len(some[0]) < 6 * len(weights)
+    assert max(some[0]) <= max(4096, largest + 32)
+    for _, reports, moved in (one_by_one, some):
+        assert reports == at_once[1]
+        assert all(torch.equal(weight, weights[name]) for name, weight in moved.items())
 
 
 @pytest.mark.parametrize(

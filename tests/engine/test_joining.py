@@ -46,8 +46,8 @@ def test_without_a_launcher_any_device_can_be_chosen(machine, name):
 @pytest.mark.parametrize(
     ("gpus", "name", "sentence"),
     [
-        (1, "auto", "has 1 GPU, and its process 2 needs one of its own: say --device cpu"),
-        (0, "cuda", "has 0 GPUs, and its process 2 needs one of its own: say --device cpu"),
+        (1, "auto", "has 1 GPU, and process 2 needs one of its own: say --device cpu"),
+        (0, "cuda", "has 0 GPUs, and process 2 needs one of its own: say --device cpu"),
         (2, "cuda:0", "say --device cuda, not cuda:0"),
     ],
 )

@@ -128,6 +128,20 @@ def test_sharding_divides_what_each_stage_says(network: Network) -> None:
     assert memory.host == pytest.approx(elements * (4 + 4 + 8 + 8 + 4) / 2, rel=1e-6)
 
 
+def test_zero_3_holds_the_whole_model_where_both_limits_let_it(network: Network) -> None:
+    traced = trace(network, batch_size=1)
+    elements = sum(parameter.numel() for parameter in network.module.parameters())
+
+    def buffers(live: int, reuse: int) -> int:
+        limits = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
+        sizes = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 0}
+        return rank_memory(network, Layout(stage=3, ranks=2, **sizes, **limits), traced).buffers
+
+    assert buffers(elements, elements) == 4 * elements
+    assert buffers(elements - 1, elements) < 4 * elements
+    assert buffers(elements, elements - 1) < 4 * elements
+
+
 def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None:
     traced = trace(network, batch_size=2)
     noise, relabel = step_flops(traced), step_flops(traced, relabel=True)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from erasediff.gradients.deepspeed import REDUCED_IN_PLACE
+from erasediff.gradients.deepspeed.unsharded import BUCKET_NUMEL
 from erasediff.gradients.scatter import AT_ONCE, LARGEST_BUCKET
 from erasediff.planning.networks import Network
 from erasediff.planning.trace import Trace
@@ -88,16 +88,12 @@ class RankMemory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of elements, and the bytes of one, of a network's weights; ``trained_bytes`` is that of a trained one.
-
-    joined: of the trained ones, those whose gradients are averaged in one tensor where nothing is sharded
-    """
+    """Numbers of elements, and the bytes of one, of a network's weights; ``trained_bytes`` is that of a trained one."""
 
     weights: int
     trained: int
     weight_bytes: int
     trained_bytes: int
-    joined: int
     persistent: int
     largest_module: int
 
@@ -114,7 +110,6 @@ def sizes_of(network: Network, persistence_threshold: int) -> Sizes:
         trained=sum(parameter.numel() for parameter in trained),
         weight_bytes=parameters[0].element_size(),
         trained_bytes=trained[0].element_size(),
-        joined=sum(parameter.numel() for parameter in trained if parameter.nbytes < REDUCED_IN_PLACE),
         persistent=sum(p.numel() for p in parameters if p.numel() <= persistence_threshold),
         largest_module=max(modules),
     )
@@ -136,7 +131,8 @@ def rank_memory(
     gradient = sizes.trained * sizes.trained_bytes
     if not layout.stage:
         masters = FP32 * sizes.trained if layout.stage == 0 and half else 0
-        bucket = sizes.joined * sizes.trained_bytes if layout.ranks > 1 else 0
+        # What was copied to a bucket is freed before the next one begins.
+        bucket = min(BUCKET_NUMEL, sizes.trained) * sizes.trained_bytes if layout.ranks > 1 else 0
         # DeepSpeed casts one gradient to the masters' precision before it steps.
         cast = FP32 * sizes.trained if masters else 0
         stored = sizes.weights * sizes.weight_bytes + masters + moments + average + frozen_teacher

@@ -1,0 +1,253 @@
+"""ZeRO 3."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from erasediff.gradients.deepspeed.layout import Fragment
+from erasediff.gradients.deepspeed.partitions import more_than_a_mean, zeros_on_the_host
+from erasediff.gradients.scatter import ScatteredParts
+
+HELD = "held for the next pass"
+"""Stands among the modules that are at work with a parameter."""
+
+
+class PartitionedParameters:
+    """ZeRO 3: fp32 partitions of sub-groups, in which this process's parts of parameters lie end to end."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
+        self.groups = [optimizer.sub_group_to_group_id[index] for index in range(len(self.flats))]
+        self._is_lent = False
+        self._free: list[Tensor] = []
+        if not optimizer.offload_optimizer:
+            # As under ZeRO 1 and 2; here it is no option.
+            optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        parameters: list[Any] = [parameter for group in optimizer.fp16_groups for parameter in group]
+        self._indices = {parameter.ds_id: index for index, parameter in enumerate(parameters)}
+        self._scatter = self._scatter_of(parameters)
+        self._is_held = False
+        offload = optimizer.parameter_offload
+        parameters = list(offload.module.parameters())
+        limit = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel)
+        self._holdable = parameters if sum(parameter.ds_numel for parameter in parameters) <= limit else []
+        self._gathering: list[Gathered] = []
+        self._waiting: list[RemovableHandle] = []
+        self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
+        """What ``_pass_by`` has emptied, and what was there."""
+
+    def _scatter_of(self, parameters: list[Any]) -> ScatteredParts | None:
+        """None where what the engine was told of its gradients is more than a mean in one precision."""
+        optimizer = self.optimizer
+        group = optimizer.dp_process_group
+        processes = torch.distributed.get_world_size(group)
+        own = {
+            **more_than_a_mean(optimizer),
+            "offloaded": bool(optimizer.offload_optimizer),
+            "quantized": optimizer.all2all_process_group is not None,
+            "orthogonalized": optimizer.use_muon,
+            "of several groups": any(optimizer._get_param_partition_group(p) is not group for p in parameters)
+            or optimizer._gradient_averaging_world_size(parameters, processes) != processes,
+        }
+        if any(own.values()):
+            return None
+        numels = [parameter.ds_numel for parameter in parameters]
+        (dtype,) = optimizer.ipg_buckets
+        device = torch.device(optimizer.device)
+        scatter = ScatteredParts(numels, int(optimizer.reduce_bucket_size), dtype, device, group)
+        assert scatter.lengths == [parameter.partition_numel() for parameter in parameters]
+        if optimizer.ipg_buckets[dtype].buffer is not None:
+            # Nothing else needs it while gradients come in.
+            scatter.lend(optimizer.ipg_buckets[dtype].buffer)
+        return scatter
+
+    def _add(self, parameter: Any) -> None:
+        """In the place of DeepSpeed's own reduction, which copies each gradient three times more."""
+        assert self._scatter is not None
+        # False while a module that is computed in tiles has some left.
+        if getattr(parameter, "ds_grad_is_ready", True):
+            assert parameter.grad is not None
+            self._scatter.add(self._indices[parameter.ds_id], parameter.grad)
+            parameter.grad = None
+
+    @property
+    def _partitions(self) -> dict[int, Tensor]:
+        """Where each parameter's gradient goes, by ``ds_id``: views into ``grad_partitions_flat_buffer``."""
+        return self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        optimizer = self.optimizer
+        # Also makes the first backward pass overwrite where further ones add.
+        optimizer.zero_grad()
+        if self._is_lent:
+            self._is_lent = False
+            self._make_room()
+        if self._scatter is not None:
+            self._scatter.begin([optimizer.grad_partitions_flat_buffer])
+            optimizer.reduce_ready_partitions_and_remove_grads = self._add
+
+    def _make_room(self) -> None:
+        optimizer = self.optimizer
+        if optimizer.offload_optimizer:
+            for flat in self.flats:
+                flat.grad = zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
+            return
+        buffer = self._free.pop() if self._free else torch.empty_like(optimizer.grad_partitions_flat_buffer)
+        if self._scatter is None:
+            buffer.zero_()
+        optimizer.grad_partitions_flat_buffer = buffer
+        offset = 0
+        for group in optimizer.fp16_groups:
+            for parameter in group:
+                length = parameter.partition_numel()
+                self._partitions[parameter.ds_id] = buffer.narrow(0, offset, length)
+                offset += length
+
+    def take(self) -> list[Tensor]:
+        self._is_lent = True
+        if self._scatter is not None:
+            self._scatter.finish()
+            if not self._is_held:
+                self._scatter.wait()
+            # Whoever uses the engine between steps finds it as it was.
+            del self.optimizer.reduce_ready_partitions_and_remove_grads
+        if self.optimizer.offload_optimizer:
+            return [flat.grad for flat in self.flats]  # type: ignore[misc]
+        lengths = [flat.numel() for flat in self.flats]
+        return list(self.optimizer.grad_partitions_flat_buffer.split(lengths))
+
+    def put(self, gradients: list[Tensor]) -> None:
+        for index, gradient in enumerate(gradients):
+            if self.optimizer.offload_optimizer:
+                self.flats[index].grad = gradient
+            else:
+                self.optimizer.averaged_gradients[index] = [gradient]
+
+    def reuse(self, gradients: list[Tensor]) -> None:
+        if gradients and not self.optimizer.offload_optimizer:
+            length = sum(gradient.numel() for gradient in gradients)
+            self._free.append(gradients[0].as_strided((length,), (1,), 0))
+
+    def hold(self, held: bool) -> None:
+        """The whole model or nothing, where both ``stage3_max_live_parameters`` and ``stage3_max_reuse_distance`` are
+        at least as many. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all.
+        """
+        self._is_held = held
+        if not held and self._scatter is not None:
+            self._scatter.wait()
+        for parameter in self._holdable:
+            change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
+            change(HELD)
+        if held and self._can_gather():
+            self._pass_by()
+            self._gather()
+        elif not held:
+            for gathered in self._gathering:
+                gathered.wait()
+            for handle in self._waiting:
+                handle.remove()
+            for hooks, before in self._hooks:
+                since = {key: hook for key, hook in hooks.items() if key not in before}
+                hooks.clear()
+                hooks.update(before)
+                hooks.update(since)
+            self._gathering, self._waiting, self._hooks = [], [], []
+
+    def _can_gather(self) -> bool:
+        """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
+        offload = self.optimizer.parameter_offload
+        is_quantized = offload.zero_quantized_weights or offload.zero_quantized_nontrainable_weights
+        is_quiet = all(parameter.ds_status.name != "INFLIGHT" for parameter in self._holdable)
+        coordinator = offload.get_param_coordinator()
+        return bool(self._holdable) and is_quiet and not is_quantized and coordinator.is_complete_trace()
+
+    def _gather(self) -> None:
+        """Send for all weights at once; a module waits only for those that it needs.
+
+        DeepSpeed sends for them from its hooks around each module, of which those before and after both passes would
+        find out, over and over, that there is nothing to do.
+        """
+        offload = self.optimizer.parameter_offload
+        order = offload.get_param_coordinator()._PartitionedParameterCoordinator__param_order
+        used = dict.fromkeys([*(traced.param for traced in order), *self._holdable])
+        cut = [parameter for parameter in used if parameter.ds_status.name == "NOT_AVAILABLE"]
+        of: dict[nn.Parameter, Gathered] = {}
+        for together in _in_buckets(cut, offload._prefetch_bucket_sz):
+            gathered = Gathered(together[0].all_gather_coalesced(together))
+            self._gathering.append(gathered)
+            of |= dict.fromkeys(together, gathered)
+        for module in offload.module.modules():
+            own = [*module.named_parameters(recurse=False), *module.ds_external_parameters()]
+            needed = list(dict.fromkeys(of[parameter] for _, parameter in own if parameter in of))
+            if needed:
+                self._waiting.append(module.register_forward_pre_hook(functools.partial(_wait, needed), prepend=True))
+
+    def _pass_by(self) -> None:
+        """DeepSpeed's hooks around modules do not run."""
+        offload = self.optimizer.parameter_offload
+        emptied = set()
+        for handle in (*offload.forward_hooks, *offload.backward_hooks):
+            hooks = handle.hooks_dict_ref()
+            if handle.id in hooks:
+                if id(hooks) not in emptied:
+                    emptied.add(id(hooks))
+                    self._hooks.append((hooks, hooks.copy()))
+                del hooks[handle.id]
+
+    def fragments(self) -> Iterator[Fragment]:
+        optimizer = self.optimizer
+        for group in optimizer.fp16_groups:
+            for parameter in group:
+                index, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = optimizer._get_param_partition_rank(parameter) * parameter.partition_numel()
+                real = min(int(length), parameter.ds_numel - start)
+                if real > 0:
+                    yield Fragment(parameter, start, int(index), int(offset), real)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()
+        for index in range(len(self.flats)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+class Gathered:
+    """Parameters that DeepSpeed has sent for together."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def wait(self) -> None:
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+
+
+def _wait(needed: list[Gathered], *_: object) -> None:
+    for gathered in needed:
+        gathered.wait()
+
+
+def _in_buckets(parameters: list[Any], numel: int) -> Iterator[list[Any]]:
+    """Up to ``numel`` elements together, if it is more than one parameter."""
+    together: list[Any] = []
+    size = 0
+    for parameter in parameters:
+        if together and size + parameter.ds_numel > numel:
+            yield together
+            together, size = [], 0
+        together.append(parameter)
+        size += parameter.ds_numel
+    if together:
+        yield together
