@@ -45,9 +45,7 @@ def local_device(name: str, launch: str) -> str:
         return "cpu"
     if place >= gpus:
         found = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
-        raise UserError(
-            f"This machine has {found}, and its process {place + 1} needs one of its own: say --device cpu."
-        )
+        raise UserError(f"This machine has {found}, and process {place + 1} needs one of its own: say --device cpu.")
     return f"cuda:{place}"
 
 
