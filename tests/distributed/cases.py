@@ -285,6 +285,14 @@ def gathered_in_a_step(options: dict[str, Any]) -> float:
     return sum(collectives.elements["allgather"]) / total
 
 
+def collectives_in_a_step(options: dict[str, Any]) -> set[str]:
+    method = unlearner(**options)
+    method.step(*batches(0, World.current()))
+    with Collectives() as collectives:
+        method.step(*batches(1, World.current()))
+    return set(collectives.elements)
+
+
 def averaged_by(numel: int, options: dict[str, Any]) -> tuple[list[int], list[dict[str, float]], dict[str, Tensor]]:
     """Of three steps in which up to ``numel`` elements are averaged together, if it is more than one gradient: how many
     were each time, the reports, and on the first process the weights.

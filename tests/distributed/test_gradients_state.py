@@ -142,6 +142,14 @@ def test_the_engine_is_still_the_users_between_steps(run_on, layout):
     torch.testing.assert_close(*on_two, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("layout", ["zero-1", "zero-2", "zero-3"])
+def test_no_gradient_goes_the_way_of_deepspeeds_own_reduction(run_on, layout):
+    """Of two CPU processes: theirs is by reductions alone, ours an exchange."""
+    for kinds in run_on(2, CASES, "collectives_in_a_step", {"layout": layout}, widest=3):
+        gathers, scalars = {"allgather"}, {"allreduce"}
+        assert kinds - gathers == scalars | {"alltoall_base_.default"}
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_without_sharding_gradients_are_averaged_in_buckets(run_on, bf16):
     """To the same bits, however many of them are in one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from erasediff.gradients.deepspeed.layout import Fragment
@@ -29,6 +30,7 @@ class PartitionedParameters:
         self._is_lent = False
         self._free: list[Tensor] = []
         if not optimizer.offload_optimizer:
+            self._free.append(optimizer.grad_partitions_flat_buffer)
             # As under ZeRO 1 and 2; here it is no option.
             optimizer._get_norm_groups = lambda: [torch.zeros(())]
         parameters: list[Any] = [parameter for group in optimizer.fp16_groups for parameter in group]
@@ -43,18 +45,23 @@ class PartitionedParameters:
         self._waiting: list[RemovableHandle] = []
         self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
         """What ``_pass_by`` has emptied, and what was there."""
+        self._linear: Callable[..., Tensor] | None = None
+        """What ``torch.nn.functional.linear`` was before ``_use_torchs_linear``."""
 
     def _scatter_of(self, parameters: list[Any]) -> ScatteredParts | None:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         group = optimizer.dp_process_group
         processes = torch.distributed.get_world_size(group)
+        # Parameters are cut by another handle of the same processes.
+        cut_by = {optimizer._get_param_partition_group(parameter) for parameter in parameters}
+        ranks = torch.distributed.get_process_group_ranks(group)
         own = {
             **more_than_a_mean(optimizer),
             "offloaded": bool(optimizer.offload_optimizer),
             "quantized": optimizer.all2all_process_group is not None,
             "orthogonalized": optimizer.use_muon,
-            "of several groups": any(optimizer._get_param_partition_group(p) is not group for p in parameters)
+            "of several groups": any(torch.distributed.get_process_group_ranks(own) != ranks for own in cut_by)
             or optimizer._gradient_averaging_world_size(parameters, processes) != processes,
         }
         if any(own.values()):
@@ -87,42 +94,49 @@ class PartitionedParameters:
         optimizer = self.optimizer
         # Also makes the first backward pass overwrite where further ones add.
         optimizer.zero_grad()
-        if self._is_lent:
-            self._is_lent = False
-            self._make_room()
-        if self._scatter is not None:
-            self._scatter.begin([optimizer.grad_partitions_flat_buffer])
-            optimizer.reduce_ready_partitions_and_remove_grads = self._add
-
-    def _make_room(self) -> None:
-        optimizer = self.optimizer
         if optimizer.offload_optimizer:
-            for flat in self.flats:
-                flat.grad = zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
+            if self._is_lent:
+                for flat in self.flats:
+                    flat.grad = zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
+            self._is_lent = False
             return
-        buffer = self._free.pop() if self._free else torch.empty_like(optimizer.grad_partitions_flat_buffer)
+        is_new = not self._free
+        self._room = torch.empty_like(optimizer.grad_partitions_flat_buffer) if is_new else self._free.pop()
         if self._scatter is None:
-            buffer.zero_()
-        optimizer.grad_partitions_flat_buffer = buffer
+            self._bind(self._room.zero_())
+            return
+        if is_new:
+            # What was taken before is freed as soon as nobody needs it.
+            self._bind(self._room)
+        self._scatter.begin([self._room])
+        optimizer.reduce_ready_partitions_and_remove_grads = self._add
+        optimizer.independent_gradient_partition_epilogue = self._end_of_pass
+
+    def _bind(self, buffer: Tensor) -> None:
+        """DeepSpeed's own reduction writes there from now on."""
+        self.optimizer.grad_partitions_flat_buffer = buffer
         offset = 0
-        for group in optimizer.fp16_groups:
+        for group in self.optimizer.fp16_groups:
             for parameter in group:
                 length = parameter.partition_numel()
                 self._partitions[parameter.ds_id] = buffer.narrow(0, offset, length)
                 offset += length
 
+    def _end_of_pass(self) -> None:
+        self.optimizer._epilogue_ran_this_backward = True
+
     def take(self) -> list[Tensor]:
-        self._is_lent = True
+        if self.optimizer.offload_optimizer:
+            self._is_lent = True
+            return [flat.grad for flat in self.flats]  # type: ignore[misc]
         if self._scatter is not None:
             self._scatter.finish()
             if not self._is_held:
                 self._scatter.wait()
             # Whoever uses the engine between steps finds it as it was.
             del self.optimizer.reduce_ready_partitions_and_remove_grads
-        if self.optimizer.offload_optimizer:
-            return [flat.grad for flat in self.flats]  # type: ignore[misc]
-        lengths = [flat.numel() for flat in self.flats]
-        return list(self.optimizer.grad_partitions_flat_buffer.split(lengths))
+            del self.optimizer.independent_gradient_partition_epilogue
+        return list(torch.split(self._room, [flat.numel() for flat in self.flats]))
 
     def put(self, gradients: list[Tensor]) -> None:
         for index, gradient in enumerate(gradients):
@@ -146,6 +160,8 @@ class PartitionedParameters:
         for parameter in self._holdable:
             change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
             change(HELD)
+        if held and self._holdable:
+            self._use_torchs_linear()
         if held and self._can_gather():
             self._pass_by()
             self._gather()
@@ -160,6 +176,8 @@ class PartitionedParameters:
                 hooks.update(before)
                 hooks.update(since)
             self._gathering, self._waiting, self._hooks = [], [], []
+            if self._linear is not None:
+                functional.linear, self._linear = self._linear, None
 
     def _can_gather(self) -> bool:
         """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
@@ -201,6 +219,15 @@ class PartitionedParameters:
                     emptied.add(id(hooks))
                     self._hooks.append((hooks, hooks.copy()))
                 del hooks[handle.id]
+
+    def _use_torchs_linear(self) -> None:
+        """DeepSpeed's, in Python, keeps no view of a weight for the backward pass, which no weight that stays needs."""
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+        if functional.linear is zero3_linear_wrap:
+            self._linear = zero3_linear_wrap
+            functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
