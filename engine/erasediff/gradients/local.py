@@ -74,6 +74,9 @@ class LocalGradients:
             parameter.grad = None
         return taken
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        pass
+
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
         return masked_gram(self.optimizer, self.parameters, retain, forget)
 

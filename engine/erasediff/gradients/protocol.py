@@ -72,6 +72,10 @@ class Gradients(Protocol):
         """The gradients accumulated since the last ``take``. The caller's to keep and to write to, until ``update``."""
         ...
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        """The caller needs what ``take`` has returned no more: the next gradients may be written there."""
+        ...
+
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
         """float64 [3] = (|r|^2, <r, g>, |g|^2) of this process's elements that the update moves."""
         ...
@@ -79,7 +83,7 @@ class Gradients(Protocol):
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false.
 
-        What the lists hold afterwards is undefined: the next gradients may be written there.
+        What the lists hold afterwards is undefined, as after ``reuse``.
         """
         ...
 

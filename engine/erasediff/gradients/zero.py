@@ -84,6 +84,9 @@ class ZeroGradients:
     def take(self) -> list[Tensor]:
         return self.layout.take()
 
+    def reuse(self, gradients: list[Tensor]) -> None:
+        self.layout.reuse(gradients)
+
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
         return masked_gram(self.optimizer, self.layout.flats, retain, forget)
 
@@ -105,8 +108,8 @@ class ZeroGradients:
             torch._foreach_mul_(retain, clip_scale)
             self.layout.put(retain)
             self.engine.step()
-        self.layout.reuse(retain)
-        self.layout.reuse(forget)
+        self.reuse(retain)
+        self.reuse(forget)
         tell_norm(self.engine, constraint.norm)
         return_boundary(self.engine)
 

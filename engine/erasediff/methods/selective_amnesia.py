@@ -55,6 +55,7 @@ class SelectiveAmnesia(Solver):
             )
             for fisher, part in zip(self.fisher, gradient, strict=True):
                 fisher.addcmul_(part.float(), part.float())
+            self.gradients.reuse(gradient)
         if not count:
             raise ValueError("the Fisher information needs at least one batch")
         torch._foreach_div_(self.fisher, float(count))

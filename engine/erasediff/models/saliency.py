@@ -44,6 +44,7 @@ def forget_gradients(
         taken = gradients.take()
         if total:
             torch._foreach_add_(total, taken)
+            gradients.reuse(taken)
         else:
             total = taken
     if not total:

@@ -58,7 +58,9 @@ class InnerCopy:
         torch._foreach_copy_(phi, self.weights)
         self.gradients.refresh()
         for _ in range(self.settings.steps):
-            torch._foreach_add_(phi, gradient(), alpha=-self.settings.lr)
+            of_phi = gradient()
+            torch._foreach_add_(phi, of_phi, alpha=-self.settings.lr)
+            self.gradients.reuse(of_phi)
             self.gradients.refresh()
 
     @torch.no_grad()
