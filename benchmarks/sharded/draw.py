@@ -32,16 +32,16 @@ def draw() -> Path:
         )
 
     bars(memory, of("memory"), {"measured": lambda m: max(m["peak_bytes"]), "planned": lambda m: m["planned_bytes"]})
-    memory.set(title="peak memory per rank, 100 M parameters, 2 ranks", ylabel="GiB")
+    memory.set(title="peak memory per rank, 100 M parameters, 2 ranks", ylabel="GiB", ylim=(0, 2.4))
     grouped(volume, of("volume"), lambda line: line["total_bytes"] / line["gradient_bytes"])
     volume.set(title="bytes handed to collectives per step", ylabel="times one gradient")
-    times = [line for line in of("throughput") if line["contender"] == "erasediff" and "cpu_seconds" in line]
+    times = [line for line in of("throughput") if line["contender"] == "erasediff"]
     for line in times:
         each = line["samples"] // line["ranks"]
         line["contender"] = f"{line['ranks']} rank{'s' * (line['ranks'] > 1)} of {each} samples"
-    grouped(rate, times, lambda line: line["cpu_times_deepspeed"])
+    grouped(rate, times, lambda line: line["times_deepspeed"])
     rate.axhline(1.10, linestyle="--", color="black", label="1.10")
-    rate.set(title="erasediff's CPU time per step, of DeepSpeed fine-tuning's", ylim=(0, 1.9))
+    rate.set(title="erasediff's time per step", ylabel="times DeepSpeed fine-tuning's", ylim=(0, 1.7))
     for axes in (memory, volume, rate):
         axes.set_xlabel("ZeRO stage")
         axes.title.set_fontsize(9)
