@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from erasediff.gradients.deepspeed.buckets import in_buckets
 from erasediff.gradients.deepspeed.layout import Fragment
 from erasediff.gradients.deepspeed.partitions import more_than_a_mean, zeros_on_the_host
 from erasediff.gradients.scatter import ScatteredParts
@@ -198,7 +199,7 @@ class PartitionedParameters:
         used = dict.fromkeys([*(traced.param for traced in order), *self._holdable])
         cut = [parameter for parameter in used if parameter.ds_status.name == "NOT_AVAILABLE"]
         of: dict[nn.Parameter, Gathered] = {}
-        for together in _in_buckets(cut, offload._prefetch_bucket_sz):
+        for together in in_buckets(cut, lambda parameter: parameter.ds_numel, offload._prefetch_bucket_sz):
             gathered = Gathered(together[0].all_gather_coalesced(together))
             self._gathering.append(gathered)
             of |= dict.fromkeys(together, gathered)
@@ -264,17 +265,3 @@ class Gathered:
 def _wait(needed: list[Gathered], *_: object) -> None:
     for gathered in needed:
         gathered.wait()
-
-
-def _in_buckets(parameters: list[Any], numel: int) -> Iterator[list[Any]]:
-    """Up to ``numel`` elements together, if it is more than one parameter."""
-    together: list[Any] = []
-    size = 0
-    for parameter in parameters:
-        if together and size + parameter.ds_numel > numel:
-            yield together
-            together, size = [], 0
-        together.append(parameter)
-        size += parameter.ds_numel
-    if together:
-        yield together

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from erasediff.gradients.deepspeed.buckets import in_buckets
 from erasediff.gradients.deepspeed.layout import Fragment
 
 BUCKET_NUMEL = 1 << 22
@@ -45,7 +46,7 @@ class WholeParameters:
         processes = torch.distributed.get_world_size()
         if processes == 1:
             return
-        for parameters in _in_buckets(self.parameters):
+        for parameters in in_buckets(self.parameters, _aligned, BUCKET_NUMEL):
             numel = sum(_aligned(parameter) for parameter in parameters)
             buffer = torch.empty(numel, dtype=parameters[0].dtype, device=parameters[0].device)
             offset = 0
@@ -115,22 +116,7 @@ class WholeMasters(WholeParameters):
             parameter.copy_(master)
 
 
-def _in_buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """In their order, of one dtype, and up to ``BUCKET_NUMEL`` elements if it is more than one parameter."""
-    together: list[nn.Parameter] = []
-    numel = 0
-    for parameter in parameters:
-        is_full = numel + _aligned(parameter) > BUCKET_NUMEL
-        if together and (is_full or parameter.dtype != together[0].dtype):
-            yield together
-            together, numel = [], 0
-        together.append(parameter)
-        numel += _aligned(parameter)
-    if together:
-        yield together
-
-
-def _aligned(parameter: nn.Parameter) -> int:
+def _aligned(parameter: Tensor) -> int:
     return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
 
 
