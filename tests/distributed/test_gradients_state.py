@@ -142,7 +142,7 @@ def test_the_engine_is_still_the_users_between_steps(run_on, layout):
     torch.testing.assert_close(*on_two, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("layout", ["zero-1", "zero-2", "zero-3"])
+@pytest.mark.parametrize("layout", ["zero-2", "zero-3"])
 def test_no_gradient_goes_the_way_of_deepspeeds_own_reduction(run_on, layout):
     """Of two CPU processes: theirs is by reductions alone, ours an exchange."""
     for kinds in run_on(2, CASES, "collectives_in_a_step", {"layout": layout}, widest=3):

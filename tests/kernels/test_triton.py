@@ -30,8 +30,12 @@ OPERATOR_TESTS = [
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
 def test_in_the_interpreter() -> None:
-    """The interpreter has to be asked for before Triton is imported, hence a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu-triton and not gradcheck"]
+    """The interpreter has to be asked for before Triton is imported, hence a process of its own.
+
+    It takes a minute for the losses in float16, which differ from those in bfloat16 by a cast.
+    """
+    chosen = "cpu-triton and not gradcheck and not (loss and torch.float16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     here = Path(__file__).parent
     result = subprocess.run(
         [*command, "--import-mode=importlib", *(str(here / file) for file in OPERATOR_TESTS)],
