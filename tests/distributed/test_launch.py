@@ -138,7 +138,11 @@ def test_the_slurm_script_runs_on_two_nodes_and_goes_on_when_requeued(home: Path
     [
         (("--batch-size", 5), "unlearn.batch_size is 5, which 2 processes cannot share"),
         (("--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
-        (("--method", "pruning", "--set", "pruning.objective=erasediff"), "runs in one process, since"),
+        pytest.param(
+            ("--method", "pruning", "--set", "pruning.objective=erasediff"),
+            "runs in one process, since",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
