@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.gradients.deepspeed.layout import Fragment
-from erasediff.gradients.deepspeed.partitions import more_than_a_mean, zeros_on_the_host
+from erasediff.gradients.deepspeed.partitions import OwnReduction, more_than_a_mean, zeros_on_the_host
 from erasediff.gradients.scatter import ScatteredRanges
 
 
@@ -24,13 +24,12 @@ class PartitionedGradients:
         self.flats: list[Tensor] = list(optimizer.single_partition_of_fp32_groups)
         self.groups = list(range(len(self.flats)))
         self._free: list[list[Tensor]] = []
-        self._scatter = self._scatter_of()
-        self._is_held = False
+        self._reduction = self._reduction_of()
         if not optimizer.cpu_offload:
             # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
             optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
 
-    def _scatter_of(self) -> ScatteredRanges | None:
+    def _reduction_of(self) -> OwnReduction | None:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         own = {
@@ -53,11 +52,12 @@ class PartitionedGradients:
         ranges = [int(optimizer.partition_size[index]) for index in self.groups]
         (dtype,) = optimizer.ipg_buckets
         numel, device = int(optimizer.reduce_bucket_size), torch.device(optimizer.device)
-        return ScatteredRanges(places, ranges, numel, dtype, device, optimizer.dp_process_group)
+        scatter = ScatteredRanges(places, ranges, numel, dtype, device, optimizer.dp_process_group)
+        names = "process_gradients", "reduce_ready_partitions_and_remove_grads"
+        return OwnReduction(optimizer, scatter, self._add, *names)
 
     def _add(self, parameter: nn.Parameter, group: int) -> None:
-        """In the place of DeepSpeed's own reduction, which copies each gradient twice more, once it is averaged."""
-        assert self._scatter is not None
+        assert self._reduction is not None
         optimizer = self.optimizer
         if optimizer.use_grad_accum_attribute:
             optimizer._fill_param_grad_accum_attribute(parameter)
@@ -65,11 +65,8 @@ class PartitionedGradients:
         # ZeRO-1 adds up whole gradients, and averages their sum. Not ready while a module in tiles has some left.
         is_due = optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
         if is_due and gradient is not None and getattr(parameter, "ds_grad_is_ready", True):
-            self._scatter.add(self._indices[id(parameter)], gradient)
+            self._reduction.scatter.add(self._indices[id(parameter)], gradient)
             optimizer.clear_grad_attribute(parameter)
-
-    def _end_of_pass(self) -> None:
-        self.optimizer._epilogue_ran_this_backward = True
 
     def renew(self) -> None:
         optimizer = self.optimizer
@@ -80,12 +77,10 @@ class PartitionedGradients:
             for flat in self.flats:
                 if flat.grad is None:
                     flat.grad = zeros_on_the_host(flat, pinned=optimizer.cpu_offload_pin_memory)
-        if self._scatter is not None:
+        if self._reduction is not None:
             dtype = optimizer.gradient_accumulation_dtype
             self._room = self._free.pop() if self._free else [torch.empty_like(f, dtype=dtype) for f in self.flats]
-            self._scatter.begin(self._room)
-            optimizer.process_gradients = optimizer.reduce_ready_partitions_and_remove_grads = self._add
-            optimizer.independent_gradient_partition_epilogue = self._end_of_pass
+            self._reduction.begin(self._room)
 
     def take(self) -> list[Tensor]:
         optimizer = self.optimizer
@@ -95,18 +90,13 @@ class PartitionedGradients:
             for flat in self.flats:
                 flat.grad = None
             return taken
-        if self._scatter is not None:
+        if self._reduction is not None:
             if not optimizer.partition_gradients:
                 # Of an earlier micro-batch alone.
                 for group in self.groups:
                     for parameter in optimizer.bit16_groups[group]:
                         self._add(parameter, group)
-            self._scatter.finish()
-            if not self._is_held:
-                self._scatter.wait()
-            # Whoever uses the engine between steps finds it as it was.
-            del optimizer.process_gradients, optimizer.reduce_ready_partitions_and_remove_grads
-            del optimizer.independent_gradient_partition_epilogue
+            self._reduction.finish()
             return self._room
         taken = [torch.cat([p.reshape(-1) for p in optimizer.averaged_gradients[index]]) for index in self.groups]
         for index in self.groups:
@@ -122,13 +112,12 @@ class PartitionedGradients:
                 self.optimizer.averaged_gradients[index] = [gradient]
 
     def reuse(self, gradients: list[Tensor]) -> None:
-        if gradients and self._scatter is not None:
+        if gradients and self._reduction is not None:
             self._free.append(gradients)
 
     def hold(self, held: bool) -> None:
-        self._is_held = held
-        if not held and self._scatter is not None:
-            self._scatter.wait()
+        if self._reduction is not None:
+            self._reduction.hold(held)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer

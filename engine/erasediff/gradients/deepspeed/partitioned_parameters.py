@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from erasediff.gradients.deepspeed.buckets import in_buckets
 from erasediff.gradients.deepspeed.layout import Fragment
-from erasediff.gradients.deepspeed.partitions import more_than_a_mean, zeros_on_the_host
+from erasediff.gradients.deepspeed.partitions import OwnReduction, more_than_a_mean, zeros_on_the_host
 from erasediff.gradients.scatter import ScatteredParts
 
 HELD = "held for the next pass"
@@ -28,7 +28,6 @@ class PartitionedParameters:
         self.optimizer = optimizer
         self.flats: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
         self.groups = [optimizer.sub_group_to_group_id[index] for index in range(len(self.flats))]
-        self._is_lent = False
         self._free: list[Tensor] = []
         if not optimizer.offload_optimizer:
             self._free.append(optimizer.grad_partitions_flat_buffer)
@@ -36,8 +35,7 @@ class PartitionedParameters:
             optimizer._get_norm_groups = lambda: [torch.zeros(())]
         parameters: list[Any] = [parameter for group in optimizer.fp16_groups for parameter in group]
         self._indices = {parameter.ds_id: index for index, parameter in enumerate(parameters)}
-        self._scatter = self._scatter_of(parameters)
-        self._is_held = False
+        self._reduction = self._reduction_of(parameters)
         offload = optimizer.parameter_offload
         parameters = list(offload.module.parameters())
         limit = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel)
@@ -49,7 +47,7 @@ class PartitionedParameters:
         self._linear: Callable[..., Tensor] | None = None
         """What ``torch.nn.functional.linear`` was before ``_use_torchs_linear``."""
 
-    def _scatter_of(self, parameters: list[Any]) -> ScatteredParts | None:
+    def _reduction_of(self, parameters: list[Any]) -> OwnReduction | None:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         group = optimizer.dp_process_group
@@ -75,15 +73,14 @@ class PartitionedParameters:
         if optimizer.ipg_buckets[dtype].buffer is not None:
             # Nothing else needs it while gradients come in.
             scatter.lend(optimizer.ipg_buckets[dtype].buffer)
-        return scatter
+        return OwnReduction(optimizer, scatter, self._add, "reduce_ready_partitions_and_remove_grads")
 
     def _add(self, parameter: Any) -> None:
-        """In the place of DeepSpeed's own reduction, which copies each gradient three times more."""
-        assert self._scatter is not None
+        assert self._reduction is not None
         # False while a module that is computed in tiles has some left.
         if getattr(parameter, "ds_grad_is_ready", True):
             assert parameter.grad is not None
-            self._scatter.add(self._indices[parameter.ds_id], parameter.grad)
+            self._reduction.scatter.add(self._indices[parameter.ds_id], parameter.grad)
             parameter.grad = None
 
     @property
@@ -96,22 +93,19 @@ class PartitionedParameters:
         # Also makes the first backward pass overwrite where further ones add.
         optimizer.zero_grad()
         if optimizer.offload_optimizer:
-            if self._is_lent:
-                for flat in self.flats:
+            for flat in self.flats:
+                if flat.grad is None:
                     flat.grad = zeros_on_the_host(flat, pinned=optimizer.offload_optimizer_pin_memory)
-            self._is_lent = False
             return
         is_new = not self._free
         self._room = torch.empty_like(optimizer.grad_partitions_flat_buffer) if is_new else self._free.pop()
-        if self._scatter is None:
+        if self._reduction is None:
             self._bind(self._room.zero_())
             return
         if is_new:
             # What was taken before is freed as soon as nobody needs it.
             self._bind(self._room)
-        self._scatter.begin([self._room])
-        optimizer.reduce_ready_partitions_and_remove_grads = self._add
-        optimizer.independent_gradient_partition_epilogue = self._end_of_pass
+        self._reduction.begin([self._room])
 
     def _bind(self, buffer: Tensor) -> None:
         """DeepSpeed's own reduction writes there from now on."""
@@ -123,20 +117,14 @@ class PartitionedParameters:
                 self._partitions[parameter.ds_id] = buffer.narrow(0, offset, length)
                 offset += length
 
-    def _end_of_pass(self) -> None:
-        self.optimizer._epilogue_ran_this_backward = True
-
     def take(self) -> list[Tensor]:
         if self.optimizer.offload_optimizer:
-            self._is_lent = True
-            return [flat.grad for flat in self.flats]  # type: ignore[misc]
-        if self._scatter is not None:
-            self._scatter.finish()
-            if not self._is_held:
-                self._scatter.wait()
-            # Whoever uses the engine between steps finds it as it was.
-            del self.optimizer.reduce_ready_partitions_and_remove_grads
-            del self.optimizer.independent_gradient_partition_epilogue
+            taken: list[Tensor] = [flat.grad for flat in self.flats]  # type: ignore[misc]
+            for flat in self.flats:
+                flat.grad = None
+            return taken
+        if self._reduction is not None:
+            self._reduction.finish()
         return list(torch.split(self._room, [flat.numel() for flat in self.flats]))
 
     def put(self, gradients: list[Tensor]) -> None:
@@ -155,9 +143,8 @@ class PartitionedParameters:
         """The whole model or nothing, where both ``stage3_max_live_parameters`` and ``stage3_max_reuse_distance`` are
         at least as many. DeepSpeed cuts a parameter only if no module is at work with it, and before an update all.
         """
-        self._is_held = held
-        if not held and self._scatter is not None:
-            self._scatter.wait()
+        if self._reduction is not None:
+            self._reduction.hold(held)
         for parameter in self._holdable:
             change = parameter.ds_active_sub_modules.add if held else parameter.ds_active_sub_modules.discard
             change(HELD)
