@@ -211,6 +211,7 @@ def test_demo_from_nothing_and_from_the_cache(run: Run, here: Path, monkeypatch:
 
 
 UNLEARN = ("unlearn", "--model", "base/model", "--out", "out", "--config", "tiny.yaml")
+IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,12 @@ UNLEARN = ("unlearn", "--model", "base/model", "--out", "out", "--config", "tiny
         ((*UNLEARN, "--forget", "3", "--retain", "2,3"), "The forget set and the retain set share"),
         ((*UNLEARN, "--forget", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
         ((*UNLEARN, "--forget", "3", "--method", "magic"), "'finetune' or 'neggrad'"),
+        # Before any of the processes is started.
+        ((*UNLEARN, *IN_TWO, "--batch-size", "5"), "unlearn.batch_size is 5, which 2 processes cannot share"),
+        ((*UNLEARN, *IN_TWO, "--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
+        ((*UNLEARN, *IN_TWO, "--offload", "params"), "--launch ddp keeps parameters on every device"),
+        ((*UNLEARN, "--offload", "optimizer"), "--launch none cannot offload its optimizer"),
+        ((*UNLEARN, "--launch", "fsdp", "--offload", "optimizer"), "FSDP offloads optimizer and parameters together"),
         (("unlearn", "--forget", "3", "--out", "out"), "--model"),
         (("unlearn", "--model", "absent", "--forget", "3", "--out", "out"), "absent is not a diffusers model folder"),
         (

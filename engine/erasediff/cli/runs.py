@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.ranks import is_rank
-from erasediff.config import Config
+from erasediff.config import Config, check_shares
 
 if TYPE_CHECKING:
     from erasediff.runs.folder import RunPlace
@@ -42,10 +42,16 @@ def place_and_config(
     return None if dry_run else place, config
 
 
-def spread(config: Config) -> None:
-    """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do."""
+def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
+    """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
+
+    UserError for a batch size of ``section`` that they could not share: the usual one depends on the model.
+    """
     if config.distributed.launch == "none" or is_rank():
         return
+    asked = getattr(config, section)
+    if "batch_size" in asked.model_fields_set:
+        check_shares(asked.batch_size, f"{section}.batch_size", config.distributed.processes)
     with loading(messages):
         from erasediff.distributed.launching import launch
     raise SystemExit(launch(sys.argv[1:], config.distributed.processes))

@@ -1,9 +1,12 @@
 """How a run is spread over processes."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from erasediff.config.fields import Count, Positive, Section
+from erasediff.errors import UserError
 
 
 class DistributedConfig(Section):
@@ -27,3 +30,19 @@ class DistributedConfig(Section):
     offload_params: bool = False
     deepspeed_config: Path | None = None
     timeout: Positive = 600.0
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> Self:
+        if self.offload_params and self.launch not in ("fsdp", "zero"):
+            raise UserError(f"--launch {self.launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
+        if self.offload_optimizer and self.launch in ("none", "ddp"):
+            raise UserError(f"--launch {self.launch} cannot offload its optimizer: use fsdp or zero.")
+        if self.launch == "fsdp" and self.offload_optimizer and not self.offload_params:
+            raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
+        return self
+
+
+def check_shares(batch_size: int, setting: str, processes: int) -> None:
+    """UserError for a batch that ``processes`` cannot share evenly."""
+    if batch_size % processes:
+        raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from erasediff.config import DistributedConfig
+from erasediff.config import DistributedConfig, check_shares
 from erasediff.distributed.peers import Peers
 from erasediff.errors import UserError
 
@@ -72,6 +72,5 @@ def join(settings: DistributedConfig, device: torch.device) -> None:
 def share_of(batch_size: int, setting: str) -> Share:
     """This rank's part of a batch of ``batch_size``. UserError for a batch that cannot be cut evenly."""
     peers = Peers.current()
-    if batch_size % peers.size:
-        raise UserError(f"{setting} is {batch_size}, which {peers.size} processes cannot share: choose a multiple.")
+    check_shares(batch_size, setting, peers.size)
     return Share(rank=peers.rank, world_size=peers.size)

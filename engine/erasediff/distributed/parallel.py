@@ -44,10 +44,6 @@ def in_parallel(
     The network is sharded where it is: its parameters are no longer whole under FSDP and ZeRO-3. UserError for settings
     that do not go together, and without DeepSpeed where it is asked for.
     """
-    if settings.offload_params and settings.launch not in ("fsdp", "zero"):
-        raise UserError(f"--launch {settings.launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
-    if settings.offload_optimizer and settings.launch in ("none", "ddp"):
-        raise UserError(f"--launch {settings.launch} cannot offload its optimizer: use fsdp or zero.")
     if settings.launch == "none":
         return network, make_optimizer(parameters)
     if settings.launch == "ddp":
@@ -105,8 +101,6 @@ def _read(weights: Weights, name: str) -> Tensor:
 
 def _shard(network: nn.Module, settings: DistributedConfig) -> None:
     """FSDP2, block by block: one block's parameters are whole at a time."""
-    if settings.offload_optimizer and not settings.offload_params:
-        raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
     policy = CPUOffloadPolicy() if settings.offload_params else OffloadPolicy()
     # By default the mesh is one of GPUs wherever there are some, whatever device was asked for.
     mesh = init_device_mesh(next(network.parameters()).device.type, (Peers.current().size,))

@@ -43,7 +43,7 @@ def train(
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
-    spread(full_config)
+    spread(full_config, "train")
     with loading(messages):
         from erasediff.stages.training import training_session
     carry_out(training_session(full_config), place, as_json=as_json)

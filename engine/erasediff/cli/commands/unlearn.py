@@ -109,7 +109,7 @@ def unlearn(
             from erasediff.stages.saemnesia import erase_at
         emit(erase_at(place, full_config, messages), as_json=as_json)
         return
-    spread(full_config)
+    spread(full_config, "unlearn")
     with loading(messages):
         from erasediff.stages.any_model import unlearning_session_of
     if place is not None:
