@@ -1,9 +1,7 @@
 """Handwritten digits: real data that comes with a dependency, small enough to train on in a minute."""
 
 import numpy as np
-import sklearn.datasets
 import torch
-from sklearn.model_selection import train_test_split
 
 from erasediff.data.images import ClassDataset, Images
 
@@ -16,6 +14,10 @@ def load_digits() -> ClassDataset:
 
     The grey values 0 .. 16 become [-1, 1]. The split is stratified by class and always the same.
     """
+    # Half a second, of which runs of text-to-image models need nothing.
+    import sklearn.datasets
+    from sklearn.model_selection import train_test_split
+
     digits = sklearn.datasets.load_digits()
     sample = torch.from_numpy(digits.images.astype(np.float32) / 8 - 1)[:, None]
     class_labels = torch.from_numpy(digits.target.astype(np.int64))
