@@ -8,13 +8,15 @@ from torch import Tensor
 from erasediff_kernels import topk_encode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(0, 5, 2), (1, 1, 1), (3, 7, 7), (4, 33, 5), (2, 1023, 32), (2, 2500, 64), (1, 1100, 1024)]
+SHAPES = [(0, 5, 2), (1, 1, 1), (3, 7, 7), (4, 33, 5), (2, 1023, 32), (1, 2500, 64), (1, 1100, 1024)]
 
 
 @pytest.fixture
 def dtypes(backend: Any) -> list[torch.dtype]:
-    """Triton sorts 32 bits of a value."""
-    return DTYPES[:3] if backend.name == "triton" else DTYPES
+    """Triton sorts 32 bits of a value. Its interpreter takes seconds for float16, which differs in a cast."""
+    if backend.name != "triton":
+        return DTYPES
+    return DTYPES[:2] if backend.device == "cpu" else DTYPES[:3]
 
 
 def expected(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def test_against_sorting(device: str, dtypes: list[torch.dtype], shape: tuple[in
 
 def test_ties_go_to_the_lower_index(device: str) -> None:
     """Coarse values, so that nearly all are tied, and rows with fewer than k positive ones."""
-    x = torch.randint(-8, 3, (6, 1500), device=device).float()
+    x = torch.randint(-8, 3, (3, 1500), device=device).float()
     x[0] = -1.0
     x[1, 1000:] = 2.0
     values, indices = topk_encode(x, 40)
