@@ -6,6 +6,7 @@ Each rank has one thread; there should be a core for each.
 
 from __future__ import annotations
 
+import signal
 import statistics
 import sys
 import time
@@ -141,6 +142,8 @@ def main(
     offload: Annotated[str | None, typer.Option(help="optimizer, or both it and parameters, for the memory.")] = None,
     device: Annotated[str, typer.Option(help="cuda: the throughput of Stable Diffusion 1.5's UNet on GPUs.")] = "cpu",
 ) -> None:
+    # So that whoever stops it ends its ranks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stages = stage or STAGES
     parts: dict[str, Callable[[], Iterator[Line]]] = {
         "memory": lambda: memory(ranks, stages, bf16=bf16, offload=offload),

@@ -35,6 +35,12 @@ def test_unknown_choice() -> None:
     assert "choose one of none, cpu, cuda, auto" in result.stderr
 
 
+def test_unknown_debug() -> None:
+    result = configure({"ERASEDIFF_BUILD": "cpu", "ERASEDIFF_DEBUG": "yes"})
+    assert result.returncode != 0
+    assert "ERASEDIFF_DEBUG='yes': choose 0 or 1" in result.stderr
+
+
 def test_none() -> None:
     result = configure({"ERASEDIFF_BUILD": "none"})
     assert "extensions: []" in result.stdout
