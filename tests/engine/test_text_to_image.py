@@ -312,7 +312,8 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(nano_folder: Folder, photo
         assert time.monotonic() < deadline
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    _, told = killed.communicate()
+    assert "transformers" not in told, "of libraries nothing is told that the user cannot use"
     assert not (here / "killed/model").exists()
 
     run("unlearn", "--resume", "latest", "--out", "killed")

@@ -1,5 +1,6 @@
 """Where the program begins, and where every way it can end becomes an exit code."""
 
+import logging
 import shlex
 import sys
 
@@ -34,6 +35,8 @@ for command in (demo, train, unlearn, sample, evaluate, plan, bench, compare, ma
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C (128 + the signal)."""
+    # It would ask for torchvision, for image processors that no command uses.
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     if is_rank():
         run_as_rank(_exit_code)
     try:
