@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 from contenders import CONTENDERS
-from record import RESULTS, read
+from record import RESULTS, read, save
 
 OURS, THEIRS = "#2563eb", "#9ca3af"
 
@@ -33,7 +33,7 @@ def main() -> None:
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(loc="lower right")
     path = RESULTS / "kernels.svg"
-    figure.savefig(path)
+    save(figure, path)
     print(path)
 
 

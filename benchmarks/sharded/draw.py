@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from record import RESULTS, read
+from record import RESULTS, read, save
 
 Lines = list[dict[str, Any]]
 
@@ -22,8 +22,8 @@ def draw() -> Path:
         plain = line.get("precision", "float32") == "float32" and line.get("offload") is None
         if plain and not line["device"].startswith("NVIDIA"):
             latest[line["benchmark"], line["ranks"], line["stage"], line.get("contender"), line.get("samples")] = line
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    memory, volume, rate = figure.subplots(1, 3)
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    memory, volume, rate, scaling = figure.subplots(1, 4)
 
     def of(benchmark: str) -> Lines:
         return sorted(
@@ -35,6 +35,14 @@ def draw() -> Path:
     memory.set(title="peak memory per rank, 100 M parameters, 2 ranks", ylabel="GiB", ylim=(0, 2.4))
     grouped(volume, of("volume"), lambda line: line["total_bytes"] / line["gradient_bytes"])
     volume.set(title="bytes handed to collectives per step", ylabel="times one gradient")
+    both = []
+    for line in of("throughput"):
+        alone = latest.get((line["benchmark"], 1, line["stage"], line["contender"], 32))
+        if (line["ranks"], line["samples"]) == (2, 64) and alone and alone["device"] == line["device"]:
+            both.append(line | {"scaling": line["samples_per_second"] / alone["samples_per_second"]})
+    grouped(scaling, both, lambda line: line["scaling"])
+    scaling.axhline(2, linestyle="--", color="black", label="in proportion")
+    scaling.set(title="2 ranks of 32 samples on 2 cores", ylabel="times one rank's samples per second", ylim=(0, 3.2))
     times = [line for line in of("throughput") if line["contender"] == "erasediff"]
     for line in times:
         each = line["samples"] // line["ranks"]
@@ -42,13 +50,13 @@ def draw() -> Path:
     grouped(rate, times, lambda line: line["times_deepspeed"])
     rate.axhline(1.10, linestyle="--", color="black", label="1.10")
     rate.set(title="erasediff's time per step", ylabel="times DeepSpeed fine-tuning's", ylim=(0, 1.7))
-    for axes in (memory, volume, rate):
+    for axes in (memory, volume, rate, scaling):
         axes.set_xlabel("ZeRO stage")
         axes.title.set_fontsize(9)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, loc="upper right" if axes is memory else "upper left")
     path = RESULTS / "sharded.svg"
-    figure.savefig(path)
+    save(figure, path)
     return path
 
 

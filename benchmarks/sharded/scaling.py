@@ -19,7 +19,7 @@ from erasediff.planning import network_of, trace
 from erasediff.planning.scaling import Cluster, scaled_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from record import RESULTS, commit, read
+from record import RESULTS, commit, read, save
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SAMPLES_PER_RANK = 8
@@ -86,7 +86,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     assumed = "  ".join(f"{name} {value:.4g}" for name, value in first["assumptions"].items())
     half = assumed.find("  ", len(assumed) // 2)
     figure.supxlabel(f"A model, not a measurement. Assumed: {assumed[:half]}\n{assumed[half:]}", fontsize=6)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
