@@ -44,7 +44,7 @@ def memory(ranks: int, stages: Sequence[int], *, bf16: bool, offload: str | None
     traced = trace(network, batch_size=1)
     for stage in stages:
         options = {"size": "100M", "stage": stage, "per_rank": 2, "bf16": bf16, "offload": offload}
-        measured = run_ranks("memory", ranks, returning=True, **options)
+        measured = run_ranks("memory", ranks, bare=True, **options)
         layout = Layout(
             stage=stage,  # type: ignore[arg-type]
             ranks=ranks,
