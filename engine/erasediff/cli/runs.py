@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.ranks import is_rank
-from erasediff.config import Config, check_shares
+from erasediff.config import Config, check_offload, check_shares
 
 if TYPE_CHECKING:
     from erasediff.runs.folder import RunPlace
@@ -45,8 +45,10 @@ def place_and_config(
 def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
     """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
 
-    UserError for a batch size of ``section`` that they could not share: the usual one depends on the model.
+    UserError for what they could not offload, and for a batch size of ``section`` that they could not share, if it is
+    set: the usual one depends on the model.
     """
+    check_offload(config.distributed)
     if config.distributed.launch == "none" or is_rank():
         return
     asked = getattr(config, section)

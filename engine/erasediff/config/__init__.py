@@ -1,7 +1,7 @@
 """Every setting of every command, typed and validated: a YAML file overridden by flags."""
 
 from erasediff.config.defaults import for_text_to_image
-from erasediff.config.distributed import DistributedConfig, check_shares
+from erasediff.config.distributed import DistributedConfig, check_offload, check_shares
 from erasediff.config.reading import differences, load_config, parse_assignments
 from erasediff.config.sections import (
     DataConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "TextToImageConfig",
     "TrainConfig",
     "UnlearnConfig",
+    "check_offload",
     "check_shares",
     "differences",
     "for_text_to_image",

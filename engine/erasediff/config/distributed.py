@@ -1,9 +1,7 @@
 """How a run is spread over processes."""
 
 from pathlib import Path
-from typing import Literal, Self
-
-from pydantic import model_validator
+from typing import Literal
 
 from erasediff.config.fields import Count, Positive, Section
 from erasediff.errors import UserError
@@ -31,15 +29,16 @@ class DistributedConfig(Section):
     deepspeed_config: Path | None = None
     timeout: Positive = 600.0
 
-    @model_validator(mode="after")
-    def _can_offload(self) -> Self:
-        if self.offload_params and self.launch not in ("fsdp", "zero"):
-            raise UserError(f"--launch {self.launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
-        if self.offload_optimizer and self.launch in ("none", "ddp"):
-            raise UserError(f"--launch {self.launch} cannot offload its optimizer: use fsdp or zero.")
-        if self.launch == "fsdp" and self.offload_optimizer and not self.offload_params:
-            raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
-        return self
+
+def check_offload(settings: DistributedConfig) -> None:
+    """UserError where what is to be offloaded does not go with how the run is launched."""
+    launch = settings.launch
+    if settings.offload_params and launch not in ("fsdp", "zero"):
+        raise UserError(f"--launch {launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
+    if settings.offload_optimizer and launch in ("none", "ddp"):
+        raise UserError(f"--launch {launch} cannot offload its optimizer: use fsdp or zero.")
+    if launch == "fsdp" and settings.offload_optimizer and not settings.offload_params:
+        raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
 
 
 def check_shares(batch_size: int, setting: str, processes: int) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from erasediff.config import DistributedConfig
+from erasediff.config import DistributedConfig, check_offload
 from erasediff.distributed.peers import Peers
 from erasediff.distributed.zero_config import cuts_parameters, zero_config
 from erasediff.errors import UserError
@@ -44,6 +44,7 @@ def in_parallel(
     The network is sharded where it is: its parameters are no longer whole under FSDP and ZeRO-3. UserError for settings
     that do not go together, and without DeepSpeed where it is asked for.
     """
+    check_offload(settings)
     if settings.launch == "none":
         return network, make_optimizer(parameters)
     if settings.launch == "ddp":
