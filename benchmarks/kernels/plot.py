@@ -2,7 +2,8 @@
 
 import matplotlib.pyplot as plt
 from contenders import CONTENDERS
-from record import RESULTS, read, save
+from pictures import save
+from record import RESULTS, read
 
 OURS, THEIRS = "#2563eb", "#9ca3af"
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -53,9 +51,3 @@ def append(name: str, lines: Sequence[Mapping[str, Any]]) -> Path:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As SVG, whose bytes change only with what it shows."""
-    with rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path, metadata={"Date": None})

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from record import RESULTS, read, save
+from pictures import save
+from record import RESULTS, read
 
 Lines = list[dict[str, Any]]
 

@@ -19,7 +19,8 @@ from erasediff.planning import network_of, trace
 from erasediff.planning.scaling import Cluster, scaled_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from record import RESULTS, commit, read, save
+from pictures import save
+from record import RESULTS, commit, read
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SAMPLES_PER_RANK = 8
