@@ -41,7 +41,7 @@ def test_kill_9_of_a_rank_at_random_points_loses_nothing(base: Path, tmp_path: P
         time.sleep(random.random() * 0.2)
         rank = random.randrange(2)
         os.kill(ranks[rank], signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 2, errors
         assert f"Rank {rank} was killed (SIGKILL); --resume latest continues" in errors
         assert "Traceback" not in errors

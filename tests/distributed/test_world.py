@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Group, RankFailed
+from harness import SECONDS, Group, RankFailed
 
 from erasediff.distributed import World
 
@@ -62,15 +62,15 @@ def test_three_processes_agree_bit_for_bit(run_on):
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("function", "seconds", "message"),
     [
-        ("fail_on_rank_1", "the last straw"),
-        ("die_on_rank_1", "rank 1 of 2 .*: died with exit code -9"),
-        ("wait_for_ever", "took over"),
+        ("fail_on_rank_1", SECONDS, "the last straw"),
+        ("die_on_rank_1", SECONDS, "rank 1 of 2 .*: died with exit code -9"),
+        ("wait_for_ever", 5, "took over"),
     ],
 )
-def test_a_failing_process_fails_the_job_with_what_it_said(function, message):
+def test_a_failing_process_fails_the_job_with_what_it_said(function, seconds, message):
     group = Group(2)
     with pytest.raises(RankFailed, match=message):
-        group.run(HERE, function, seconds=30 if function != "wait_for_ever" else 5)
+        group.run(HERE, function, seconds=seconds)
     assert not group.is_alive

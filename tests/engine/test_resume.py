@@ -121,6 +121,7 @@ def slow(self, retain, forget=None):
     if self.iteration == 9:
         print("in a long step", file=sys.__stdout__, flush=True)
         time.sleep({SECONDS_TO_WAIT})
+        print("over", file=sys.__stdout__, flush=True)
     return report
 finetune.FineTune.step = slow
 sys.argv = ["erasediff", "train", "--out", {str(run)!r}, "--config", {str(settings)!r}]
@@ -135,10 +136,9 @@ main()
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=SECONDS_TO_WAIT)
-    assert time.monotonic() - began < 10
+    output, errors = process.communicate(timeout=SECONDS_TO_WAIT)
+    assert output == ""
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-7"]

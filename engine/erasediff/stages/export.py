@@ -28,6 +28,7 @@ def averaged_whole(trained: nn.Module, gradients: Gradients, folder: Path) -> di
                     begin = file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
                     places[name] = slice(begin, begin + tensor.nbytes), tensor.dtype, tensor.shape
                     file.write(tensor_bytes(tensor))
+                del tensor  # before the next is gathered
         file.flush()
         if not places:
             return {}
