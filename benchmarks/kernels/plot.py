@@ -2,8 +2,9 @@
 
 import matplotlib.pyplot as plt
 from contenders import CONTENDERS
-from pictures import save
 from record import RESULTS, read
+
+from erasediff.report.figure_file import save_figure
 
 OURS, THEIRS = "#2563eb", "#9ca3af"
 
@@ -34,7 +35,7 @@ def main() -> None:
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(loc="lower right")
     path = RESULTS / "kernels.svg"
-    save(figure, path)
+    save_figure(figure, path)
     print(path)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from erasediff.report.figure_file import save_figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from pictures import save
 from record import RESULTS, read
 
 Lines = list[dict[str, Any]]
@@ -57,7 +58,7 @@ def draw() -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, loc="upper right" if axes is memory else "upper left")
     path = RESULTS / "sharded.svg"
-    save(figure, path)
+    save_figure(figure, path)
     return path
 
 

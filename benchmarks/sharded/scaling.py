@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from erasediff.planning import network_of, trace
 from erasediff.planning.scaling import Cluster, scaled_step
+from erasediff.report.figure_file import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from pictures import save
 from record import RESULTS, commit, read
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -87,7 +87,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     assumed = "  ".join(f"{name} {value:.4g}" for name, value in first["assumptions"].items())
     half = assumed.find("  ", len(assumed) // 2)
     figure.supxlabel(f"A model, not a measurement. Assumed: {assumed[:half]}\n{assumed[half:]}", fontsize=6)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from erasediff.comparison.table import FORGOTTEN, RETAINED, Table
 from erasediff.report.curves import DARK, LIGHT
-from erasediff.runs.atomic import atomic_file
+from erasediff.report.figure_file import save_figure
 
 Draw = Callable[[Axes, Table, Mapping[str, Any]], None]
 METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
@@ -33,8 +33,7 @@ def data_url(table: Table, draw: Draw, *, dark: bool) -> str:
 
 def save(table: Table, draw: Draw, path: Path) -> None:
     """As a file of the kind that its name says, for light pages. UserError for what the disk refuses."""
-    with atomic_file(path) as partial:
-        _figure(table, draw, LIGHT).savefig(partial, format=path.suffix.removeprefix("."))
+    save_figure(_figure(table, draw, LIGHT), path)
 
 
 def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:

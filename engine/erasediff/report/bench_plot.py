@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from erasediff.errors import UserError
 from erasediff.report.curves import LIGHT
-from erasediff.runs.atomic import atomic_file
+from erasediff.report.figure_file import save_figure
 from erasediff.runs.metrics import MetricsFile
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -38,5 +38,4 @@ def draw(results: Path, plot: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms per step (median; lines: quartiles)")
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(plot) as partial:
-        figure.savefig(partial, format=plot.suffix.removeprefix("."))
+    save_figure(figure, plot)

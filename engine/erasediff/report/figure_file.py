@@ -1,0 +1,16 @@
+"""Figures as files of their own."""
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from erasediff.runs.atomic import atomic_file
+
+WITHOUT_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Of the kind that the name says, in bytes that change only with what is shown. UserError for a disk's refusal."""
+    with atomic_file(path) as partial, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(partial, format=path.suffix.removeprefix("."), metadata=WITHOUT_DATE.get(path.suffix))
