@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from checkpoint_cases import peers
 from diffusers import UNet2DConditionModel
 from rich.console import Console
@@ -16,8 +18,11 @@ from torch import nn
 
 import erasediff.gradients.loading as loading
 from erasediff.config import load_config
+from erasediff.distributed.parallel import in_parallel
+from erasediff.errors import UserError
 from erasediff.gradients import full_weights
 from erasediff.stages.text_to_image import text_to_image_session
+from erasediff_kernels import ConstrainedAdamW
 
 SETTINGS = {
     "threads": 1,
@@ -98,3 +103,27 @@ def _shapes(network: nn.Module) -> dict[str, torch.Tensor]:
         name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
         for name, parameter in network.named_parameters()
     }
+
+
+def refusals(configurations: list[str]) -> list[str]:
+    """What is said of each of these DeepSpeed configurations of a person's own."""
+    peers()
+    said = []
+    for path in configurations:
+        settings = load_config(None, {"distributed.launch": "zero", "distributed.deepspeed_config": path}).distributed
+        network = nn.Linear(4, 4)
+        try:
+            in_parallel(
+                network,
+                network.parameters(),
+                partial(ConstrainedAdamW, lr=1e-3),
+                settings,
+                batch_size=dist.get_world_size(),
+                accumulation_steps=1,
+                max_grad_norm=None,
+            )
+        except UserError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+    return said

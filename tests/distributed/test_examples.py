@@ -17,6 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"),
     *("--main_process_port", "0", "--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
+    str(Path(__file__).with_name("without_shared_memory.py")),
 ]
 COMMANDS = {
     "plain_pytorch.py": (1, [sys.executable]),

@@ -43,6 +43,9 @@ def test_what_is_left_to_auto_is_the_run_s(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 5}}, {}, "asks for ZeRO stage 5"),
         ({"optimizer": {"type": "Adam"}}, {}, "has a section optimizer"),
         ({"fp16": {"enabled": True}}, {}, "asks for fp16"),
+        ({"fp16": {"enabled": "yes"}}, {}, "asks for fp16"),
+        ({"bf16": True}, {}, "sets bf16 to true: it must be an object"),
+        ({"zero_optimization": 2}, {}, "sets zero_optimization to 2: it must be an object"),
     ],
 )
 def test_a_contradiction_is_one_sentence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -38,7 +39,7 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     said = sys.stderr
     rank = int(os.environ["RANK"])
     if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout, sys.stderr = open(os.devnull, "w"), _Unheard()  # noqa: SIM115
     from erasediff.distributed import Peers
 
     peers = Peers.connect()
@@ -51,6 +52,16 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
         stream.flush()
     # Not the interpreter's way out: what a lost process has left in a collective would hold it up.
     os._exit(code)
+
+
+class _Unheard(io.TextIOWrapper):
+    """Standard error that nobody hears, under its own descriptor: DeepSpeed silences the linker that it tries there."""
+
+    def __init__(self) -> None:
+        super().__init__(open(os.devnull, "wb"), encoding="utf-8")  # noqa: SIM115
+
+    def fileno(self) -> int:
+        return 2
 
 
 def _ended(command: Callable[[], int], peers: Peers, said: TextIO) -> int:

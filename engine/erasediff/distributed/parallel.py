@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -18,6 +21,7 @@ from erasediff.distributed.peers import Peers
 from erasediff.distributed.zero_config import cuts_parameters, zero_config
 from erasediff.errors import UserError
 from erasediff.gradients import gather_in_forward, partition
+from erasediff.gradients.deepspeed.engine import check_engine
 from erasediff.models.components import Weights
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
@@ -62,14 +66,14 @@ def in_parallel(
         max_grad_norm=max_grad_norm,
         bf16=any(parameter.dtype == torch.bfloat16 for parameter in network.parameters()),
     )
+    _check_config(config, settings)
     if any(parameter.is_meta for parameter in network.parameters()):
         assert weights is not None
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        _import_deepspeed()
         partition(network, partial(_read, weights), config)
         parameters = [network.get_parameter(name) for name in names]
     optimizer = make_optimizer(parameters)
-    return _engine(network, optimizer, config), optimizer
+    return _engine(network, optimizer, config, settings), optimizer
 
 
 def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights: Weights | None) -> nn.Module:
@@ -89,7 +93,7 @@ def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights:
             max_grad_norm=None,
             bf16=bf16,
         )
-        _import_deepspeed()
+        _check_config(config, settings)
         partition(teacher, partial(_read, weights or {}), config)
         gather_in_forward(teacher)
     return teacher
@@ -112,10 +116,36 @@ def _shard(network: nn.Module, settings: DistributedConfig) -> None:
     fully_shard(network, mesh=mesh, offload_policy=policy)
 
 
-def _engine(network: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> nn.Module:
+def _check_config(config: dict[str, Any], settings: DistributedConfig) -> None:
     deepspeed = _import_deepspeed()
-    engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+    # What it makes of a wrong type is an error of any kind.
+    with _refusals_told(settings, Exception):
+        deepspeed.DeepSpeedConfig(deepcopy(config))
+
+
+def _engine(
+    network: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], settings: DistributedConfig
+) -> nn.Module:
+    deepspeed = _import_deepspeed()
+    with _refusals_told(settings, AssertionError, ValueError):
+        engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+        check_engine(engine)
     return engine
+
+
+@contextmanager
+def _refusals_told(settings: DistributedConfig, *kinds: type[Exception]) -> Iterator[None]:
+    """UserError instead of errors of these ``kinds``, if a person's own DeepSpeed configuration may be their reason."""
+    try:
+        yield
+    except kinds as error:
+        if settings.deepspeed_config is None:
+            raise
+        reasons = [str(error)]
+        if isinstance(error, ValidationError):
+            reasons = [f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        sentence = "; ".join(reason.strip().rstrip(".") for reason in reasons)
+        raise UserError(f"{settings.deepspeed_config} cannot be used: {sentence}.") from None
 
 
 def _import_deepspeed() -> Any:

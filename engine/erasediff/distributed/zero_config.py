@@ -85,20 +85,23 @@ def cuts_parameters(settings: DistributedConfig) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read the DeepSpeed configuration {path}: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(own, dict) or not isinstance(own.get("zero_optimization", {}), dict):
+    if not isinstance(read, dict):
         raise UserError(f"{path} is not a DeepSpeed configuration: it must hold an object of settings.")
+    own: dict[str, Any] = _without_auto(read)
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(own.get(section, {}), dict):
+            raise UserError(f"{path} sets {section} to {json.dumps(own[section])}: it must be an object of settings.")
     for section in ("optimizer", "scheduler"):
         if section in own:
             raise UserError(f"{path} has a section {section}: leave it away, the run's own settings say that.")
-    if own.get("fp16", {}).get("enabled") is True:
+    if own.get("fp16", {}).get("enabled", False) not in (False, "false"):
         raise UserError(f"{path} asks for fp16, whose loss scaling unlearning does not support: use bf16.")
-    decided: dict[str, Any] = _without_auto(own)
-    return decided
+    return own
 
 
 def _without_auto(value: Any) -> Any:
