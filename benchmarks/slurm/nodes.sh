@@ -26,8 +26,13 @@ if ((${SLURM_RESTART_COUNT:-0} > 0)); then
     resume=(--resume latest)
 fi
 
+shares=(--launch "${LAUNCH:-zero}")
+if [[ ${LAUNCH:-zero} == zero ]]; then
+    shares+=(--stage "${STAGE:-2}")
+fi
+
 # RANK, WORLD_SIZE and the rest come from torchrun: --launch then says only how the ranks share the work.
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_PER_NODE##*:}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" \
-    --no-python erasediff unlearn --launch "${LAUNCH:-zero}" --stage "${STAGE:-2}" "${resume[@]}" "$@"
+    --no-python erasediff unlearn "${shares[@]}" "${resume[@]}" "$@"

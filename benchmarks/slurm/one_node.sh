@@ -11,7 +11,12 @@
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
+shares=(--launch "${LAUNCH:-zero}")
+if [[ ${LAUNCH:-zero} == zero ]]; then
+    shares+=(--stage "${STAGE:-2}")
+fi
+
 # `exec` lets the signal reach erasediff itself, which hands it on to its ranks.
 exec srun erasediff unlearn \
-    --launch "${LAUNCH:-zero}" --stage "${STAGE:-2}" --processes "${SLURM_GPUS_PER_NODE##*:}" \
+    "${shares[@]}" --processes "${SLURM_GPUS_PER_NODE##*:}" \
     "$@"

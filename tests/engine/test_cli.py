@@ -242,6 +242,12 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         ((*UNLEARN, *IN_TWO, "--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
         ((*UNLEARN, *IN_TWO, "--offload", "params"), "--launch ddp keeps parameters on every device"),
         ((*UNLEARN, "--offload", "optimizer"), "--launch none cannot offload its optimizer"),
+        (
+            (*UNLEARN, "--processes", "2"),
+            "--processes is for --launch ddp, fsdp or zero, but this run has --launch none",
+        ),
+        ((*UNLEARN, *IN_TWO, "--stage", "1"), "--stage is for --launch zero, but this run has --launch ddp"),
+        (("train", "--out", "out", "--deepspeed-config", "own.json"), "--deepspeed-config is for --launch zero"),
         ((*UNLEARN, "--launch", "fsdp", "--offload", "optimizer"), "FSDP offloads optimizer and parameters together"),
         (("unlearn", "--forget", "3", "--out", "out"), "--model"),
         (("unlearn", "--model", "absent", "--forget", "3", "--out", "out"), "absent is not a diffusers model folder"),

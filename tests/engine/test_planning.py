@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from erasediff.cli import main
 from erasediff.errors import UserError
 from erasediff.models.selection import select, train_only
-from erasediff.planning import Layout, Network, network_of, rank_memory, step_flops, trace
+from erasediff.planning import Layout, Network, Trace, network_of, overview, rank_memory, step_flops, trace
 from erasediff.planning.deepspeed_config import buckets_of
 from erasediff.planning.scaling import Cluster, collective_seconds, scaled_step
 
@@ -31,6 +31,8 @@ SMALL_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
+
+FOUR_LEVELS = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
 
 
 @pytest.fixture
@@ -51,6 +53,24 @@ def test_known_models_have_their_published_number_of_parameters(name: str) -> No
     module = network_of(name).module
     assert sum(parameter.numel() for parameter in module.parameters()) == PUBLISHED[name]
     assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_model_of_two_sides_is_planned_for_the_longer_one(config: Path) -> None:
+    config.write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": [16, 32], **FOUR_LEVELS}))
+    assert network_of(str(config)).resolution == 32
+
+
+def test_an_adapter_to_be_planned_takes_no_memory(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Network] = []
+
+    def traced(network: Network, **options: Any) -> Trace:
+        planned.append(network)
+        return trace(network, **options)
+
+    monkeypatch.setattr(sys.modules["erasediff.planning.overview"], "trace", traced)
+    found = overview(str(config), train="lora", lora_rank=3)
+    assert all(parameter.is_meta for parameter in planned[0].module.parameters())
+    assert 0 < found.parameters_trained < found.parameters
 
 
 def test_sd15_forward_costs_what_was_published() -> None:
@@ -205,6 +225,8 @@ def test_mistakes_are_told(tmp_path: Path, config: Path) -> None:
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": "much"}}')
     with pytest.raises(UserError, match="reduce_bucket_size"):
         buckets_of(tmp_path / "zero.json")
+    with pytest.raises(UserError, match="Cannot read the DeepSpeed configuration"):
+        buckets_of(tmp_path / "absent.json")
 
 
 def test_the_command_prints_a_table_and_json(

@@ -1,5 +1,6 @@
 """The flags that commands share, and how they become a configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,20 @@ def distributed(
     }
 
 
+def check_distributed(config: Config, flags: Mapping[str, Any]) -> None:
+    """UserError for one of the ``flags`` above that says nothing of how ``config`` launches the run."""
+    launch = config.distributed.launch
+    for name, flag, launches in (
+        ("distributed__processes", "--processes", ("ddp", "fsdp", "zero")),
+        ("distributed__stage", "--stage", ("zero",)),
+        ("distributed__deepspeed_config", "--deepspeed-config", ("zero",)),
+    ):
+        if flags.get(name) is not None and launch not in launches:
+            *others, last = launches
+            wanted = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
+
+
 def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Config:
     """The configuration in ``file``, under ``--set``, under the flags that were given.
 
@@ -76,9 +91,12 @@ def prompts(text: str | None) -> list[str] | None:
 
 def class_numbers(text: str | None) -> list[int] | None:
     """``"3,5"`` as ``[3, 5]``. UserError for anything but whole numbers."""
-    if text is None:
-        return None
+    return None if text is None else whole_numbers(text, "Classes")
+
+
+def whole_numbers(text: str, of: str) -> list[int]:
+    """``"3,5"`` as ``[3, 5]``. UserError, which calls them ``of``, for anything but whole numbers."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f'Classes are whole numbers with commas between them, such as 3,5; not "{text}".') from None
+        raise UserError(f'{of} are whole numbers with commas between them, such as 3,5; not "{text}".') from None

@@ -26,7 +26,7 @@ def zero_config(
 
     UserError for a file that cannot be read, and for one that contradicts the run's own settings.
     """
-    own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config)
+    own = {} if settings.deepspeed_config is None else read_own(settings.deepspeed_config)
     zero = own.pop("zero_optimization", {})
     asked = zero_stage(settings, zero)
     said: dict[str, tuple[Any, str]] = {
@@ -71,7 +71,8 @@ def zero_stage(settings: DistributedConfig, own: dict[str, Any] | None = None) -
     own: that section, where it has been read already
     """
     if own is None:
-        own = {} if settings.deepspeed_config is None else _read(settings.deepspeed_config).get("zero_optimization", {})
+        path = settings.deepspeed_config
+        own = {} if path is None else read_own(path).get("zero_optimization", {})
     asked = own.get("stage", USUAL_STAGE) if settings.stage is None else settings.stage
     if asked not in (0, 1, 2, 3):
         raise UserError(f"{settings.deepspeed_config} asks for ZeRO stage {asked!r}: there are 0, 1, 2 and 3.")
@@ -83,7 +84,11 @@ def cuts_parameters(settings: DistributedConfig) -> bool:
     return settings.launch == "zero" and zero_stage(settings) == 3
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_own(path: Path) -> dict[str, Any]:
+    """A person's own configuration, without what it leaves to the trainer ("auto").
+
+    UserError for a file that cannot be read, and for what no run can use.
+    """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -105,7 +110,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """What other trainers' files leave to the trainer is left open."""
     if not isinstance(value, dict):
         return value
     return {name: _without_auto(entry) for name, entry in value.items() if entry != AUTO}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from erasediff.distributed.zero_config import read_own
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import read_json
 from erasediff.planning.memory import Layout
 
 
@@ -15,13 +15,11 @@ def buckets_of(path: Path | None) -> Layout:
 
     UserError for a file that cannot be read, and for sizes that are no whole numbers ("auto" stands for the default).
     """
-    zero: dict[str, Any] = {} if path is None else read_json(path).get("zero_optimization", {})
+    zero: dict[str, Any] = {} if path is None else read_own(path).get("zero_optimization", {})
     default = Layout(stage=0)
 
     def size(name: str) -> int:
-        value = zero.get(name, "auto")
-        if value == "auto":
-            return int(getattr(default, name))
+        value = zero.get(name, getattr(default, name))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise UserError(f"{name} in {path} is {value!r}: it must be a whole number of elements.")
         return int(value)

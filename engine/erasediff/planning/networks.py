@@ -47,7 +47,7 @@ CLIP_TOKENS, T5_TOKENS_SD3, T5_TOKENS_FLUX = 77, 256, 512
 class Network:
     """A denoiser on the meta device, and what it is called with.
 
-    resolution:   height and width in pixels of the images it is planned for
+    resolution:   height and width in pixels of the images it is planned for, the longer side of a model's own
     latent_scale: pixels per latent along one side; 1 for a model of pixels
     """
 
@@ -151,7 +151,8 @@ def _with_usual_resolution(name: str, module: nn.Module, resolution: int | None,
     is_pixel = type(module).__name__ == "UNet2DModel"
     scale = 1 if is_pixel else scale
     # FLUX's configuration does not say what it was trained for: about one megapixel.
-    usual = scale * (getattr(config, "sample_size", None) or 128)
+    side = getattr(config, "sample_size", None) or 128
+    usual = scale * (side if isinstance(side, int) else max(side))
     return Network(name=name, module=module, resolution=resolution or usual, latent_scale=scale)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from erasediff.models import lora
 from erasediff.models.selection import select, train_only
 from erasediff.planning.memory import Layout, Precision, RankMemory, dtype_of, rank_memory
@@ -90,7 +92,8 @@ def overview(
     weights, autocast = dtype_of(precision)
     network = network_of(source, resolution, weights)
     if train == "lora":
-        lora.add(network.module, rank=lora_rank, targets=select(network.module, lora_targets))
+        with torch.device("meta"):
+            lora.add(network.module, rank=lora_rank, targets=select(network.module, lora_targets))
     else:
         train_only(network.module, select(network.module, train))
     traced = trace(network, batch_size=batch_size, autocast=autocast, gradient_checkpointing=gradient_checkpointing)

@@ -48,7 +48,7 @@ def compare(
     measured(
         tasks_named((tasks or ("digits/3" if short else "digits")).split(","), short=short),
         (methods or (SHORT_METHODS if short else ",".join(METHODS))).split(","),
-        options.class_numbers(seeds or ("0" if short else "0,1,2")) or [],
+        options.whole_numbers(seeds or ("0" if short else "0,1,2"), "Seeds"),
         lines=lines,
         runs=folder / "runs",
         console=messages,

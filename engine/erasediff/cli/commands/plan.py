@@ -41,7 +41,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show memory per GPU for each ZeRO stage and offload, and the FLOPs of a step. Reads no weights, needs no GPU."""
-    counts = options.class_numbers(ranks) or []
+    counts = options.whole_numbers(ranks, "Numbers of GPUs")
     if not counts or min(counts) < 1:
         raise UserError(f'Say how many GPUs, such as --ranks 1,8,64; not "{ranks}".')
     with loading(messages):
