@@ -248,6 +248,10 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         ),
         ((*UNLEARN, *IN_TWO, "--stage", "1"), "--stage is for --launch zero, but this run has --launch ddp"),
         (("train", "--out", "out", "--deepspeed-config", "own.json"), "--deepspeed-config is for --launch zero"),
+        (
+            (*UNLEARN, "--forget", "3", "--launch", "zero", "--deepspeed-config", "own.json"),
+            "Cannot read the DeepSpeed",
+        ),
         ((*UNLEARN, "--launch", "fsdp", "--offload", "optimizer"), "FSDP offloads optimizer and parameters together"),
         (("unlearn", "--forget", "3", "--out", "out"), "--model"),
         (("unlearn", "--model", "absent", "--forget", "3", "--out", "out"), "absent is not a diffusers model folder"),

@@ -51,8 +51,8 @@ def _configured(file: Path | None, settings: list[str] | None, flags: Mapping[st
 def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
     """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
 
-    UserError for what they could not offload, and for a batch size of ``section`` that they could not share, if it is
-    set: the usual one depends on the model.
+    UserError for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch size
+    of ``section`` that they could not share, if it is set: the usual one depends on the model.
     """
     check_offload(config.distributed)
     if config.distributed.launch == "none" or is_rank():
@@ -62,6 +62,9 @@ def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
         check_shares(asked.batch_size, f"{section}.batch_size", config.distributed.processes)
     with loading(messages):
         from erasediff.distributed.launching import launch
+        from erasediff.distributed.zero_config import zero_stage
+    if config.distributed.launch == "zero":
+        zero_stage(config.distributed)
     raise SystemExit(launch(sys.argv[1:], config.distributed.processes))
 
 

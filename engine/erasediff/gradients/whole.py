@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,9 +27,10 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         yield name, _whole(tensor, is_main)
 
 
+@torch.no_grad()
 def _whole(tensor: Tensor, is_main: bool) -> Tensor | None:
     if isinstance(tensor, DTensor):
-        whole = tensor.full_tensor().detach()
+        whole = tensor.full_tensor()
         # The copy also waits for the gathering, which is asynchronous.
         return whole.to("cpu", copy=True) if is_main else None
     with gathered(tensor):

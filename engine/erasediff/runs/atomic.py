@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from erasediff.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-REFUSALS += (errno.ELOOP, errno.EIO)
+REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
+)
 
 
 def check_new(path: Path) -> None:
