@@ -1,6 +1,5 @@
 """The flags that commands share, and how they become a configuration."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,27 +51,23 @@ def distributed(
     }
 
 
-def check_distributed(config: Config, flags: Mapping[str, Any]) -> None:
-    """UserError for one of the ``flags`` above that says nothing of how ``config`` launches the run."""
-    launch = config.distributed.launch
-    for name, flag, launches in (
-        ("distributed__processes", "--processes", ("ddp", "fsdp", "zero")),
-        ("distributed__stage", "--stage", ("zero",)),
-        ("distributed__deepspeed_config", "--deepspeed-config", ("zero",)),
-    ):
-        if flags.get(name) is not None and launch not in launches:
-            *others, last = launches
-            wanted = f"{', '.join(others)} or {last}" if others else last
-            raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
-
-
 def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Config:
     """The configuration in ``file``, under ``--set``, under the flags that were given.
 
-    A flag's name is the setting's with ``__`` for the dot, as in ``train__lr``.
+    A flag's name is the setting's with ``__`` for the dot, as in ``train__lr``. UserError for one that says nothing of
+    how the run is launched.
     """
     given = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    return load_config(file, parse_assignments(settings or []) | given)
+    config = load_config(file, parse_assignments(settings or []) | given)
+    launch = config.distributed.launch
+    for name, flag, wanted, is_idle in (
+        ("distributed.processes", "--processes", "ddp, fsdp or zero", launch == "none"),
+        ("distributed.stage", "--stage", "zero", launch != "zero"),
+        ("distributed.deepspeed_config", "--deepspeed-config", "zero", launch != "zero"),
+    ):
+        if is_idle and name in given:
+            raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
+    return config
 
 
 def prompts(text: str | None) -> list[str] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erasediff.cli.options import check_distributed, configure
+from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.ranks import is_rank
 from erasediff.config import Config, check_offload, check_shares
@@ -32,20 +32,14 @@ def place_and_config(
     **flags: Any,
 ) -> tuple[RunPlace | None, Config]:
     """Where to run (None: nowhere, it is dry) and the full configuration: by default, the resumed run's own."""
-    fresh = None if resume else _configured(file, settings, flags)
+    fresh = None if resume else configure(file, settings, **flags)
     if fresh and dry_run:
         return None, fresh
     with loading(messages):
         from erasediff.runs.folder import RunPlace
     place = RunPlace.asked_for(out, resume)
-    config = fresh or _configured(file or place.stored_config, settings, flags)
+    config = fresh or configure(file or place.stored_config, settings, **flags)
     return None if dry_run else place, config
-
-
-def _configured(file: Path | None, settings: list[str] | None, flags: Mapping[str, Any]) -> Config:
-    config = configure(file, settings, **flags)
-    check_distributed(config, flags)
-    return config
 
 
 def spread(config: Config, section: Literal["train", "unlearn"]) -> None:

@@ -21,7 +21,7 @@ from erasediff.distributed.peers import Peers
 from erasediff.distributed.zero_config import cuts_parameters, zero_config
 from erasediff.errors import UserError
 from erasediff.gradients import gather_in_forward, partition
-from erasediff.gradients.deepspeed.engine import check_engine
+from erasediff.gradients.deepspeed import check_engine
 from erasediff.models.components import Weights
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
