@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from contenders import CONTENDERS
 from record import RESULTS, read
 
-from erasediff.report.figure_file import save_figure
+from erasediff.report.figures import save_figure
 
 OURS, THEIRS = "#2563eb", "#9ca3af"
 

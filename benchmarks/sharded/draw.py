@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from erasediff.report.figure_file import save_figure
+from erasediff.report.figures import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from record import RESULTS, read

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from erasediff.planning import network_of, trace
 from erasediff.planning.scaling import Cluster, scaled_step
-from erasediff.report.figure_file import save_figure
+from erasediff.report.figures import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from record import RESULTS, commit, read

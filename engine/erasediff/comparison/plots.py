@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure
 
 from erasediff.comparison.table import FORGOTTEN, RETAINED, Table
 from erasediff.report.curves import DARK, LIGHT
-from erasediff.report.figure_file import save_figure
+from erasediff.report.figures import figure_url, save_figure
 
 Draw = Callable[[Axes, Table, Mapping[str, Any]], None]
 METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
@@ -26,9 +24,7 @@ LEAST_DRAWN = 0.5
 
 def data_url(table: Table, draw: Draw, *, dark: bool) -> str:
     """A PNG with a clear background, in a URL."""
-    buffer = io.BytesIO()
-    _figure(table, draw, DARK if dark else LIGHT).savefig(buffer, format="png", transparent=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return figure_url(_figure(table, draw, DARK if dark else LIGHT))
 
 
 def save(table: Table, draw: Draw, path: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from erasediff.errors import UserError
 from erasediff.report.curves import LIGHT
-from erasediff.report.figure_file import save_figure
+from erasediff.report.figures import save_figure
 from erasediff.runs.metrics import MetricsFile
 
 FORMATS = (".svg", ".png", ".pdf")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from erasediff.report.contents import Column
+from erasediff.report.figures import figure_url
 
 QUANTITIES = {"retain_loss": "Retain loss", "forget_loss": "Forget loss", "multiplier": "Multiplier λ"}
 LIGHT = {"text": "#52525b", "grid": "#e4e4e7", "lines": ("#2563eb", "#d97706", "#059669", "#7c3aed")}
@@ -34,9 +33,7 @@ def curve(columns: Sequence[Column], quantity: str, *, dark: bool) -> str:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, _running_mean(values, max(1, len(values) // 20)), color=colour, label=column.title)
     _dress(axes, style)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return figure_url(figure)
 
 
 def recorded(columns: Sequence[Column]) -> dict[str, list[Column]]:
