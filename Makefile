@@ -34,7 +34,7 @@ test-processes:
 	$(BIN)/pytest tests/distributed
 
 test-others:
-	$(BIN)/pytest tests/engine tests/kernels
+	$(BIN)/pytest tests/unit tests/e2e tests/kernels
 	$(if $(AFTER),$(MAKE) --no-print-directory $(AFTER))
 
 lint: install

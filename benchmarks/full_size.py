@@ -27,12 +27,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from erasediff.models.checkpoint import write_small_files
-from erasediff.models.components import empty_module
-from erasediff.models.known_configs import KNOWN_CONFIGS
+from erasediff.io.tensor_file import StoredTensor, TensorFile
+from erasediff.models.checkpoint.base import write_small_files
+from erasediff.models.checkpoint.components import empty_module
+from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
+from erasediff.models.checkpoint.save import save_folder, save_single_file
 from erasediff.models.load import load_text_to_image
-from erasediff.models.saving import save_folder, save_single_file
-from erasediff.models.tensor_file import StoredTensor, TensorFile
 
 LAYOUTS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 V_PREDICTION = ("sd2", "scheduler")

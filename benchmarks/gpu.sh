@@ -34,7 +34,7 @@ if wanted tests; then
   elif [ "$gpu" = 1 ]; then
     "$PYTHON" -m pytest -q "${workers[@]}" tests/kernels -k "cuda- or cuda_graph"
     if have diffusers; then
-      "$PYTHON" -m pytest -q tests/engine/test_on_gpu.py
+      "$PYTHON" -m pytest -q tests/unit/methods/test_step_on_gpu.py
       if have deepspeed && have accelerate; then
         "$PYTHON" -m pytest -q tests/distributed -m gpu
       fi

@@ -19,20 +19,17 @@ from torch import Tensor, nn
 from train import take
 
 from erasediff.comparison import Case
-from erasediff.comparison.adversarial import PromptSearch
-from erasediff.comparison.digits import OTHER_NOISE
-from erasediff.comparison.distances import frechet_distance, gaussian_distance, kernel_distance
+from erasediff.comparison.digits_task import OTHER_NOISE
 from erasediff.comparison.harness import Measurement
-from erasediff.comparison.inversion import in_place_of, inverted_word
-from erasediff.comparison.relearning import relearning_curve
-from erasediff.comparison.words import token_ids
+from erasediff.diffusion import Batch
 from erasediff.errors import UserError
+from erasediff.evaluation.attacks import PromptSearch, in_place_of, inverted_word, relearning_curve, token_ids
+from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.evaluation.metrics import upper_bound
 from erasediff.models.load import load_text_to_image
-from erasediff.models.sd import StableDiffusion
-from erasediff.objectives import Batch
-from erasediff.runs.folder import ERASER
+from erasediff.models.stable_diffusion import StableDiffusion
 from erasediff.sae import ConceptEraser
+from erasediff.training.run_dir import ERASER
 
 ATTACKED_IMAGES = 100
 FITTED_IMAGES = 10_000

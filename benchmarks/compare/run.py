@@ -15,12 +15,11 @@ import typer
 from rich.console import Console
 
 from erasediff.comparison import Lines, compare
-from erasediff.comparison.digits import tasks_named
-from erasediff.comparison.page import verdict, write_page
-from erasediff.comparison.plots import relearning, save, trade_off
+from erasediff.comparison.digits_task import tasks_named
+from erasediff.comparison.page import relearning, save, trade_off, verdict, write_page
 from erasediff.comparison.table import Table, gaps, markdown
 from erasediff.errors import UserError
-from erasediff.runs.atomic import atomic_write
+from erasediff.io.atomic import atomic_write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "nano_sd"))
 

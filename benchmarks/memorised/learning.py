@@ -13,15 +13,15 @@ from torch import Tensor
 
 from erasediff.config import RunConfig
 from erasediff.data import Buckets, CachedBatches, LatentCache, read_images
-from erasediff.evaluation.reproduction import isolation
+from erasediff.evaluation.memorization import isolation
+from erasediff.io.atomic import atomic_directory, atomic_write
+from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import FineTune
 from erasediff.models.load import load_text_to_image
-from erasediff.runs.atomic import atomic_directory, atomic_write
-from erasediff.runs.checkpoint import Checkpoint
-from erasediff.runs.folder import RunFolder
-from erasediff.runs.loop import run_steps
-from erasediff.runs.schedule import LearningRate
-from erasediff.stages.cache import cache_folder
+from erasediff.training.checkpoint import Checkpoint
+from erasediff.training.loop import run_steps
+from erasediff.training.lr_schedule import LearningRate
+from erasediff.training.run_dir import RunFolder
 from erasediff_kernels import ConstrainedAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano_sd"))

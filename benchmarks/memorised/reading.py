@@ -12,12 +12,11 @@ from learning import Memorised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from erasediff.comparison.distances import frechet_distance, kernel_distance
-from erasediff.evaluation.membership import image_losses, membership_auc
-from erasediff.evaluation.reproduction import nearest, reproduces
-from erasediff.models.family import TextToImageModel
+from erasediff.evaluation.distances import frechet_distance, kernel_distance
+from erasediff.evaluation.memorization import image_losses, membership_auc, nearest, reproduces
+from erasediff.io.atomic import atomic_file
+from erasediff.models.base import TextToImageModel
 from erasediff.models.load import load_text_to_image
-from erasediff.runs.atomic import atomic_file
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
 from fashion import CLASSES, Clothes, prompt

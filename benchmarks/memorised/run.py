@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.errors import UserError
-from erasediff.runs.atomic import atomic_file, remove_directory
+from erasediff.io.atomic import atomic_file, remove_directory
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "kernels"))

@@ -13,14 +13,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erasediff.config import RunConfig
 from erasediff.data import Buckets, CachedBatches, LatentCache, read_images
+from erasediff.io.atomic import atomic_directory
 from erasediff.methods import FineTune
-from erasediff.models import ema_weights
 from erasediff.models.load import load_text_to_image
-from erasediff.runs.atomic import atomic_directory
-from erasediff.runs.checkpoint import Checkpoint
-from erasediff.runs.folder import RunFolder
-from erasediff.runs.loop import run_steps
-from erasediff.runs.schedule import LearningRate
+from erasediff.parallel.full_weights import ema_weights
+from erasediff.training.checkpoint import Checkpoint
+from erasediff.training.loop import run_steps
+from erasediff.training.lr_schedule import LearningRate
+from erasediff.training.run_dir import RunFolder
 from erasediff_kernels import ConstrainedAdamW
 
 CHANNELS = (32, 64)

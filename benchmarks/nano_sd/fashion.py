@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from erasediff.errors import UserError
-from erasediff.runs.atomic import atomic_write
+from erasediff.io.atomic import atomic_write
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the files."""

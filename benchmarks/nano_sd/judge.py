@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
-from erasediff.runs.atomic import atomic_directory
-from erasediff.runs.progress import progress_bar
+from erasediff.io.atomic import atomic_directory
+from erasediff.utils.progress import progress_bar
 
 FEATURES = 128
 

@@ -20,13 +20,13 @@ from pixels import as_grey
 from rich.console import Console
 from torch import Tensor
 
-from erasediff.comparison.distances import frechet_distance, kernel_distance
 from erasediff.errors import UserError
+from erasediff.evaluation.distances import frechet_distance, kernel_distance
+from erasediff.io.atomic import atomic_file
+from erasediff.io.cache_dir import cache_folder
 from erasediff.models.load import load_text_to_image
-from erasediff.runs.atomic import atomic_file
-from erasediff.runs.progress import progress_bar
 from erasediff.sae import ConceptEraser
-from erasediff.stages.cache import cache_folder
+from erasediff.utils.progress import progress_bar
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from record import append, environment

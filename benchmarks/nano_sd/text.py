@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from erasediff.runs.progress import progress_bar
+from erasediff.utils.progress import progress_bar
 
 TOKENS = 12
 WIDTH = 64

@@ -33,8 +33,8 @@ from text import build_tokenizer, train_text_encoder
 from vae import train_vae
 
 from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_directory, atomic_write
 from erasediff.models.load import load_text_to_image
-from erasediff.runs.atomic import atomic_directory, atomic_write
 
 TRAINED = Path(__file__).parent / "trained"
 """The pipeline and the classifier that ``--anew`` gave on a CPU, in float16."""

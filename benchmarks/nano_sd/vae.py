@@ -9,7 +9,7 @@ from pixels import as_rgb
 from rich.console import Console
 from torch.nn.functional import mse_loss
 
-from erasediff.runs.progress import progress_bar
+from erasediff.utils.progress import progress_bar
 
 CHANNELS = (16, 32, 64)
 KL_WEIGHT = 1e-4

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from erasediff import EraseDiff, Norm, Process
-from erasediff.distributed import World
-from erasediff.objectives import Batch, diffusers_denoiser
+from erasediff.diffusion import Batch, diffusers_denoiser
+from erasediff.parallel.world import World
 from erasediff.planning import Network
 from erasediff_kernels import ConstrainedAdamW
 

@@ -16,12 +16,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, Stream, forget_classes, read_images
-from erasediff.models import ema_weights
-from erasediff.models.family import TextToImageModel
+from erasediff.diffusion import Relabel
+from erasediff.io.cache_dir import cache_folder
+from erasediff.methods import EraseDiff, Norm
+from erasediff.models.base import TextToImageModel
 from erasediff.models.load import load_text_to_image
-from erasediff.objectives import Relabel
-from erasediff.solver import EraseDiff, Norm
-from erasediff.stages.cache import cache_folder
+from erasediff.parallel.full_weights import ema_weights
 from erasediff_kernels import ConstrainedAdamW
 
 

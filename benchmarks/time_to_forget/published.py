@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from erasediff.objectives import Batch, Denoiser
-from erasediff.objectives.batch import condition_of
-from erasediff.process import Process
-from erasediff.runs.loop import Batches
+from erasediff.diffusion import Batch, Denoiser, Process
+from erasediff.diffusion.batch import condition_of
+from erasediff.training.loop import Batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

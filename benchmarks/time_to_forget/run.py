@@ -21,7 +21,7 @@ from published import Published
 from rich.console import Console
 
 from erasediff.errors import UserError
-from erasediff.models.family import TextToImageModel
+from erasediff.models.base import TextToImageModel
 from erasediff.models.load import load_text_to_image
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))

@@ -9,9 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from erasediff.objectives import GaussianNoise, Relabel, UniformNoise
-    from erasediff.process import Process
-    from erasediff.solver import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, StepReport
+    from erasediff.diffusion.noise_schedule import Process
+    from erasediff.diffusion.targets import GaussianNoise, Relabel, UniformNoise
+    from erasediff.methods.barriers import Cosine, Fixed, Gap, Norm
+    from erasediff.methods.base import StepReport
+    from erasediff.methods.erasediff import EraseDiff
+    from erasediff.methods.inner_solve import InnerSolve
 
 __all__ = [
     "Cosine",
@@ -27,13 +30,13 @@ __all__ = [
     "UniformNoise",
 ]
 
-_HOMES = {"GaussianNoise": "objectives", "Relabel": "objectives", "UniformNoise": "objectives", "Process": "process"}
+_DIFFUSION = {"GaussianNoise", "Process", "Relabel", "UniformNoise"}
 
 
 def __getattr__(name: str) -> object:
     # Looked up when first used, so that the command line answers --help without waiting for torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'solver')}"), name)
+    value: object = getattr(import_module(f"{__name__}.{'diffusion' if name in _DIFFUSION else 'methods'}"), name)
     globals()[name] = value
     return value

@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
-from erasediff.distributed import World
-from erasediff.gradients import averaged_weights, full_weights, partitioned_module
-from erasediff.gradients.deepspeed import unsharded
 from erasediff.methods import FineTune
 from erasediff.models.lora import add as add_lora
+from erasediff.parallel.full_weights import averaged_weights, full_weights
+from erasediff.parallel.world import World
+from erasediff.parallel.zero import stage0 as unsharded
+from erasediff.parallel.zero.partition import partitioned_module
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 
 BATCH = 12

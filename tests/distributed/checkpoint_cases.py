@@ -8,10 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from cases import take_steps, unlearner
 
-from erasediff.distributed import Peers
 from erasediff.errors import UserError
-from erasediff.runs.checkpoint import Checkpoint
-from erasediff.runs.snapshot import snapshot_of
+from erasediff.parallel.control_plane import Peers
+from erasediff.training.checkpoint import Checkpoint, snapshot_of
 
 _peers: dict[int, Peers] = {}
 
@@ -55,7 +54,7 @@ def save_where_one_rank_cannot(run: str, step: int, options: dict[str, Any]) -> 
     """What a rank is told where the last one's disk is full."""
     method, mine = unlearner(**options), peers()
     snapshot = snapshot_of(method, method.model, shared=True)
-    import erasediff.runs.checkpoint as module
+    import erasediff.training.checkpoint as module
 
     save_state = module.save_state
 

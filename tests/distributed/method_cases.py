@@ -11,12 +11,11 @@ from cases import BATCH, batches, denoiser, process, take_steps, unlearner
 from checkpoint_cases import peers
 
 from erasediff import Fixed, Relabel
-from erasediff.distributed import World
-from erasediff.gradients import full_weights
 from erasediff.methods import ESD, Retrain, SalUn, SelectiveAmnesia
 from erasediff.methods.salun import keep_to_the_salient
-from erasediff.runs.checkpoint import Checkpoint
-from erasediff.runs.snapshot import snapshot_of
+from erasediff.parallel.full_weights import full_weights
+from erasediff.parallel.world import World
+from erasediff.training.checkpoint import Checkpoint, snapshot_of
 
 
 def prompts(count: int, seed: int) -> dict[str, torch.Tensor]:

@@ -16,12 +16,12 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from torch import nn
 
-import erasediff.gradients.loading as loading
+import erasediff.parallel.zero.partition as loading
 from erasediff.config import load_config
-from erasediff.distributed.parallel import in_parallel
 from erasediff.errors import UserError
-from erasediff.gradients import full_weights
-from erasediff.stages.text_to_image import text_to_image_session
+from erasediff.parallel.full_weights import full_weights
+from erasediff.parallel.wrap import in_parallel
+from erasediff.workflows.unlearn_latent import text_to_image_session
 from erasediff_kernels import ConstrainedAdamW
 
 SETTINGS = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 from commands import SECONDS, TINY, curve, ranks_of, run, start, weights
 
-from erasediff.distributed import Peers
-from erasediff.runs.checkpoint import Checkpoint
+from erasediff.parallel.control_plane import Peers
+from erasediff.training.checkpoint import Checkpoint
 
 
 def wait_for_step(out: Path, step: int) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from harness import Group
 from placing import GPUS, environment, on_gpus
 
-from erasediff.distributed import World
+from erasediff.parallel.world import World
 
 HERE = Path(__file__)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasediff.distributed import World
-from erasediff.gradients.scatter import GradientScatter, ScatteredParts, ScatteredRanges
+from erasediff.parallel.world import World
+from erasediff.parallel.zero.reduce_scatter import GradientScatter, ScatteredParts, ScatteredRanges
 
 HERE = Path(__file__)
 SHAPES = [(3, 5), (1,), (40,), (2, 2, 2), (7,), (64,), (5, 1), (9,)]

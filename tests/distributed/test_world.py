@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import SECONDS, Group, RankFailed
 
-from erasediff.distributed import World
+from erasediff.parallel.world import World
 
 HERE = Path(__file__)
 

@@ -18,9 +18,9 @@ from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
-from erasediff.cli.ranks import is_rank, run_as_rank
+from erasediff.cli.worker import is_rank, run_as_rank
 from erasediff.errors import UserError
-from erasediff.runs.interrupt import Interrupted
+from erasediff.training.graceful_stop import Interrupted
 
 app = typer.Typer(
     help="Remove the influence of chosen data from diffusion models, and keep the rest.",

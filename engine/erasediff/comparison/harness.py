@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from erasediff.comparison.case import Case, FailedRun, carried_out
-from erasediff.comparison.lines import Lines
+from erasediff.comparison.results_file import Lines
+from erasediff.comparison.run_case import Case, FailedRun, carried_out
 from erasediff.errors import UserError
 
 Measurement = Callable[[Path, Case, Path | None], Mapping[str, Any]]

@@ -1,17 +1,20 @@
 """Data sets as tensors or as captioned images, their split into forgotten and retained, and batches by step."""
 
-from erasediff.data.batches import GlobalBatches
-from erasediff.data.buckets import Buckets
-from erasediff.data.cached_batches import CachedBatches
-from erasediff.data.captions import CaptionedImage
-from erasediff.data.digits import load_digits
-from erasediff.data.images import ClassDataset, Images
-from erasediff.data.latents import CachedImages, LatentCache
-from erasediff.data.request import Partition, forget_classes, forget_files, forget_phrases
-from erasediff.data.sources import read_images
-from erasediff.data.split import check_disjoint, forget_retain_split
-from erasediff.data.stream import Stream
-from erasediff.data.synthesis import read_prompts, synthesise
+from erasediff.data.batches import CachedBatches, GlobalBatches, Stream
+from erasediff.data.digits import ClassDataset, Images, load_digits
+from erasediff.data.forget_split import (
+    Partition,
+    check_disjoint,
+    forget_classes,
+    forget_files,
+    forget_phrases,
+    forget_retain_split,
+)
+from erasediff.data.hf_datasets import read_images
+from erasediff.data.image_folder import CaptionedImage
+from erasediff.data.latent_cache import CachedImages, LatentCache
+from erasediff.data.preprocessing import Buckets
+from erasediff.data.prompt_images import read_prompts, synthesise
 
 __all__ = [
     "Buckets",

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from erasediff.data.images import Images
-from erasediff.data.stream import Stream
-from erasediff.process import NoiseRole
+from erasediff.data.digits import Images
+from erasediff.data.latent_cache import CachedImages
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff_kernels import philox_bits
+
+
+class Stream(IntEnum):
+    """Batches that a run draws side by side; each has an order and a label dropout of its own."""
+
+    RETAIN = 0
+    FORGET = 1
+
+    def words(self, ids: Tensor, *, seed: int, step: int, role: NoiseRole) -> Tensor:
+        """int64 [B]: this stream's Philox word for each of ``ids`` [B], in [0, 2^32)."""
+        return philox_bits(ids, noise_key(seed, step, ids.device), int(role), len(Stream))[:, self]
 
 
 class GlobalBatches:
@@ -84,3 +100,126 @@ class GlobalBatches:
             return class_labels
         words = self.stream.words(slots, seed=self.seed, step=step, role=NoiseRole.LABEL_DROPOUT)
         return torch.where(words < round(self.label_dropout * 2**32), self.null_label, class_labels)
+
+
+class BucketOrder:
+    """Which images the batch of a step holds.
+
+    In a round of N steps, N images in all, a bucket of n images has n batches, in a fresh order each round; the images
+    of a bucket are laid end to end in epochs, each a fresh permutation, and its batches cut from that. So each image is
+    shown ``batch_size`` times in N steps, and any step can be looked up without replaying those before it.
+
+    buckets: int64 [N], the bucket of each image, numbered from 0
+    """
+
+    def __init__(self, buckets: Tensor, batch_size: int, *, seed: int, stream: Stream) -> None:
+        self.batch_size = batch_size
+        self.seed = seed
+        self.stream = stream
+        self._buckets = buckets
+        self._members = [(buckets == bucket).nonzero()[:, 0] for bucket in range(int(buckets.max()) + 1)]
+        self._round: tuple[int, Tensor, Tensor] | None = None
+        self._permutation = lru_cache(maxsize=2 * len(self._members))(self._permutation_of)
+
+    def at(self, step: int) -> Tensor:
+        """int64 [batch_size]: the images of the global batch of ``step``, all of one bucket."""
+        bucket, turn = self._turn(step)
+        members = self._members[bucket]
+        first = turn * self.batch_size
+        epochs = range(first // len(members), (first + self.batch_size - 1) // len(members) + 1)
+        order = torch.cat([self._permutation(bucket, epoch) for epoch in epochs])
+        return order[first - epochs.start * len(members) :][: self.batch_size]
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """The bucket of ``step``, and how many batches that bucket has had before."""
+        size = len(self._buckets)
+        number, place = divmod(step, size)
+        if self._round is None or self._round[0] != number:
+            order = self._buckets[self._shuffled(torch.arange(size), number, NoiseRole.BUCKET_ORDER)]
+            earlier = torch.empty_like(order)
+            for bucket, members in enumerate(self._members):
+                earlier[order == bucket] = torch.arange(len(members))
+            self._round = number, order, earlier
+        _, order, earlier = self._round
+        bucket = int(order[place])
+        return bucket, number * len(self._members[bucket]) + int(earlier[place])
+
+    def _permutation_of(self, bucket: int, epoch: int) -> Tensor:
+        members = self._members[bucket]
+        return members[self._shuffled(members, epoch, NoiseRole.ORDER)]
+
+    def _shuffled(self, ids: Tensor, step: int, role: NoiseRole) -> Tensor:
+        """int64 [B]: a permutation of 0..B-1, drawn for ``ids`` [B]."""
+        return self.stream.words(ids, seed=self.seed, step=step, role=role).argsort(stable=True)
+
+
+class CachedBatches:
+    """The batches of one stream, a function of (seed, stream, step) alone, each of images of one size.
+
+    Each rank takes its slice of the same global batch, so a run sees the same images, flips and dropped captions
+    whatever its world size. Where mirror images are cached, an image is flipped with probability one half.
+
+    batch_size:      of the global batch; a multiple of ``world_size``
+    caption_dropout: probability that an image has the empty prompt instead (Ho & Salimans 2022)
+    dtype:           of every floating-point tensor in the batches
+
+    Raises ``ValueError`` for sizes that do not fit, and a probability outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        images: CachedImages,
+        batch_size: int,
+        *,
+        seed: int,
+        stream: Stream = Stream.RETAIN,
+        caption_dropout: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(f"a batch of {batch_size} cannot be cut for rank {rank} of {world_size}")
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
+        self.images = images
+        self.seed = seed
+        self.stream = stream
+        self.slots = torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.caption_dropout = caption_dropout
+        self.device = device
+        self.dtype = dtype
+        self._order = BucketOrder(images.buckets, batch_size, seed=seed, stream=stream)
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """This rank's part of the batch of ``step``.
+
+        ``"sample"`` [B, C, h, w], ``"sample_ids"`` int64 [B], the slots in the global batch, and the condition tensors
+        of the model's ``encode_prompts`` and ``size_condition``, a row for each sample.
+        """
+        flipped = self._drawn(step, NoiseRole.FLIP, 0.5 if self.images.mirrored else 0.0)
+        dropped = self._drawn(step, NoiseRole.LABEL_DROPOUT, self.caption_dropout)
+        entries = [self.images.entries[number] for number in self._order.at(step)[self.slots].tolist()]
+        rows = [
+            self.images.row(entry, flipped=is_flipped, dropped=is_dropped)
+            for entry, is_flipped, is_dropped in zip(entries, flipped, dropped, strict=True)
+        ]
+        return stacked(rows, self.device, self.dtype) | {"sample_ids": self.slots.to(self.device)}
+
+    def _drawn(self, step: int, role: NoiseRole, probability: float) -> list[bool]:
+        """For each slot of this rank, whether an event of this probability happens at ``step``."""
+        words = self.stream.words(self.slots, seed=self.seed, step=step, role=role)
+        drawn: list[bool] = (words < round(probability * 2**32)).tolist()
+        return drawn
+
+
+def stacked(
+    rows: Sequence[Mapping[str, Tensor]], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """``rows`` of the same entries as a batch on ``device``; floating-point entries in ``dtype``."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return {name: placed(torch.stack([row[name] for row in rows])) for name in rows[0]}

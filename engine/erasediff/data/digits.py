@@ -1,9 +1,58 @@
 """Handwritten digits: real data that comes with a dependency, small enough to train on in a minute."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from erasediff.data.images import ClassDataset, Images
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """A set of images.
+
+    sample:       [N, C, H, W] float32 in [-1, 1]
+    class_labels: [N] int64
+    ids:          [N] int64, each image's number in the data set that it comes from
+    """
+
+    sample: Tensor
+    class_labels: Tensor
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        if self.sample.ndim != 4 or not len(self.sample) == len(self.class_labels) == len(self.ids):
+            raise ValueError(
+                "Images takes sample [N, C, H, W], class_labels [N] and ids [N], got "
+                f"{tuple(self.sample.shape)}, {tuple(self.class_labels.shape)}, {tuple(self.ids.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def of_classes(self, classes: list[int]) -> Images:
+        """The images of these classes, in their order here."""
+        wanted = torch.isin(self.class_labels, torch.tensor(classes, device=self.class_labels.device))
+        return Images(self.sample[wanted], self.class_labels[wanted], self.ids[wanted])
+
+    def to(self, device: torch.device | str) -> Images:
+        return Images(self.sample.to(device), self.class_labels.to(device), self.ids.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDataset:
+    """A labelled data set; ``test`` is held out of every training, that of the judge included."""
+
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
 
 TEST_SHARE = 0.2
 SPLIT_SEED = 0

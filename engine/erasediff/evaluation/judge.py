@@ -13,7 +13,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from erasediff.data import ClassDataset
-from erasediff.evaluation.discrepancy import squared_discrepancy
+from erasediff.evaluation.distances import squared_discrepancy
 
 NONE = -1
 """The judge's answer for an image that resembles no real one."""

@@ -8,8 +8,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from erasediff.models.pixel import PixelModel
-from erasediff.process import NoiseRole, noise_key
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.models.pixel_unet import PixelModel
 from erasediff_kernels import philox_noise
 
 USUAL_GUIDANCE = 1.5

@@ -1,34 +1,53 @@
-"""Every way to unlearn, and the baselines it is compared with, behind one protocol."""
+"""Unlearning methods and baselines behind one protocol: solvers, barriers, and the recipes that build them."""
 
-from erasediff.methods import erasediff, esd, finetune, neggrad, pruning, retrain, salun, selective_amnesia
+from erasediff.methods import baselines, erasediff, esd, pruning, salun, selective_amnesia
+from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
+from erasediff.methods.base import Solver, SolverOptions, StepReport
+from erasediff.methods.baselines import FineTune, NegativeGradient, Retrain
+from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.finetune import FineTune
-from erasediff.methods.neggrad import NegativeGradient
-from erasediff.methods.protocol import Materials, Method, Needs, Recipe
+from erasediff.methods.inner_solve import InnerSolve
 from erasediff.methods.pruning import PrunedEraseDiff, PrunedESD
-from erasediff.methods.retrain import Retrain
 from erasediff.methods.salun import SalUn
 from erasediff.methods.selective_amnesia import SelectiveAmnesia
-from erasediff.solver import EraseDiff
+from erasediff.methods.spec import Materials, Method, Needs, Recipe
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE
-    for module in (erasediff, esd, pruning, salun, selective_amnesia, retrain, finetune, neggrad)
+    recipe.name: recipe
+    for recipe in (
+        erasediff.RECIPE,
+        esd.RECIPE,
+        pruning.RECIPE,
+        salun.RECIPE,
+        selective_amnesia.RECIPE,
+        baselines.RETRAIN,
+        baselines.FINETUNE,
+        baselines.NEGGRAD,
+    )
 }
 
 __all__ = [
     "ESD",
     "RECIPES",
+    "Barrier",
+    "Cosine",
     "EraseDiff",
     "FineTune",
+    "Fixed",
+    "Gap",
+    "InnerSolve",
     "Materials",
     "Method",
     "Needs",
     "NegativeGradient",
+    "Norm",
     "PrunedESD",
     "PrunedEraseDiff",
     "Recipe",
     "Retrain",
     "SalUn",
     "SelectiveAmnesia",
+    "Solver",
+    "SolverOptions",
+    "StepReport",
 ]

@@ -9,12 +9,15 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from erasediff.diffusion.batch import Batch
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.targets import NegativeGuidance
+from erasediff.diffusion.trajectories import Trajectories
 from erasediff.errors import UserError
-from erasediff.gradients import Shard
-from erasediff.methods.protocol import Materials, Needs, Recipe
-from erasediff.objectives import Batch, NegativeGuidance, Trajectories
-from erasediff.process import Process
-from erasediff.solver import Barrier, Fixed, Solver, SolverOptions, StepReport
+from erasediff.methods.barriers import Barrier, Fixed
+from erasediff.methods.base import Solver, SolverOptions, StepReport
+from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.parallel.gradient_store import Shard
 
 
 class ESD(Solver):

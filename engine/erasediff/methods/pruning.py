@@ -14,13 +14,23 @@ from torch import Tensor, nn
 
 from erasediff.config import Config
 from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_write
 from erasediff.methods import erasediff, esd
+from erasediff.methods.activation_stats import (
+    InputNorms,
+    Observations,
+    concept_neurons,
+    of_batches,
+    on_trajectories,
+    over_inputs,
+)
+from erasediff.methods.barriers import Barrier
+from erasediff.methods.base import Solver, StepReport
+from erasediff.methods.concept_prune import HeldMask
+from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.held_mask import HeldMask
-from erasediff.methods.neurons import concept_neurons
-from erasediff.methods.observing import InputNorms, Observations, of_batches, on_trajectories, over_inputs
-from erasediff.methods.protocol import Materials, Method, Needs, Recipe
-from erasediff.models.masks import (
+from erasediff.methods.spec import Materials, Method, Needs, Recipe
+from erasediff.models.weight_masks import (
     add_masks,
     limit_masks,
     load_masks,
@@ -30,8 +40,6 @@ from erasediff.models.masks import (
     weight_masks,
     without_masks,
 )
-from erasediff.runs.atomic import atomic_write
-from erasediff.solver import Barrier, EraseDiff, Solver, StepReport
 
 MASK, NEURONS = "mask.safetensors", "neurons.json"
 NEURON_OBSERVATIONS = 8

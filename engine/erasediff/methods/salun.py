@@ -3,13 +3,128 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
+from torch import Tensor, nn
+
+from erasediff.diffusion.batch import Batch
+from erasediff.diffusion.losses import DenoisingObjective
+from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
-from erasediff.methods.protocol import Materials, Needs, Recipe
-from erasediff.models.saliency import forget_gradients, set_saliency_mask
-from erasediff.objectives import Batch
-from erasediff.solver import EraseDiff, Fixed, Solver
+from erasediff.methods.barriers import Fixed
+from erasediff.methods.base import Solver
+from erasediff.methods.erasediff import EraseDiff
+from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.parallel.gradient_store import Gradients
+
+HALF_BITS = 16
+"""A magnitude's upper half: sign, exponent and seven bits of mantissa, a step of less than 1%."""
+HALF_MASK = (1 << HALF_BITS) - 1
+
+
+def forget_gradients(
+    model: nn.Module,
+    gradients: Gradients,
+    objective: DenoisingObjective,
+    batches: Iterable[Batch],
+    *,
+    seed: int = 0,
+) -> list[Tensor]:
+    """This process's share of the gradient, summed over ``batches`` of forgotten data, of the loss that the model was
+    trained with: one tensor for each of ``gradients.weights()``, zero where the loss does not reach.
+
+    The quantity of SalUn's eq. 3, at the original weights. Noise and timesteps are addressed by (seed, number of the
+    batch). ``ValueError`` without a batch.
+    """
+    total: list[Tensor] = []
+    for step, batch in enumerate(batches):
+        gradients.begin(objective.micro_batch_count(batch))
+        objective.true_loss(
+            model,
+            batch,
+            noise_key(seed, step, gradients.device),
+            gradients.backward,
+            noise=NoiseRole.FORGET_NOISE,
+            timestep=NoiseRole.FORGET_TIMESTEP,
+        )
+        taken = gradients.take()
+        if total:
+            torch._foreach_add_(total, taken)
+            gradients.reuse(taken)
+        else:
+            total = taken
+    if not total:
+        raise ValueError("saliency needs at least one batch of forgotten data")
+    return total
+
+
+def saliency_threshold(
+    gradients: Sequence[Tensor],
+    share: float,
+    *,
+    count: int | None = None,
+    summed: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Tensor:
+    """The magnitude, 0-D float32, that ``share`` of all elements reach: SalUn's gamma, exact, without sorting.
+
+    count:  how many elements there are; more in ``gradients``, which must be zero, are padding. None: all of them
+    summed: from this process's counts to those of all elements, where ``gradients`` are a shard
+
+    Non-negative floats are ordered as their bits are. A count of their upper halves finds the bin that the threshold is
+    in, and one of the lower halves in that bin finds it: all that shards exchange is two counts of 65,536 bins.
+
+    Raises ``ValueError`` for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}: it must lie in (0, 1]")
+    # From the top: padding lies below everything.
+    rank = max(1, round(share * (sum(gradient.numel() for gradient in gradients) if count is None else count)))
+    upper, above = _bin_of(summed(_counted(bits >> HALF_BITS for bits in map(_bits, gradients))), rank)
+    inside = (bits[bits >> HALF_BITS == upper] & HALF_MASK for bits in map(_bits, gradients))
+    lower, _ = _bin_of(summed(_counted(inside)), rank - above)
+    return torch.tensor(upper << HALF_BITS | lower, dtype=torch.int32, device=gradients[0].device).view(torch.float32)
+
+
+def set_saliency_mask(gradients: Gradients, values: Sequence[Tensor], *, share: float = 0.5) -> float:
+    """Let the optimizer move only the ``share`` of weights whose entry in ``values`` is largest; returns what moves.
+
+    values: as ``forget_gradients`` returns them
+
+    SalUn's default is one half, its gamma the median of the magnitudes. Equal magnitudes stand or fall together.
+    """
+    device = gradients.device
+
+    def summed(counts: Tensor) -> Tensor:
+        return gradients.world.sum(counts.to(device)) // gradients.replicas
+
+    here = sum(shard.tensors["weight"].numel() for shard in gradients.shards())
+    count = int(summed(torch.tensor(here)))
+    threshold = saliency_threshold(values, share, count=count, summed=summed)
+    masks = [value.abs().float() >= threshold for value in values]
+    gradients.set_masks(masks)
+    padding = sum(value.numel() for value in values) - here
+    moving = sum((mask.sum() for mask in masks), torch.zeros((), dtype=torch.int64, device=threshold.device))
+    # Padding is free to move where the threshold is zero.
+    moving = moving - padding * (threshold == 0).to(torch.int64)
+    return int(summed(moving)) / count
+
+
+def _bits(gradient: Tensor) -> Tensor:
+    """int32: the bits of the magnitudes as float32."""
+    return gradient.detach().abs().float().flatten().view(torch.int32)
+
+
+def _counted(parts: Iterable[Tensor]) -> Tensor:
+    """int64 [65536]: how often each number occurs."""
+    return sum(torch.bincount(part, minlength=1 << HALF_BITS) for part in parts)  # type: ignore[return-value]
+
+
+def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
+    """(the bin of the ``rank``-th largest element, how many elements are in larger bins)."""
+    from_the_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_the_top, rank))
+    return len(counts) - 1 - place, int(from_the_top[place - 1]) if place else 0
 
 
 class SalUn(EraseDiff):

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from erasediff.gradients import Shard
-from erasediff.methods.protocol import Materials, Recipe
-from erasediff.objectives import Batch, with_sample_ids
-from erasediff.process import NoiseRole, Process, noise_key
-from erasediff.solver import Fixed, Solver, SolverOptions, StepReport
+from erasediff.diffusion.batch import Batch, with_sample_ids
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.methods.barriers import Fixed
+from erasediff.methods.base import Solver, SolverOptions, StepReport
+from erasediff.methods.spec import Materials, Recipe
+from erasediff.parallel.gradient_store import Shard
 from erasediff_kernels import philox_noise
 
 

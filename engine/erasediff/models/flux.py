@@ -9,9 +9,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
-from erasediff.models.latent import LatentModel, model_dtype
-from erasediff.objectives import Batch
+from erasediff.models.base import LatentModel, model_dtype
 
 MAX_T5_TOKENS = 512
 TRAINING_GUIDANCE = 1.0

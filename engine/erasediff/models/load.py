@@ -8,16 +8,14 @@ from pathlib import Path
 import torch
 
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import HOW_TO_CONVERT, PICKLES, Checkpoint
-from erasediff.models.family import TextToImageModel
+from erasediff.models.base import LatentModel, TextToImageModel
+from erasediff.models.checkpoint.base import HOW_TO_CONVERT, PICKLES, Checkpoint
+from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
+from erasediff.models.checkpoint.hub import downloaded
+from erasediff.models.checkpoint.single_file import SingleFile
 from erasediff.models.flux import Flux
-from erasediff.models.folder import DiffusersFolder
-from erasediff.models.hub import downloaded
-from erasediff.models.latent import LatentModel
-from erasediff.models.sd import StableDiffusion
 from erasediff.models.sd3 import StableDiffusion3
-from erasediff.models.sdxl import StableDiffusionXL
-from erasediff.models.single_file import SingleFile
+from erasediff.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 PIPELINES: dict[str, type[LatentModel]] = {
     "StableDiffusionPipeline": StableDiffusion,

@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
-from erasediff.models.checkpoint import PICKLES
-from erasediff.models.original_layout import LAYOUTS
-from erasediff.models.tensor_file import StoredTensor, TensorFile, write_tensor_file
-from erasediff.runs.atomic import atomic_file
+from erasediff.io.atomic import atomic_file
+from erasediff.io.tensor_file import StoredTensor, TensorFile, write_tensor_file
+from erasediff.models.checkpoint.base import PICKLES
+from erasediff.models.checkpoint.original_layout import LAYOUTS
 
 Keys = Literal["diffusers", "kohya"]
 ADAPTER = "default"

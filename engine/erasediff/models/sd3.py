@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from erasediff.models.latent import LatentModel, model_dtype
-from erasediff.objectives import Batch
+from erasediff.diffusion.batch import Batch
+from erasediff.models.base import LatentModel, model_dtype
 
 MAX_T5_TOKENS = 256
 

@@ -1,10 +1,9 @@
 """What a training step costs before anyone has a GPU for it: memory per rank, FLOPs, and time at scale."""
 
 from erasediff.planning.memory import Layout, Precision, RankMemory, rank_memory
-from erasediff.planning.networks import Network, network_of
 from erasediff.planning.overview import Overview, Row, overview
-from erasediff.planning.step_flops import StepFlops, step_flops
-from erasediff.planning.trace import Trace, trace
+from erasediff.planning.reference_models import Network, network_of
+from erasediff.planning.trace import StepFlops, Trace, step_flops, trace
 
 __all__ = [
     "Layout",

@@ -7,13 +7,16 @@ DeepSpeed's buffers follow its 0.19 sources. ``benchmarks/sharded`` compares bot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from erasediff.gradients.deepspeed.unsharded import BUCKET_NUMEL
-from erasediff.gradients.scatter import AT_ONCE, LARGEST_BUCKET
-from erasediff.planning.networks import Network
+from erasediff.errors import UserError
+from erasediff.parallel.zero.config import read_own
+from erasediff.parallel.zero.reduce_scatter import AT_ONCE, LARGEST_BUCKET
+from erasediff.parallel.zero.stage0 import BUCKET_NUMEL
+from erasediff.planning.reference_models import Network
 from erasediff.planning.trace import Trace
 
 Precision = Literal["float32", "autocast", "bfloat16"]
@@ -214,3 +217,28 @@ def dtype_of(precision: Precision) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of the weights, of autocast)."""
     weights = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return weights, torch.bfloat16 if precision == "autocast" else None
+
+
+def buckets_of(path: Path | None) -> Layout:
+    """A layout of stage 0 that carries the buffer sizes in ``path``; DeepSpeed's defaults where it has none.
+
+    UserError for a file that cannot be read, and for sizes that are no whole numbers ("auto" stands for the default).
+    """
+    zero: dict[str, Any] = {} if path is None else read_own(path).get("zero_optimization", {})
+    default = Layout(stage=0)
+
+    def size(name: str) -> int:
+        value = zero.get(name, getattr(default, name))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise UserError(f"{name} in {path} is {value!r}: it must be a whole number of elements.")
+        return int(value)
+
+    return Layout(
+        stage=0,
+        overlap_comm=zero.get("overlap_comm") is True,
+        reduce_bucket_size=size("reduce_bucket_size"),
+        stage3_prefetch_bucket_size=size("stage3_prefetch_bucket_size"),
+        stage3_param_persistence_threshold=size("stage3_param_persistence_threshold"),
+        stage3_max_reuse_distance=size("stage3_max_reuse_distance"),
+        stage3_max_live_parameters=size("stage3_max_live_parameters"),
+    )

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from erasediff.models import lora
-from erasediff.models.selection import select, train_only
+from erasediff.models.trainable import select, train_only
 from erasediff.planning.memory import Layout, Precision, RankMemory, dtype_of, rank_memory
-from erasediff.planning.networks import network_of
-from erasediff.planning.step_flops import StepFlops, step_flops
-from erasediff.planning.trace import Trace, trace
+from erasediff.planning.reference_models import network_of
+from erasediff.planning.trace import StepFlops, Trace, step_flops, trace
 
 DEVICE_GB = (24, 40, 80, 141)
 """Sizes of GPUs, in 10^9 bytes: RTX 4090, A100, H100, H200."""

@@ -1,14 +1,55 @@
 """Contents to HTML."""
 
+import base64
+import io
 from typing import Any
 
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
+
 from erasediff.evaluation import ConditionalMetrics, UnconditionalMetrics
-from erasediff.evaluation.targets import Target, conditional_targets, unconditional_targets
-from erasediff.report.contents import Column, Contents
-from erasediff.report.curves import QUANTITIES, curve, recorded
-from erasediff.report.pictures import strip
-from erasediff.report.table import class_shares, metric_rows, percent, points
-from erasediff.report.templates import template_environment
+from erasediff.evaluation.metrics import Target, conditional_targets, unconditional_targets
+from erasediff.report.contents import Column, Contents, class_shares, metric_rows, percent, points
+from erasediff.report.figures import QUANTITIES, curve, recorded
+
+GAP = 1
+
+
+def strip(images: Tensor, columns: int) -> str:
+    """A data URL: the first ``columns`` of images [N, C, H, W] in a row, places without an image left clear.
+
+    One channel is shown as ink on clear paper (-1 is paper, 1 is ink), so that it suits light and dark pages alike;
+    three channels are shown as they are.
+    """
+    _, channels, height, width = images.shape
+    canvas = torch.zeros(4, height, columns * (width + GAP) - GAP, dtype=torch.uint8)
+    for column, image in enumerate(images[:columns]):
+        levels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        left = column * (width + GAP)
+        ink = torch.cat([255 - levels.expand(3, -1, -1) if channels == 1 else levels, torch.full_like(levels[:1], 255)])
+        canvas[:, :, left : left + width] = ink
+    return data_url(Image.fromarray(canvas.permute(1, 2, 0).numpy(), "RGBA"))
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as a PNG inside a URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def template_environment() -> Environment:
+    """Escapes what it is given, and fails on a name that it is not given."""
+    return Environment(
+        loader=PackageLoader("erasediff", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
 
 PICTURE_COLUMNS = 10
 

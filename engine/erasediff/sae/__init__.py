@@ -2,10 +2,16 @@
 
 from erasediff.sae.activations import ActivationCache, collect_activations
 from erasediff.sae.autoencoder import SparseAutoencoder
-from erasediff.sae.detection import Thresholds, calibrate
+from erasediff.sae.concepts import (
+    Features,
+    MeanMaps,
+    Thresholds,
+    assign_latents,
+    calibrate,
+    measure_features,
+    measure_maps,
+)
 from erasediff.sae.eraser import ConceptEraser
-from erasediff.sae.features import Features, assign_latents, measure_features
-from erasediff.sae.maps import MeanMaps, measure_maps
 from erasediff.sae.training import SaeTraining, Supervision, train_autoencoder
 
 __all__ = [

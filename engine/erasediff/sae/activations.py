@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from erasediff.process import NoiseRole, noise_key
-from erasediff.runs.atomic import atomic_file, atomic_write
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.io.atomic import atomic_file, atomic_write
 from erasediff.sae.hooks import as_patches, at_block
 from erasediff_kernels import philox_bits
 

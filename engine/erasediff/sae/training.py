@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from erasediff.runs.atomic import atomic_file
+from erasediff.io.atomic import atomic_file
 from erasediff.sae.activations import ActivationCache, Patches
 from erasediff.sae.autoencoder import SparseAutoencoder
 from erasediff_kernels import sparse_decode

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from erasediff.cli.commands.unlearn import unlearn
 from erasediff.cli.output import emit, messages
-from erasediff.cli.runs import instead_of_the_plan
+from erasediff.cli.session import instead_of_the_plan
 from erasediff.errors import UserError
 
 if TYPE_CHECKING:
-    from erasediff.stages.bench import Bench
-    from erasediff.stages.session import Session
+    from erasediff.training.job import Session
+    from erasediff.workflows.benchmark_step import Bench
 
 OWN = ("out", "resume", "dry_run", "as_json")
 """The parameters of ``unlearn`` that only make sense for a run."""
@@ -38,8 +38,8 @@ def bench(
         raise UserError("The plot is drawn from a file of results: say with --out which.")
 
     def measure(session: "Session") -> None:
-        from erasediff.report.bench_plot import draw
-        from erasediff.stages.bench import bench as measured
+        from erasediff.report.figures import draw
+        from erasediff.workflows.benchmark_step import bench as measured
 
         with messages.status("Warming up") as status:
             done = iter(range(1, turns + 3))
@@ -80,7 +80,7 @@ def _lines(result: "Bench", session: "Session") -> list[dict[str, Any]]:
 
 
 def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    from erasediff.runs.metrics import MetricsFile
+    from erasediff.io.jsonl import MetricsFile
 
     path.parent.mkdir(parents=True, exist_ok=True)
     MetricsFile(path).append(lines)

@@ -41,7 +41,7 @@ def compare(
     with loading(messages):
         from erasediff.comparison import Lines
         from erasediff.comparison import compare as measured
-        from erasediff.comparison.digits import METHODS, tasks_named
+        from erasediff.comparison.digits_task import METHODS, tasks_named
         from erasediff.comparison.page import verdict, write_page
     folder = out or Path("runs", "compare-short" if short else "compare")
     lines = Lines(folder / "compare.jsonl")

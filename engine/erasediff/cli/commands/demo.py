@@ -8,9 +8,8 @@ import typer
 from rich.console import Group
 
 from erasediff.cli import options
-from erasediff.cli.output import emit, loading, messages
-from erasediff.cli.runs import place_and_config
-from erasediff.cli.tables import metrics_table, plans_table
+from erasediff.cli.output import emit, loading, messages, metrics_table, plans_table
+from erasediff.cli.session import place_and_config
 
 
 def demo(
@@ -45,7 +44,7 @@ def demo(
         device=device,
     )
     with loading(messages):
-        from erasediff.stages import demo as stage
+        from erasediff.workflows import demo as stage
     if place is None:
         with messages.status("Measuring trial steps"):
             plans = {name: asdict(plan) for name, plan in stage.plan_demo(full_config).items()}

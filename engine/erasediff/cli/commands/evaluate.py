@@ -4,8 +4,7 @@ from typing import Annotated
 import typer
 
 from erasediff.cli import options
-from erasediff.cli.output import emit, loading, messages
-from erasediff.cli.tables import metrics_table
+from erasediff.cli.output import emit, loading, messages, metrics_table
 
 
 def evaluate(
@@ -23,7 +22,7 @@ def evaluate(
     full_config = options.configure(config, settings, sample__guidance_scale=guidance, seed=seed, device=device)
     forgotten = options.class_numbers(forget) or []
     with loading(messages):
-        from erasediff.stages.evaluation import evaluate as judge_models
+        from erasediff.workflows.evaluate import evaluate as judge_models
     evaluation = judge_models(full_config, model, base, forgotten, messages)
     columns = {name: judged.metrics for name, judged in evaluation.judged.items()}
     emit(evaluation.to_dict(), as_json=as_json, shown=metrics_table(columns))

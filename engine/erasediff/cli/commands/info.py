@@ -24,7 +24,7 @@ def info(
     with loading(messages):
         import torch
 
-        from erasediff.stages.cache import cache_folder
+        from erasediff.io.cache_dir import cache_folder
         from erasediff_kernels._dispatch import available
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found: dict[str, Any] = {"python": platform.python_version()}

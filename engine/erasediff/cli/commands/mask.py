@@ -23,6 +23,6 @@ def mask(
     """
     full_config = options.configure(config, settings)
     with loading(messages):
-        from erasediff.stages.masking import mask_model
+        from erasediff.workflows.load_model import mask_model
     mask_model(full_config, model, mask, out, restore_from)
     messages.print(f"Written to {out}.")

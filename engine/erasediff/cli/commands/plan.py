@@ -46,7 +46,7 @@ def plan(
         raise UserError(f'Say how many GPUs, such as --ranks 1,8,64; not "{ranks}".')
     with loading(messages):
         from erasediff.planning import overview
-        from erasediff.planning.deepspeed_config import buckets_of
+        from erasediff.planning.memory import buckets_of
     with messages.status("Counting a step on tensors without memory"):
         planned = overview(
             model,

@@ -38,6 +38,6 @@ def sample(
     )
     numbers, texts = options.class_numbers(classes), options.prompts(prompts)
     with loading(messages):
-        from erasediff.stages.any_model import draw_from
+        from erasediff.workflows.unlearn import draw_from
     drawn = draw_from(full_config, model, out, messages, classes=numbers, prompts=texts, count=count)
     emit({"written": str(drawn.written), "images": len(drawn.images), "seed": full_config.seed}, as_json=as_json)

@@ -4,7 +4,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.runs import carry_out, place_and_config, spread
+from erasediff.cli.session import carry_out, place_and_config, spread
 
 
 def train(
@@ -45,5 +45,5 @@ def train(
     )
     spread(full_config, "train")
     with loading(messages):
-        from erasediff.stages.training import training_session
+        from erasediff.workflows.train_pixel import training_session
     carry_out(training_session(full_config), place, as_json=as_json)

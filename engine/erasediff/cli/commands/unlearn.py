@@ -5,7 +5,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import emit, loading, messages
-from erasediff.cli.runs import carry_out, place_and_config, spread
+from erasediff.cli.session import carry_out, place_and_config, spread
 
 
 def unlearn(
@@ -106,12 +106,12 @@ def unlearn(
     )
     if full_config.unlearn.method == "saemnesia":
         with loading(messages):
-            from erasediff.stages.saemnesia import erase_at
+            from erasediff.workflows.erase_sae import erase_at
         emit(erase_at(place, full_config, messages), as_json=as_json)
         return
     spread(full_config, "unlearn")
     with loading(messages):
-        from erasediff.stages.any_model import unlearning_session_of
+        from erasediff.workflows.unlearn import unlearning_session_of
     if place is not None:
         place.check()
     carry_out(unlearning_session_of(full_config, messages, rehearse=place is None), place, as_json=as_json)

@@ -1,0 +1,67 @@
+"""The results: JSON lines, each with all that is needed to find it again and to judge it later."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erasediff.io.jsonl import MetricsFile
+
+LIBRARIES = ("erasediff", "torch", "diffusers")
+
+
+class Lines:
+    """The file of lines at ``path``; a measurement that has its line is not taken again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = MetricsFile(path)
+
+    def read(self) -> list[dict[str, Any]]:
+        return list(self.file.read())
+
+    def has(self, identity: Mapping[str, Any]) -> bool:
+        """Whether a line says all that ``identity`` does."""
+        return any(identity.items() <= line.items() for line in self.read())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add ``line`` and where and when it was measured. UserError for what the disk refuses."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file.append([{**line, **environment()}])
+
+
+def environment() -> dict[str, Any]:
+    """Time, versions, machine, and how busy it is: on a shared one, only CPU seconds can be compared."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with + where the tree differs from it; None where it is not in a repository."""
+    folder = Path(__file__).parent
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()

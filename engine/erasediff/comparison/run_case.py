@@ -1,0 +1,162 @@
+"""One method on one task with one seed, carried out by the command line in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_write, remove_directory
+from erasediff.io.cache_dir import ENVIRONMENT_VARIABLE, cache_folder
+from erasediff.sae.eraser import WEIGHTS
+from erasediff.training.run_dir import ERASER, MODEL
+
+COST, LOG = "cost.json", "unlearn.log"
+LOOK_EVERY = 0.2
+"""Seconds between looks at the peak memory, which only grows."""
+
+ARTEFACTS = ("mask.safetensors", "lora.safetensors", f"{ERASER}/{WEIGHTS}")
+
+
+class FailedRun(UserError):
+    """A method that did not come to its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run took. ``seconds`` and ``cpu_seconds`` are those of the whole process, imports and saving included.
+
+    training_seconds: of the steps alone, on the clock; other work on the machine makes it longer
+    peak_bytes:       the most resident memory of the process, as Linux tells; None elsewhere
+    artefact_bytes:   what someone who has the original needs in order to have the result: the mask, the LoRA or the
+                      eraser, where the method leaves one, otherwise the tensors that changed
+    """
+
+    seconds: float
+    cpu_seconds: float
+    training_seconds: float
+    peak_bytes: int | None
+    artefact_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """``settings`` are dotted names, as for ``--set``; without a ``method`` it is the base model, left alone."""
+
+    task: str
+    method: str | None
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.replace('/', '-')}-{self.method or 'base'}-{self.seed}-{self.fingerprint}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings: with others, it is another case."""
+        described = json.dumps([self.method, dict(sorted(self.described().items()))], default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:8]
+
+    def described(self) -> dict[str, Any]:
+        """The settings as results tell them: paths into the cache begin with its variable, wherever it is."""
+        cache = str(cache_folder())
+        return {
+            name: value.replace(cache, f"${ENVIRONMENT_VARIABLE}") if isinstance(value, str) else value
+            for name, value in self.settings.items()
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What a line of results is found again by."""
+        return {"task": self.task, "method": self.method or "base", "seed": self.seed, "settings": self.fingerprint}
+
+
+def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
+    """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
+
+    Of a method that leaves the model as it was, the folder ``ERASER``, to be attached to ``base``. A run that was cut
+    short begins again, so that its cost is that of a whole one. FailedRun if the command fails.
+    """
+    if case.method is None:
+        return base, None
+    run = runs / case.name
+    if not (run / COST).exists():
+        remove_directory(run)
+        cost = _run(case, base, run)
+        atomic_write(run / COST, json.dumps(asdict(cost)) + "\n")
+    product = ERASER if (run / ERASER).exists() else MODEL
+    return run / product, Cost(**json.loads((run / COST).read_text()))
+
+
+def _run(case: Case, base: Path, run: Path) -> Cost:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = run.parent / f"{case.name}.log"
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = None
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command(case, base, run), stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
+        )
+        while True:
+            try:
+                printed, _ = process.communicate(timeout=LOOK_EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                peak = _peak_bytes(process.pid) or peak
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        said = log.read_text().strip().splitlines() or ["nothing"]
+        raise FailedRun(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
+    result = json.loads(printed)
+    log.replace(run / LOG)
+    return Cost(
+        seconds=seconds,
+        cpu_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        training_seconds=result["seconds"],
+        peak_bytes=peak,
+        artefact_bytes=artefact_bytes(base, run),
+    )
+
+
+def _peak_bytes(process: int) -> int | None:
+    """VmHWM of a process that runs. Its ru_maxrss may be that of the process which started it, if that is larger."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return None
+    peaks = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")]
+    return peaks[0] if peaks else None
+
+
+def command(case: Case, base: Path, run: Path) -> Sequence[str]:
+    """The command line of ``case``."""
+    assert case.method is not None
+    settings = {"unlearn.model": str(base), "unlearn.method": case.method, "seed": case.seed} | dict(case.settings)
+    assignments = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    return [sys.executable, "-m", "erasediff.cli", "unlearn", *assignments, "--out", str(run), "--json"]
+
+
+def artefact_bytes(base: Path, run: Path) -> int:
+    """Bytes of the mask, LoRA or eraser in ``run``, or of those tensors of its model that are not the ``base``'s."""
+    for name in ARTEFACTS:
+        if (run / name).exists():
+            return (run / name).stat().st_size
+    changed = 0
+    for file in sorted((run / MODEL).rglob("*.safetensors")):
+        with safe_open(file, "pt") as new, safe_open(base / file.relative_to(run / MODEL), "pt") as old:
+            for name in new.keys():  # noqa: SIM118
+                tensor = new.get_tensor(name)
+                if not torch.equal(tensor, old.get_tensor(name)):
+                    changed += tensor.nbytes
+    return changed

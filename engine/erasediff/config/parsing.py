@@ -1,0 +1,144 @@
+"""From a YAML file, flags and assignments to settings, and what a mistake in them is told."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from erasediff.config.fields import Section
+from erasediff.config.schema import Config, usual_eta
+from erasediff.errors import UserError
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read the file at ``path`` (no file: the defaults) and lay ``overrides`` over it.
+
+    ``overrides`` maps dotted names to values, such as ``{"train.lr": 1e-3}``. UserError for a file that cannot be read,
+    a key that does not exist (with the nearest that does) and a value that does not fit.
+    """
+    values = _read_yaml(path) if path else {}
+    for name, value in (overrides or {}).items():
+        _assign(values, name, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], path)) from None
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Turn ``["train.lr=1e-3"]`` into ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
+    overrides = {}
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator or not name:
+            raise UserError(f'"{assignment}" is not of the form section.key=value, as in train.lr=1e-3.')
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f'The value of "{name}" is not valid YAML: {value}.') from None
+    return overrides
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the settings that differ, with the old and the new value of each."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections such as train: and unlearn:, not a {type(values).__name__}.")
+    return values
+
+
+def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f'"{section}" holds a value, not a section, so "{name}" cannot be set.')
+        values = inner
+    values[key] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _explain(error: ErrorDetails, path: Path | None) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    where = f" in {path}" if path else ""
+    if error["type"] == "extra_forbidden":
+        matches = _near_matches(name)
+        hint = f"did you mean {' or '.join(matches)}?" if matches else "`erasediff info --config` lists them all."
+        return f'Unknown setting "{name}"{where}; {hint}'
+    complaint = error["msg"].removeprefix("Input ").rstrip(".")
+    return f'The setting "{name}"{where} cannot be {error["input"]!r}: it {complaint}.'
+
+
+def _near_matches(name: str) -> list[str]:
+    """The dotted names nearest to ``name``; the same key in another section is nearest of all."""
+    known = list(_flatten(Config().model_dump()))
+    key = name.rpartition(".")[2]
+    elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == key]
+    return elsewhere or difflib.get_close_matches(name, [*known, *Config.model_fields], cutoff=0.75)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def for_text_to_image(config: Config) -> Config:
+    """``config`` with what nobody has set at the usual values for text-to-image models instead of the digits'.
+
+    The target is relabelling: to the anchor prompts or, without any, to the retained caption nearest to the forgotten.
+    """
+    target = config.unlearn.target or "relabel"
+    suited = {
+        "threads": None,
+        "unlearn": {
+            "steps": 200,
+            "batch_size": 4,
+            "lr": _usual_lr(config),
+            "ema_decay": None,
+            "forget_label_dropout": 0.0,
+            "target": target,
+            "retain_target": "teacher",
+            "eta": usual_eta(config.unlearn.barrier, target),
+            **(config.pruning.usual() if config.unlearn.method == "pruning" else {}),
+        },
+        "sample": {"num_inference_steps": 30, "batch_size": 4},
+    }
+    return _unless_set(config, suited)
+
+
+def _usual_lr(config: Config) -> float:
+    return 1e-4 if config.text_to_image.train == "lora" else 1e-5
+
+
+def _unless_set(section: SectionT, suited: Mapping[str, Any]) -> SectionT:
+    changes = {}
+    for name, value in suited.items():
+        current = getattr(section, name)
+        if isinstance(value, Mapping):
+            changes[name] = _unless_set(current, value)
+        elif current is None or name not in section.model_fields_set:
+            changes[name] = value
+    return section.model_copy(update=changes)

@@ -1,0 +1,310 @@
+"""The settings of training, unlearning, sampling and judging."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
+from erasediff.config.methods import EsdConfig, PruningConfig, SaemnesiaConfig, SalunConfig, SelectiveAmnesiaConfig
+from erasediff.errors import UserError
+
+
+class ModelConfig(Section):
+    """The diffusion model that ``train`` builds."""
+
+    conditional: bool = True
+    block_out_channels: tuple[Count, ...] = (16, 32, 64)
+    layers_per_block: Count = 1
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    num_train_timesteps: Count = 1000
+
+
+class DataConfig(Section):
+    """Which images, and how many of them are held out of every training."""
+
+    name: Literal["digits"] = "digits"
+    exclude: tuple[ClassNumber, ...] = ()
+
+
+class TrainConfig(Section):
+    """Training of the base model, and of the model retrained without the forgotten classes."""
+
+    steps: Count = 400
+    batch_size: Count = 128
+    lr: Positive = 2e-3
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: NonNegative = 0.0
+    ema_decay: Fraction | None = 0.99
+    label_dropout: Fraction = 0.1
+    min_snr_gamma: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    accumulation_steps: Count = 1
+
+
+BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
+NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
+"""Of the barrier "norm", by target."""
+
+
+class UnlearnConfig(Section):
+    """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them.
+
+    ``retain_target`` is what the model is to predict on retained data: the true noise, or what the original model, the
+    teacher, predicts.
+
+    ``moments`` are Adam's: "8-bit" takes 2 bytes per trained weight for both, where "float" takes 8.
+
+    None for ``retain_target``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit
+    the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it
+    took.
+
+    ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
+    ``images``, and label dropout is then that of captions.
+    """
+
+    model: Path | None = None
+    forget: tuple[ClassNumber, ...] = ()
+    retain: tuple[ClassNumber, ...] | None = None
+    method: Literal[
+        "erasediff", "esd", "pruning", "saemnesia", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"
+    ] = "erasediff"
+    steps: Count | None = None
+    batch_size: Count = 64
+    lr: Positive | None = None
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    ema_decay: Fraction | None = 0.9
+    moments: Literal["float", "8-bit"] = "float"
+    retain_label_dropout: Fraction = 0.1
+    forget_label_dropout: Fraction = 0.0
+    min_snr_gamma: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    accumulation_steps: Count = 1
+    target: Literal["uniform", "gaussian", "relabel"] | None = None
+    relabel_to: tuple[ClassNumber, ...] | None = None
+    teacher: Literal["current", "frozen"] = "frozen"
+    # YAML reads true as a boolean.
+    retain_target: Annotated[
+        Literal["true", "teacher"] | None, BeforeValidator(lambda value: "true" if value is True else value)
+    ] = None
+    barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
+    eta: Positive | None = None
+    inner_steps: Count = 3
+    inner_lr: Positive = 1e-3
+    inner_refresh_every: Count = 1
+    antithetic: bool = False
+
+    def resolved(self, *, conditional: bool, retained: Sequence[int]) -> Self:
+        """These settings with each None filled in; ``retained`` are the classes to retain.
+
+        With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
+        mean over several that the loss settles for is a blur. The null label is left out of it (no label dropout of
+        forgotten images): every image is guided away from its prediction, so what that takes on, the others lose. It
+        forgets less by that: asked for no class, the digits' model drew the 3 in 10% of its images before, in 4% after,
+        and in 0.2% where a tenth of the forgotten images had the null label (``forget_label_dropout``). The others keep
+        what the original predicts for them. Without labels there is nothing to relabel; small steps under a
+        weak barrier take the forgotten images away before the others suffer.
+        """
+        target = self.target or ("relabel" if conditional else "gaussian")
+        first = self.forget[0] if self.forget else 0
+        following = min(retained, key=lambda label: (label < first, label))
+        suited = {
+            "target": target,
+            "relabel_to": (following,) if target == "relabel" else (),
+            "retain_target": "teacher" if conditional else "true",
+            "eta": 0.03 if self.barrier == "norm" and not conditional else usual_eta(self.barrier, target),
+            "steps": 100 if conditional else 200,
+            "lr": 2e-4 if conditional else 3e-4,
+        }
+        if self.method == "retrain":
+            # As long as the base model was trained.
+            suited |= {"steps": TrainConfig().steps, "lr": TrainConfig().lr}
+        return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
+
+
+def usual_eta(barrier: str, target: str) -> float:
+    """What was found to suit a conditional model."""
+    return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS[barrier]
+
+
+class SampleConfig(Section):
+    """How images are drawn from a model.
+
+    ``guidance_scale`` None is the model's usual one; ``negative_prompt`` is for text-to-image models.
+    """
+
+    guidance_scale: NonNegative | None = None
+    negative_prompt: str = ""
+    num_inference_steps: Count = 10
+    batch_size: Count = 256
+
+
+class EvaluateConfig(Section):
+    """How many images the judge sees: per class, and in all from an unconditional model."""
+
+    per_class: Count = 100
+    forgotten: Count = 400
+    unconditional: Count = 1000
+
+
+class RunConfig(Section):
+    """What a run leaves behind while it goes on."""
+
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    log_every: Count = 20
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class ImagesConfig(Section):
+    """The captioned images that are forgotten and retained, and how they are brought to the model's size.
+
+    ``data`` and ``forget_data`` are image folders or Hugging Face data sets. Of ``data``, what ``forget_classes``,
+    ``forget_phrases`` (words of a caption) or ``forget_files`` (a list of paths) ask for is forgotten, and everything
+    else retained; all of ``forget_data`` is forgotten. For ``forget_prompts`` and ``retain_prompts`` the original model
+    makes the images, ``images_per_prompt`` of each.
+
+    Sizes are in pixels; without ``height`` and ``width``, the checkpoint's own. Images of other shapes come to buckets
+    of about that area in multiples of ``bucket_step`` ("auto": 64, for models no smaller than that), or without one are
+    cut to that size. ``mirror`` flips about half of them.
+    """
+
+    data: str | None = None
+    forget_classes: tuple[str, ...] = ()
+    class_column: str = "class"
+    forget_phrases: tuple[str, ...] = ()
+    forget_files: Path | None = None
+    forget_data: str | None = None
+    forget_prompts: tuple[str, ...] = ()
+    retain_prompts: tuple[str, ...] = ()
+    images_per_prompt: Count = 8
+    split: str = "train"
+    caption_column: str | None = None
+    caption_template: str | None = None
+    height: Count | None = None
+    width: Count | None = None
+    bucket_step: Count | Literal["auto"] | None = "auto"
+    mirror: bool = False
+    skip_broken: bool = False
+    encode_batch_size: Count = 4
+
+
+class TextToImageConfig(Section):
+    """How a checkpoint is read, and which of its denoiser's weights are trained.
+
+    config, prediction_type: for a single file that does not tell them; see ``load_text_to_image``
+    lora:                    a LoRA that is merged into the model first
+    weights:                 their dtype in memory; bfloat16 is rounded stochastically
+    train:                   a selection of ``models.selection.select``, or "lora"
+    lora_rank, lora_alpha:   of the LoRA to train, on the layers that the selection ``lora_targets`` names
+    saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
+    saliency_batches:        forgotten batches that saliency is measured on
+    anchor_prompts:          what the target "relabel" puts in the place of what is forgotten; without any, the retained
+                             caption under which the model denoises the forgotten images best; and what saemnesia's
+                             "move" makes of it: one of the retained prompts, without any the nearest
+    """
+
+    config: Path | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    lora: Path | None = None
+    weights: Literal["float32", "bfloat16"] = "float32"
+    train: str = "xattn"
+    lora_rank: Count = 16
+    lora_alpha: Positive | None = None
+    lora_targets: str = "xattn"
+    saliency: Share | None = None
+    saliency_batches: Count = 8
+    anchor_prompts: tuple[str, ...] = ()
+    attention: Literal["auto", "native", "xformers", "flash"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+class OutputConfig(Section):
+    """How an unlearned text-to-image model is written; ``dtype`` None keeps that of each stored tensor."""
+
+    layout: Literal["diffusers", "single-file"] = "diffusers"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    max_shard_bytes: Count = 10_000_000_000
+    lora_keys: Literal["diffusers", "kohya"] = "diffusers"
+
+
+class DistributedConfig(Section):
+    """One process per device, each with its slice of every batch: the result is that of one process.
+
+    launch:            "none" is one process; "ddp" has the whole state on every rank; "fsdp" shards parameters,
+                       gradients and optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``
+    stage:             of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is
+                       that of ``deepspeed_config``, or 2
+    processes:         on this machine; under torchrun, deepspeed or accelerate launch, what they started
+    offload_optimizer: its state and its step live on the CPU
+    offload_params:    parameters rest on the CPU (ZeRO 3 and FSDP)
+    deepspeed_config:  a DeepSpeed JSON of one's own; what it leaves open, or to "auto", is as for the other settings
+    timeout:           seconds that ranks wait for one another before the run ends with an error
+    """
+
+    launch: Literal["none", "ddp", "fsdp", "zero"] = "none"
+    stage: Literal[0, 1, 2, 3] | None = None
+    processes: Count = 1
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    deepspeed_config: Path | None = None
+    timeout: Positive = 600.0
+
+
+def check_offload(settings: DistributedConfig) -> None:
+    """UserError where what is to be offloaded does not go with how the run is launched."""
+    launch = settings.launch
+    if settings.offload_params and launch not in ("fsdp", "zero"):
+        raise UserError(f"--launch {launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
+    if settings.offload_optimizer and launch in ("none", "ddp"):
+        raise UserError(f"--launch {launch} cannot offload its optimizer: use fsdp or zero.")
+    if launch == "fsdp" and settings.offload_optimizer and not settings.offload_params:
+        raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
+
+
+def check_shares(batch_size: int, setting: str, processes: int) -> None:
+    """UserError for a batch that ``processes`` cannot share evenly."""
+    if batch_size % processes:
+        raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
+
+
+class Config(Section):
+    """All settings.
+
+    ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
+    (None: one per core): the digits' convolutions are too small for more than one, and sums in another number of
+    threads round differently. ``images``, ``text_to_image`` and ``output`` are for text-to-image models alone.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: str = "auto"
+    threads: Count | None = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig = RunConfig()
+    images: ImagesConfig = ImagesConfig()
+    text_to_image: TextToImageConfig = TextToImageConfig()
+    output: OutputConfig = OutputConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    esd: EsdConfig = EsdConfig()
+    pruning: PruningConfig = PruningConfig()
+    salun: SalunConfig = SalunConfig()
+    selective_amnesia: SelectiveAmnesiaConfig = SelectiveAmnesiaConfig()
+    saemnesia: SaemnesiaConfig = SaemnesiaConfig()
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML that ``load_config`` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,132 @@
+"""Hugging Face data sets, saved ones and those of the hub, through the optional ``datasets`` library."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from erasediff.data.image_folder import (
+    CLASS,
+    CaptionedImage,
+    caption_column_of,
+    check_captions,
+    filled,
+    read_captioned_images,
+)
+from erasediff.errors import UserError
+
+SAVED = ("state.json", "dataset_dict.json")
+DEFAULT_SPLIT = "train"
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``folder`` was written by ``Dataset.save_to_disk``, or holds parquet files."""
+    parquet = (*folder.glob("*.parquet"), *folder.glob("data/*.parquet"))
+    return bool(parquet) or any((folder / name).is_file() for name in SAVED)
+
+
+def read_dataset(
+    source: str,
+    *,
+    split: str = DEFAULT_SPLIT,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    template: str | None = None,
+) -> list[CaptionedImage]:
+    """The images of a data set: a folder of ``save_to_disk`` or of parquet files, or a name on the hub.
+
+    Nothing is decoded or copied; the bytes of an image are read when it is. Class labels become attributes by their
+    names, the one called ``label`` also as ``"class"``. Captions as in ``read_captioned_images``.
+
+    UserError if ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split, or a
+    column is missing.
+    """
+    library = _library()
+    rows = _loaded(library, source, split)
+    features: Mapping[str, Any] = rows.features
+    images = [name for name, kind in features.items() if isinstance(kind, library.Image)]
+    if not images or image_column not in (None, *images):
+        raise UserError(f"The data set {source} has no image column {image_column or ''}: it has {_listed(features)}.")
+    image_column = image_column or images[0]
+    texts = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    column = caption_column_of(texts, caption_column, source)
+    rows = rows.cast_column(image_column, library.Image(decode=False))
+
+    described = rows.remove_columns([name for name in features if name not in texts and not _is_class(features[name])])
+    result = []
+    for number, row in enumerate(described):
+        attributes = {
+            name: features[name].int2str(value) if _is_class(features[name]) else str(value)
+            for name, value in row.items()
+            if value is not None
+        }
+        if "label" in attributes:
+            attributes.setdefault(CLASS, attributes["label"])
+        caption = (attributes.pop(column, "") if column else "").strip() or filled(template, attributes)
+        name = Path(f"{source}/{split}/{number}")
+        result.append(CaptionedImage(name, caption, number, attributes, _stored(rows, image_column, number)))
+    check_captions(result, "name the column with captions")
+    return result
+
+
+def _stored(rows: Any, column: str, number: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        image = rows[number][column]
+        content: bytes | None = image["bytes"]
+        return Path(image["path"]).read_bytes() if content is None else content
+
+    return read
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise UserError('Reading a Hugging Face data set needs pip install "erasediff[datasets]".') from None
+
+
+def _loaded(library: Any, source: str, split: str) -> Any:
+    folder = Path(source)
+    try:
+        if any((folder / name).is_file() for name in SAVED):
+            saved = library.load_from_disk(source)
+            if not isinstance(saved, Mapping):
+                return saved
+            if split not in saved:
+                raise ValueError(f"it has {_listed(saved)}")
+            return saved[split]
+        return library.load_dataset(source, split=split)
+    except ValueError as error:
+        raise UserError(f"The data set {source} has no split {split!r}: {_first_line(error)}") from error
+    except (ConnectionError, OSError) as error:
+        raise UserError(
+            f"The data set {source} is neither a folder here nor can it be had from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _is_class(feature: Any) -> bool:
+    return hasattr(feature, "int2str")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def read_images(
+    source: str, *, split: str = DEFAULT_SPLIT, caption_column: str | None = None, template: str | None = None
+) -> list[CaptionedImage]:
+    """The images of ``source``: an image folder, a saved Hugging Face data set, or the name of one on the hub.
+
+    UserError as in ``read_captioned_images`` and ``read_dataset``.
+    """
+    folder = Path(source)
+    is_path = folder.is_dir() or folder.is_absolute() or source.startswith(".")
+    if is_path and not is_saved_dataset(folder):
+        return read_captioned_images(folder, caption_column=caption_column, template=template)
+    return read_dataset(source, split=split, caption_column=caption_column, template=template)

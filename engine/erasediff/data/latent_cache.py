@@ -1,0 +1,311 @@
+"""Latents and text embeddings, computed once and kept under what they depend on: content, caption and encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.data.image_folder import CaptionedImage
+from erasediff.data.preprocessing import BrokenImage, Buckets, Fit, Size, fitted, open_picture, picture_size, to_pixels
+from erasediff.data.tensor_store import ShardStore
+from erasediff.errors import UserError
+from erasediff.utils.progress import progress_bar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """An image, the SHA-256 of its file's content, its upright size, and its cut."""
+
+    image: CaptionedImage
+    digest: str
+    original: Size
+    fit: Fit
+
+    def picture(self) -> Image.Image:
+        """The image as it will be encoded, RGB. BrokenImage; UserError if the file has changed since the survey."""
+        content = self.image.read()
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise UserError(f"The image {self.image.path} changed while it was being read: run the command again.")
+        return fitted(open_picture(content, str(self.image.path)), self.fit)
+
+
+class Digested(Protocol):
+    """Anything that knows the SHA-256 of an image file's content."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+def content_ids(images: Iterable[Digested]) -> Tensor:
+    """int64 [N], 63 bits of each image's SHA-256: equal for copies, as ``check_disjoint`` needs it."""
+    return torch.tensor([int(image.digest[:16], 16) >> 1 for image in images], dtype=torch.int64)
+
+
+class Broken:
+    """What to do about broken images: refuse the first, or report each by name and go on without it."""
+
+    def __init__(self, console: Console, *, skip: bool) -> None:
+        self._console = console
+        self._skip = skip
+
+    def report(self, error: BrokenImage) -> None:
+        """Raises ``error``, with the way to skip such images, unless they are skipped."""
+        if not self._skip:
+            raise UserError(f"{str(error).rstrip('.')}; repair or remove it, or give --skip-broken.") from error
+        self._console.print(f"[yellow]Skipped:[/] {error}", highlight=False)
+
+
+def survey(images: Sequence[CaptionedImage], buckets: Buckets, broken: Broken, console: Console) -> list[Surveyed]:
+    """Read every image once. UserError as in ``Broken.report``, and for a file that cannot be read."""
+
+    def look(image: CaptionedImage) -> Surveyed | BrokenImage:
+        content = image.read()
+        try:
+            original = Size(*picture_size(content, str(image.path)))
+        except BrokenImage as error:
+            return error
+        return Surveyed(image, hashlib.sha256(content).hexdigest(), original, buckets.fit(*original))
+
+    surveyed = []
+    with progress_bar(console, "Reading images", len(images)) as bar:
+        for found in ahead(look, images):
+            bar.advance()
+            if isinstance(found, BrokenImage):
+                broken.report(found)
+            else:
+                surveyed.append(found)
+    return surveyed
+
+
+def ahead(function: Callable[[A], B], items: Iterable[A], depth: int = 32) -> Iterator[B]:
+    """``map``, in threads, at most ``depth`` results ahead of the caller."""
+    with ThreadPoolExecutor() as pool:
+        remaining = iter(items)
+        running: list[Future[B]] = [pool.submit(function, item) for item in islice(remaining, depth)]
+        try:
+            while running:
+                result = running.pop(0).result()
+                running.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in running:
+                future.cancel()
+
+
+FORMAT = 1
+LATENT, MIRRORED = "latent", "mirrored"
+NULL_CAPTION = ""
+
+T = TypeVar("T")
+
+
+class Encoders(Protocol):
+    """What the cache needs of a text-to-image model."""
+
+    @property
+    def hash(self) -> str:
+        """Of the weights of the VAE and the text encoders."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, h, w], scaled for the denoiser, from float32 [B, 3, H, W] in [-1, 1]; deterministic."""
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Condition tensors, one row per prompt."""
+
+    def size_condition(
+        self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
+    ) -> dict[str, Tensor]:
+        """Condition tensors of ``count`` rows for images cut so; sizes are (height, width), ``crop`` is (top, left)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The SHA-256 of an image file, the size in pixels that it was brought to, its caption, and its tensors' keys."""
+
+    digest: str
+    size: Size
+    text: str
+    latent: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImages:
+    """Images whose latents and embeddings are at hand, in the order they were given in, broken ones left out.
+
+    null_caption: key of the embedding of the empty prompt
+    mirrored:     whether the latents of mirror images are there too
+    """
+
+    entries: tuple[Entry, ...]
+    null_caption: str
+    mirrored: bool
+    latents: ShardStore
+    captions: ShardStore
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ids(self) -> Tensor:
+        """As ``content_ids``."""
+        return content_ids(self.entries)
+
+    def row(self, entry: Entry, *, flipped: bool = False, dropped: bool = False) -> dict[str, Tensor]:
+        """``"sample"``, the latent, and the condition: of the mirror image, or under the empty caption, if asked."""
+        latents = self.latents.row(entry.latent)
+        condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
+        caption = self.captions.row(self.null_caption if dropped else entry.caption)
+        return {"sample": latents[MIRRORED if flipped else LATENT], **caption, **condition}
+
+    @property
+    def buckets(self) -> Tensor:
+        """int64 [N], the number of each image's size among the sizes that occur."""
+        numbers = {size: number for number, size in enumerate(sorted({entry.size for entry in self.entries}))}
+        return torch.tensor([numbers[entry.size] for entry in self.entries], dtype=torch.int64)
+
+
+class LatentCache:
+    """Latents and text embeddings in ``folder``, for any number of sets and models.
+
+    The key of a latent is a hash of the file's content, its cut and the encoders' weights; that of an embedding, of the
+    caption and the encoders' weights. So a changed file or caption is noticed, and it alone is computed again; a file
+    of another name is not; and an interrupted run resumes with what it had half a minute before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.latents = ShardStore(folder / "latents")
+        self.captions = ShardStore(folder / "captions")
+
+    def fill(
+        self,
+        images: Sequence[CaptionedImage],
+        model: Encoders,
+        buckets: Buckets,
+        console: Console,
+        *,
+        mirror: bool = False,
+        skip_broken: bool = False,
+        batch_size: int = 8,
+    ) -> CachedImages:
+        """Compute what is missing of ``images``, under progress bars.
+
+        mirror:      keep the latents of each image's mirror image too, for horizontal flips
+        skip_broken: name broken images on ``console`` and go on without them
+        batch_size:  images, or captions, encoded at once
+
+        Every file is read, to see whether it changed. Where nothing is missing, the encoders are not called: they may
+        have left memory. UserError for no images, a broken one unless skipped, one that cannot be read, a full disk.
+        """
+        broken = Broken(console, skip=skip_broken)
+        found = survey(images, buckets, broken, console)
+        return self.encode(found, model, broken, console, mirror=mirror, batch_size=batch_size)
+
+    def encode(
+        self,
+        found: Sequence[Surveyed],
+        model: Encoders,
+        broken: Broken,
+        console: Console,
+        *,
+        mirror: bool = False,
+        batch_size: int = 8,
+    ) -> CachedImages:
+        """``fill`` for images that were surveyed already."""
+        keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in found]
+        captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in found))}
+
+        with torch.no_grad():
+            self._fill_captions(captions, model, batch_size, console)
+            self._fill_latents(dict(keyed), model, mirror, batch_size, broken, console)
+        entries = tuple(
+            Entry(item.digest, item.fit.size, item.image.caption, key, captions[item.image.caption])
+            for key, item in keyed
+            if key in self.latents
+        )
+        if not entries:
+            raise UserError("No image is left to learn from: none was given, or all are broken.")
+        return CachedImages(entries, captions[NULL_CAPTION], mirror, self.latents, self.captions)
+
+    def _fill_captions(self, keys: dict[str, str], model: Encoders, batch_size: int, console: Console) -> None:
+        missing = [caption for caption, key in keys.items() if key not in self.captions]
+        if not missing:
+            return
+        with progress_bar(console, "Encoding captions", len(missing)) as bar, self.captions.writing() as writer:
+            for part in _parts(missing, batch_size):
+                rows = model.encode_prompts(part)
+                for number, caption in enumerate(part):
+                    writer.add(keys[caption], {name: tensor[number] for name, tensor in rows.items()})
+                bar.advance(len(part))
+
+    def _fill_latents(
+        self,
+        items: dict[str, Surveyed],
+        model: Encoders,
+        mirror: bool,
+        batch_size: int,
+        broken: Broken,
+        console: Console,
+    ) -> None:
+        missing = [(key, item) for key, item in items.items() if key not in self.latents]
+        if not missing:
+            return
+        missing.sort(key=lambda keyed: keyed[1].fit.size)
+        with progress_bar(console, "Encoding images", len(missing)) as bar, self.latents.writing() as writer:
+            for part, pixels in _stacked(missing, batch_size, broken):
+                tensors = {LATENT: model.encode_images(pixels)}
+                if mirror:
+                    tensors[MIRRORED] = model.encode_images(pixels.flip(-1))
+                for number, (key, item) in enumerate(part):
+                    cut = item.fit
+                    condition = model.size_condition(item.original, (cut.top, cut.left), cut.size, 1)
+                    row = {name: tensor[number] for name, tensor in tensors.items()}
+                    writer.add(key, row | {name: tensor[0] for name, tensor in condition.items()})
+                bar.advance(len(part))
+
+
+def _stacked(
+    keyed: list[tuple[str, Surveyed]], batch_size: int, broken: Broken
+) -> Iterator[tuple[list[tuple[str, Surveyed]], Tensor]]:
+    """Images of one size and their pixels [B, 3, H, W], read ahead in threads."""
+
+    def load(one: tuple[str, Surveyed]) -> tuple[tuple[str, Surveyed], Tensor | BrokenImage]:
+        try:
+            return one, to_pixels(one[1].picture())
+        except BrokenImage as error:
+            return one, error
+
+    def whole() -> Iterator[tuple[tuple[str, Surveyed], Tensor]]:
+        for one, pixels in ahead(load, keyed):
+            if isinstance(pixels, BrokenImage):
+                broken.report(pixels)
+            else:
+                yield one, pixels
+
+    for _, alike in groupby(whole(), key=lambda loaded: loaded[0][1].fit.size):
+        for part in _parts(alike, batch_size):
+            yield [one for one, _ in part], torch.stack([pixels for _, pixels in part])
+
+
+def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def _key(model: Encoders, *parts: object) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, model.hash, *parts]).encode()).hexdigest()

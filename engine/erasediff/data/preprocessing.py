@@ -1,0 +1,145 @@
+"""Image files of all kinds, as upright RGB."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from erasediff.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+EXIF_ORIENTATION = 0x0112
+TURNED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
+
+
+class BrokenImage(UserError):
+    """A file that is no image, or only a part of one; the message names it."""
+
+
+def open_picture(content: bytes, name: str) -> Image.Image:
+    """The image in ``content`` as upright RGB, 8 bits a channel.
+
+    The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled, and of an animation the first
+    frame is taken. BrokenImage, naming ``name``, for content that does not decode to its end.
+    """
+    with _decoding(name):
+        opened = Image.open(_stream(content, name))
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def picture_size(content: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the upright image, without decoding it where the format allows. BrokenImage as above."""
+    with _decoding(name):
+        image = Image.open(_stream(content, name))
+        turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """float32 [3, H, W] in [-1, 1] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _stream(content: bytes, name: str) -> io.BytesIO:
+    if not content:
+        raise BrokenImage(f"The image {name} is empty: the file has no bytes.")
+    return io.BytesIO(content)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"The image {name} is broken: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no known image format"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+USUAL_STEP = 64
+SMALLEST_AREA = 0.9
+WIDEST = 4.0
+
+
+class Size(NamedTuple):
+    """In pixels."""
+
+    height: int
+    width: int
+
+
+class Fit(NamedTuple):
+    """How an image comes to a bucket: scaled to ``scaled``, then cut to ``size`` from ``top``, ``left`` on."""
+
+    size: Size
+    scaled: Size
+    top: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The sizes that images are brought to."""
+
+    sizes: tuple[Size, ...]
+
+    @classmethod
+    def only(cls, height: int, width: int) -> Buckets:
+        """A single size: every image is cut to it."""
+        return cls((Size(height, width),))
+
+    @classmethod
+    def around(cls, height: int, width: int, step: int = USUAL_STEP) -> Buckets:
+        """All sizes in multiples of ``step`` of nine tenths to the whole of the area, no longer than 4 to 1.
+
+        For 1024 x 1024 these are SDXL's 40 (Podell et al. 2023, appendix I) and 1344 x 704, whose mirror image is among
+        them. ``height`` x ``width`` itself is always among them. UserError if it is smaller than one ``step``.
+        """
+        if min(height, width) < step:
+            raise UserError(f"Images of {width} x {height} are smaller than the bucket step {step}: lower the step.")
+        area = height * width
+        longest = math.isqrt(int(area * WIDEST))
+        sides = range(step, longest + 1, step)
+        found = {
+            Size(h, w)
+            for h in sides
+            for w in sides
+            if SMALLEST_AREA * area <= h * w <= area and 1 / WIDEST <= h / w <= WIDEST
+        }
+        return cls(tuple(sorted(found | {Size(height, width)})))
+
+    def fit(self, height: int, width: int) -> Fit:
+        """The bucket nearest in the logarithm of the aspect ratio, and the cut about the image's centre."""
+        size = min(
+            self.sizes, key=lambda s: (abs(math.log((s.height * width) / (s.width * height))), -s.height * s.width)
+        )
+        scale = max(size.height / height, size.width / width)
+        scaled = Size(max(size.height, round(height * scale)), max(size.width, round(width * scale)))
+        return Fit(size, scaled, (scaled.height - size.height) // 2, (scaled.width - size.width) // 2)
+
+
+def fitted(image: Image.Image, fit: Fit) -> Image.Image:
+    """``image`` scaled (Lanczos, with antialiasing) and cut as ``fit`` says."""
+    scaled = image.resize((fit.scaled.width, fit.scaled.height), Image.Resampling.LANCZOS)
+    return scaled.crop((fit.left, fit.top, fit.left + fit.size.width, fit.top + fit.size.height))

@@ -1,0 +1,236 @@
+"""Words that bring back what a model has forgotten: a search over prompts (after UnlearnDiffAtk, arXiv 2310.11868)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.diffusion.batch import Denoiser, diffusers_denoiser
+from erasediff.diffusion.losses import DenoisingObjective
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.errors import UserError
+from erasediff.methods import FineTune
+from erasediff.models.stable_diffusion import StableDiffusion
+from erasediff.training.loop import Batches
+from erasediff_kernels import ConstrainedAdamW
+
+Embedded = Callable[[Tensor, Tensor], Tensor]
+"""(token ids int64 [B, L], their embeddings [B, L, D]) -> the embeddings to use instead."""
+
+
+def token_ids(model: StableDiffusion, prompt: str) -> Tensor:
+    """int64 [1, L], padded to the text encoder's length."""
+    tokenizer: Any = model.tokenizers["tokenizer"]
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids.to(model.device)
+
+
+def word_id(model: StableDiffusion, word: str) -> int:
+    """The token that ``word`` is. UserError if it is several: one vector could not stand in its place."""
+    tokenizer: Any = model.tokenizers["tokenizer"]
+    ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise UserError(f'"{word}" is {len(ids)} tokens to this text encoder: choose a word that is one.')
+    return ids[0]
+
+
+def embeddings(model: StableDiffusion) -> Tensor:
+    """[V, D], the text encoder's own of every token."""
+    encoder: Any = model.encoders["text_encoder"]
+    weight: Tensor = encoder.get_input_embeddings().weight
+    return weight
+
+
+def condition(model: StableDiffusion, ids: Tensor, count: int) -> Mapping[str, Tensor]:
+    """The condition of one prompt [1, L], for ``count`` samples; unlike ``encode_prompts``, autograd sees it."""
+    encoder: Any = model.encoders["text_encoder"]
+    text: Tensor = encoder(ids)[0]
+    return {"encoder_hidden_states": text.expand(count, -1, -1)}
+
+
+@contextmanager
+def embedded_by(model: StableDiffusion, embed: Embedded) -> Iterator[None]:
+    """Within the block, token embeddings pass through ``embed``, whoever encodes a prompt: sampling, too."""
+    encoder: Any = model.encoders["text_encoder"]
+    handle = encoder.get_input_embeddings().register_forward_hook(lambda _, inputs, output: embed(inputs[0], output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """``prompt`` and its loss, beside that of the prompt without an attack; on the same images, timesteps and noise."""
+
+    prompt: str
+    loss: float
+    unattacked_loss: float
+
+
+class PromptSearch:
+    """The words before a prompt under which the model denoises images of the forgotten concept best.
+
+    As UnlearnDiffAtk, a few words are put before the prompt, and the loss is that of predicting the noise of images of
+    the concept; no other model is needed. There the words are relaxed and projected; here each step exchanges one word
+    for the best of a few ``candidates`` that the gradient proposes (HotFlip, Ebrahimi et al. 2018; GCG, Zou et al.
+    2023), so every prompt on the way is one that can be typed. What the search cannot find may still exist.
+
+    latents:    [N, C, h, w] of the concept's images, those of a step in turn
+    vocabulary: words of one token each; without the concept's own, or the search is none
+    """
+
+    def __init__(
+        self, model: StableDiffusion, latents: Tensor, vocabulary: Sequence[str], *, batch_size: int = 32, seed: int = 0
+    ) -> None:
+        self.model, self.latents, self.vocabulary, self.seed = model, latents, list(vocabulary), seed
+        self.tokens = torch.tensor([word_id(model, word) for word in vocabulary], device=model.device)
+        self.network = model.denoiser_module.requires_grad_(False).eval()
+        self.objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.denoiser)
+        self.slots = torch.arange(min(batch_size, len(latents)), device=model.device)
+
+    def search(self, prompt: str, *, words: int = 3, steps: int = 30, candidates: int = 8) -> Found:
+        """Begins with ``words`` drawn from the vocabulary; the best on images that the steps did not choose by."""
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randint(len(self.vocabulary), (words,), generator=generator).tolist()
+        seen = {tuple(chosen)}
+        for step in range(steps):
+            slot = step % words
+            proposed = self._proposed(chosen, slot, prompt, step)[:candidates]
+            trials = [chosen, *([*chosen[:slot], number, *chosen[slot + 1 :]] for number in proposed)]
+            chosen = min(trials, key=lambda trial: self._loss(self._typed(trial, prompt), step))
+            seen.add(tuple(chosen))
+        best = min(sorted(seen), key=lambda trial: self._loss(self._typed(trial, prompt), steps))
+        attacked = self._typed(best, prompt)
+        return Found(attacked, self._loss(attacked, steps), self._loss(prompt, steps))
+
+    def _typed(self, chosen: Sequence[int], prompt: str) -> str:
+        return " ".join([*(self.vocabulary[number] for number in chosen), prompt])
+
+    def _proposed(self, chosen: Sequence[int], slot: int, prompt: str, step: int) -> list[int]:
+        """Numbers of all words, that of which the loss falls most by its gradient at ``slot`` first."""
+        leaves: list[Tensor] = []
+
+        def leaf(ids: Tensor, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
+
+        with embedded_by(self.model, leaf):
+            self._true_loss(self._typed(chosen, prompt), step, backward=True)
+        gradient = leaves[0].grad
+        assert gradient is not None
+        # The first token is the one that begins every prompt.
+        of_slot = gradient[0, 1 + slot]
+        order: list[int] = (embeddings(self.model)[self.tokens] @ of_slot).argsort().tolist()
+        return order
+
+    @torch.no_grad()
+    def _loss(self, prompt: str, step: int) -> float:
+        return float(self._true_loss(prompt, step, backward=False))
+
+    def _true_loss(self, prompt: str, step: int, *, backward: bool) -> Tensor:
+        count = len(self.slots)
+        rows = (self.slots + step * count) % len(self.latents)
+        batch = {
+            "sample": self.latents[rows],
+            "sample_ids": self.slots,
+            **condition(self.model, token_ids(self.model, prompt), count),
+        }
+        return self.objective.true_loss(
+            self.network,
+            batch,
+            noise_key(self.seed, step, self.model.device),
+            torch.Tensor.backward if backward else None,
+            noise=NoiseRole.RETAIN_NOISE,
+            timestep=NoiseRole.RETAIN_TIMESTEP,
+        )
+
+
+def inverted_word(
+    model: StableDiffusion,
+    latents: Tensor,
+    prompt: str,
+    word: str,
+    *,
+    steps: int = 200,
+    lr: float = 5e-3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Tensor:
+    """float32 [D]: of all embeddings of ``word``, which ``prompt`` holds, one under which ``latents`` are denoised.
+
+    Gal et al. 2022 on an unlearned model, which is how CCE shows a concept that is hidden, not gone: no weight changes,
+    only the vector, from the word's own embedding on, by Adam on the denoising loss of images [N, C, h, w] of it.
+    UserError for a word of several tokens, ValueError for one that is not in the prompt.
+    """
+    token, ids = word_id(model, word), token_ids(model, prompt)
+    if token not in ids:
+        raise ValueError(f'"{word}" is not in the prompt "{prompt}"')
+    network = model.denoiser_module.requires_grad_(False).eval()
+    objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.denoiser)
+    vector = embeddings(model)[token].detach().float().clone().requires_grad_()
+    optimizer = torch.optim.Adam([vector], lr)
+    slots = torch.arange(batch_size, device=model.device)
+    for step in range(steps):
+        rows = (slots + step * batch_size) % len(latents)
+        optimizer.zero_grad()
+        with in_place_of(model, word, vector):
+            batch = {"sample": latents[rows], "sample_ids": slots, **condition(model, ids, batch_size)}
+            objective.true_loss(
+                network,
+                batch,
+                noise_key(seed, step, model.device),
+                torch.Tensor.backward,
+                noise=NoiseRole.RETAIN_NOISE,
+                timestep=NoiseRole.RETAIN_TIMESTEP,
+            )
+        optimizer.step()
+    return vector.detach()
+
+
+@contextmanager
+def in_place_of(model: StableDiffusion, word: str, vector: Tensor) -> Iterator[None]:
+    """Within the block, ``vector`` [D] is the embedding of ``word`` in every prompt."""
+    token = word_id(model, word)
+    with embedded_by(
+        model, lambda ids, output: torch.where((ids == token).unsqueeze(-1), vector.to(output.dtype), output)
+    ):
+        yield
+
+
+def relearning_curve(
+    network: nn.Module,
+    process: Process,
+    batches: Batches,
+    measure: Callable[[], float],
+    *,
+    steps: Sequence[int],
+    lr: float,
+    denoiser: Denoiser = diffusers_denoiser,
+    seed: int = 0,
+) -> list[tuple[int, float]]:
+    """(step, ``measure()``) before training and after each of ``steps``, ascending, of fine-tuning on ``batches``.
+
+    All weights are trained, by AdamW at a constant ``lr``, without averaging: an attacker who has the weights and some
+    images. What is slow to return was not merely hidden; the curve of a model that never saw the images is what slow
+    means. ``network`` is changed.
+    """
+    if list(steps) != sorted(set(steps)) or not steps or steps[0] < 1:
+        raise ValueError(f"steps must be positive and ascending, got {list(steps)}")
+    optimizer = ConstrainedAdamW(network.parameters(), lr)
+    method = FineTune(network, optimizer, process=process, denoiser=denoiser, seed=seed)
+    curve = [(0, measure())]
+    for step in range(steps[-1]):
+        method.step(batches.at(step))
+        if step + 1 in steps:
+            curve.append((step + 1, measure()))
+    return curve

@@ -1,0 +1,116 @@
+"""Membership inference by loss: can one tell from a model which images it was trained on?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.diffusion.batch import Batch, Denoiser, condition_of, diffusers_denoiser, with_sample_ids
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff_kernels import add_noise, denoising_loss
+
+
+@torch.no_grad()
+def image_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    process: Process,
+    denoiser: Denoiser = diffusers_denoiser,
+    draws: int = 20,
+    seed: int = 0,
+) -> Tensor:
+    """float32 [B] on the host: each image's denoising loss, the mean over ``draws`` timesteps evenly spread over all.
+
+    What an attacker thresholds who holds the model and an image (Yeom et al. 2018; Carlini et al. 2023, section 5.2).
+    The noise is addressed by (``seed``, draw, sample id): two models are asked about the same noisy images, and an
+    image's loss depends on no other.
+
+    Raises ``ValueError`` for fewer than one draw, and for a batch as in ``with_sample_ids``.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    batch = with_sample_ids(batch)
+    sample, ids = batch["sample"], batch["sample_ids"]
+    process = process.to(sample.device)
+    total = torch.zeros(len(sample), device=sample.device)
+    for draw in range(draws):
+        key = noise_key(seed, draw, sample.device)
+        timesteps = torch.full_like(ids, int((draw + 0.5) / draws * process.num_train_timesteps))
+        alpha, sigma = process.coefficients(timesteps)
+        role = int(NoiseRole.MEMBERSHIP)
+        noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, key=key, role=role)
+        prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], condition_of(batch))
+        losses = [
+            denoising_loss(
+                prediction[i : i + 1].to(sample.dtype),
+                sample[i : i + 1],
+                alpha[i : i + 1],
+                sigma[i : i + 1],
+                prediction_type=process.prediction_type,
+                weight=torch.ones(1, device=sample.device),
+                sample_ids=ids[i : i + 1],
+                key=key,
+                role=role,
+            ).loss
+            for i in range(len(sample))
+        ]
+        total += torch.stack(losses)
+    return (total / draws).float().cpu()
+
+
+def membership_auc(members: Tensor, others: Tensor) -> float:
+    """How likely a member has the lower loss of a random pair, ties counted half; losses [M] and [N].
+
+    The area under the attack's ROC curve (Mann & Whitney 1947): 0.5 tells nothing, 1 gives every member away, and 0
+    does too, for a loss that is conspicuously high. Raises ``ValueError`` for an empty side.
+    """
+    if not len(members) or not len(others):
+        raise ValueError("membership needs at least one member and one other image")
+    below = (members[:, None] < others[None]).double() + 0.5 * (members[:, None] == others[None]).double()
+    return below.mean().item()
+
+
+CHUNK = 100
+
+
+def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance float32 [M] to the nearest of the references [N, ...], and its index int64 [M].
+
+    ``queries`` [M, ...] are of the same shape per row; any dtype, compared in float32.
+    """
+    y = references.flatten(1).float()
+    found = [torch.cdist(x.flatten(1).float(), y).min(1) for x in queries.split(CHUNK)]  # type: ignore[no-untyped-call]
+    return torch.cat([pair.values for pair in found]), torch.cat([pair.indices for pair in found])
+
+
+def isolation(index: Tensor, references: Tensor) -> Tensor:
+    """float32 [K]: how far each of the references numbered ``index`` [K] is from the nearest other one."""
+    y = references.flatten(1).float()
+    distances = torch.cdist(y[index], y)
+    distances[torch.arange(len(index)), index] = torch.inf
+    return distances.min(1).values
+
+
+def reproduces(drawn: Sequence[Tensor], training: Sequence[Tensor], index: Tensor) -> Tensor:
+    """bool [M]: whether drawn image i is training image ``index[i]`` again.
+
+    It is if, in every view, that image is the nearest of all training images, and nearer to the drawn image than to any
+    other training image. Views are ways to look at an image: its pixels, a classifier's features of it; ``drawn`` has
+    [M, ...] and ``training`` [N, ...] of each. The limit is thus each image's own: one with near-copies among the
+    training images is reproduced by less than one that stands alone (as the ratio in Carlini et al. 2023, section 4.2).
+    The training images must differ from each other.
+
+    Raises ``ValueError`` without a view, or for views that do not go together.
+    """
+    if not drawn or len(drawn) != len(training):
+        raise ValueError(f"give at least one view of both sides, got {len(drawn)} and {len(training)}")
+    again = torch.ones(len(index), dtype=torch.bool)
+    for queries, references in zip(drawn, training, strict=True):
+        distance, found = nearest(queries, references)
+        wanted, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        again &= (found == index) & (distance < isolation(wanted, references)[place])
+    return again

@@ -1,0 +1,1 @@
+"""Files: atomic writes, tensor files, state files, JSON lines, the cache directory."""

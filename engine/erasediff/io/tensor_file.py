@@ -1,0 +1,161 @@
+"""safetensors files read and written one tensor at a time, so that a checkpoint never has to fit into memory twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from erasediff.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+ALIGNMENT = 64
+LazyWeights = Mapping[str, Callable[[], Tensor]]
+"""The entries of a module's state_dict, each read from the disk when it is called for."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is known by dtype and shape, and read, on the host, only when ``load`` is called."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def cast(self, dtype: torch.dtype | None) -> StoredTensor:
+        """In another floating dtype; integers, and everything for None, stay as they are."""
+        if dtype in (None, self.dtype) or not self.dtype.is_floating_point:
+            return self
+        return StoredTensor(dtype, self.shape, lambda: self.load().to(dtype))
+
+    def updated(self, current: Tensor) -> StoredTensor:
+        """This tensor where ``current``, loaded from it, still equals it; else ``current`` in this dtype.
+
+        Training in another dtype than the stored one therefore changes no bit of what was not trained.
+        """
+
+        def load() -> Tensor:
+            stored, value = self.load(), current.detach().cpu()
+            return stored if torch.equal(stored.to(value.dtype), value) else value.to(stored.dtype)
+
+        return StoredTensor(self.dtype, self.shape, load)
+
+    def reshaped(self, *shape: int) -> StoredTensor:
+        return StoredTensor(self.dtype, shape, lambda: self.load().reshape(shape))
+
+    def transposed(self) -> StoredTensor:
+        return StoredTensor(self.dtype, self.shape[::-1], lambda: self.load().T)
+
+    def part(self, index: int, count: int) -> StoredTensor:
+        """Part ``index`` of ``count`` equal ones along the first dimension."""
+        shape = (self.shape[0] // count, *self.shape[1:])
+        return StoredTensor(self.dtype, shape, lambda: self.load().chunk(count)[index])
+
+    @staticmethod
+    def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
+        """The inverse of ``part``."""
+        first = parts[0]
+        shape = (first.shape[0] * len(parts), *first.shape[1:])
+        return StoredTensor(first.dtype, shape, lambda: torch.cat([part.load() for part in parts]))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """The tensors and the metadata of one safetensors file."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Reads the header. UserError for a file that is missing or damaged."""
+        try:
+            handle: Any = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}.") from error
+        return cls(path, {name: _stored(handle, name) for name in handle.keys()}, handle.metadata() or {})  # noqa: SIM118
+
+
+def _stored(handle: Any, name: str) -> StoredTensor:
+    view = handle.get_slice(name)
+    return StoredTensor(DTYPES[view.get_dtype()], tuple(view.get_shape()), lambda: handle.get_tensor(name))
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with one tensor in memory at a time.
+
+    Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors without gaps.
+    """
+    # Tensors of odd sizes last: all others then begin at a multiple of ALIGNMENT, for readers that map the file.
+    ordered = sorted(tensors.items(), key=lambda item: _place_in_file(*item))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for name, tensor in ordered:
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
+        begin = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for _, tensor in ordered:
+            file.write(tensor_bytes(tensor.load()))
+
+
+def _place_in_file(name: str, tensor: StoredTensor) -> tuple[bool, int, str]:
+    return tensor.nbytes % ALIGNMENT > 0, -tensor.dtype.itemsize, name
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements in row-major order, without a copy where they lie so on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> list[dict[str, StoredTensor]]:
+    """``tensors`` in groups of at most ``max_bytes`` in their given order; a larger tensor has a group to itself."""
+    groups: list[dict[str, StoredTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
+
+
+def fingerprint(described: object, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, in hex, over ``described`` (by its repr) and each tensor's name, dtype, shape and elements, in order."""
+    digest = hashlib.sha256(repr(described).encode())
+    for name, tensor in tensors:
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

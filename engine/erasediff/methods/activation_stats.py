@@ -1,0 +1,195 @@
+"""Forward passes of a concept and of what is to stay, for those who look into the network meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasediff.diffusion.batch import Batch, condition_of, with_sample_ids
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.methods.base import Solver
+from erasediff.methods.esd import ESD
+from erasediff.models.weight_masks import weight_masks, without_masks
+
+
+@contextmanager
+def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, each forward pass leaves float32 [B, inputs] by layer: E x^2 over a sample's positions."""
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def record(module: nn.Module, given: Any, name: str = name) -> None:
+                inputs[name] = _channels_last(module, given[0]).square().mean(1)
+
+            stack.callback(layer.register_forward_pre_hook(record).remove)
+        yield inputs
+
+
+@contextmanager
+def recorded_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, each forward pass leaves float32 [B, neurons] by layer: E |z| over a sample's positions."""
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def record(module: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
+                outputs[name] = _channels_last(module, output).abs().mean(1)
+
+            stack.callback(layer.register_forward_hook(record).remove)
+        yield outputs
+
+
+def _channels_last(layer: nn.Module, value: Tensor) -> Tensor:
+    """float32 [B, positions, channels]."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        value = value.movedim(1, -1)
+    return value.detach().float().reshape(value.shape[0], -1, value.shape[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """States x_t [B, ...] and their conditions, of which ``of_concept`` bool [B] belong to the concept.
+
+    attack: the conditions with the concept's replaced by some that are to bring it back; None without any
+    """
+
+    sample: Tensor
+    timesteps: Tensor
+    condition: Mapping[str, Tensor]
+    of_concept: Tensor
+    attack: Mapping[str, Tensor] | None = None
+
+
+Observations = Callable[[int], Iterator[Observation]]
+"""As many observations as are asked for, the same at every call."""
+
+
+@torch.no_grad()
+def on_trajectories(method: ESD, count: int) -> Iterator[Observation]:
+    """Of prompts, on the frozen model's trajectories, from where the method's pool is."""
+    sample = method.states()
+    for iteration in range(method.iteration, method.iteration + count):
+        yield Observation(
+            sample=sample,
+            timesteps=method.trajectories.times(iteration),
+            condition=method.condition(iteration),
+            of_concept=method.of_concept(),
+            attack=None if method.attack is None else method.condition(iteration, method.attack),
+        )
+        concept, null = method.frozen_pair(sample, iteration)
+        guided = torch.lerp(null, concept, method.guidance_scale)
+        sample = method.trajectories.advanced(sample, guided, iteration)
+
+
+@torch.no_grad()
+def of_batches(
+    method: Solver, retain: Callable[[int], Iterable[Batch]], forget: Callable[[int], Iterable[Batch]], count: int
+) -> Iterator[Observation]:
+    """Of images, noised to timesteps of their own; the noise is addressed by (seed, number of the batch)."""
+    roles = ((NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP), (NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP))
+    objective = dataclasses.replace(method.objective, antithetic=False)
+    for index, batches in enumerate(zip(retain(count), forget(count), strict=True)):
+        key = noise_key(method.seed, index, method.device)
+        parts = []
+        for batch, (noise, timestep) in zip(batches, roles, strict=True):
+            batch = with_sample_ids(batch)
+            sample, timesteps = objective.noised(batch, key, noise, timestep)
+            parts.append({**batch, "sample": sample, "timesteps": timesteps})
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        timesteps = joined.pop("timesteps")
+        yield Observation(
+            sample=joined["sample"],
+            timesteps=timesteps,
+            condition=condition_of(joined),
+            of_concept=torch.arange(len(timesteps), device=method.device) >= len(parts[0]["timesteps"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InputNorms:
+    """Sums of mean squares [2, bins, inputs] of layers' inputs, and counts of samples [2, bins].
+
+    Row 1 is the concept's; the bins are equal ranges of timesteps.
+    """
+
+    squares: dict[str, Tensor]
+    counts: Tensor
+
+    @classmethod
+    def none(cls, layers: Mapping[str, nn.Module], bins: int, device: torch.device) -> InputNorms:
+        weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+        squares = {name: torch.zeros(2, bins, weight.shape[1], device=device) for name, weight in weights.items()}
+        return cls(squares, torch.zeros(2, bins, device=device))
+
+    @torch.no_grad()
+    def observe(self, method: Solver, layers: Mapping[str, nn.Module], seen: Observation) -> None:
+        """Add what the network's layers get to see in one pass."""
+        objective = method.objective
+        bins = self.counts.shape[1]
+        place = seen.of_concept * bins + seen.timesteps * bins // objective.process.num_train_timesteps
+        with recorded_inputs(layers) as inputs:
+            objective.prediction(method.model, seen.sample, seen.timesteps, seen.condition)
+        for name, values in inputs.items():
+            self.squares[name].flatten(0, 1).index_add_(0, place, values)
+        self.counts.flatten().index_add_(0, place, torch.ones_like(place, dtype=self.counts.dtype))
+
+    def norms(self, name: str) -> Tensor:
+        """Root mean squares, [2, bins, inputs]."""
+        return (self.squares[name] / self.counts.clamp(min=1)[:, :, None]).sqrt()
+
+
+def over_inputs(weight: Tensor, values: Tensor) -> Tensor:
+    """``values`` [inputs] as a factor of a layer's weight [neurons, inputs, ...]."""
+    return values.view(-1, *(1,) * (weight.ndim - 2))
+
+
+REPORTED = 100
+
+
+@torch.no_grad()
+def concept_neurons(method: Solver, observations: Iterable[Observation]) -> list[dict[str, Any]]:
+    """The neurons of masked layers with the largest correlation to the concept, largest first.
+
+    A neuron is an output of a masked layer, z its mean magnitude over an image's positions, over x_t of the concept.
+    correlation: E |z| of the original - E |z| of the pruned model, on the concept (the paper's rho)
+    sensitivity: E | z under an attack prompt - z under the concept |, both of the pruned model; only where there are
+                 attack prompts. The sources cut the paper's delta off: this is the reading of its definition in words.
+    """
+    layers = {name: module for name, module, _ in weight_masks(method.model)}
+    sums: dict[str, dict[str, Tensor]] = {"correlation": {}, "sensitivity": {}}
+    count = 0
+
+    def magnitudes(seen: Observation, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with recorded_outputs(layers) as outputs:
+            method.objective.prediction(method.model, seen.sample, seen.timesteps, condition)
+        return {name: value[seen.of_concept] for name, value in outputs.items()}
+
+    for seen in observations:
+        if not bool(seen.of_concept.any()):
+            continue
+        with without_masks(method.model):
+            original = magnitudes(seen, seen.condition)
+        pruned = magnitudes(seen, seen.condition)
+        _add(sums["correlation"], {name: original[name] - pruned[name] for name in layers})
+        if seen.attack is not None:
+            attacked = magnitudes(seen, seen.attack)
+            _add(sums["sensitivity"], {name: (attacked[name] - pruned[name]).abs() for name in layers})
+        count += int(seen.of_concept.sum())
+    rows = []
+    for name, correlation in sums["correlation"].items():
+        for neuron in correlation.topk(min(REPORTED, correlation.numel())).indices.tolist():
+            numbers = {kind: float(of_layer[name][neuron]) / count for kind, of_layer in sums.items() if of_layer}
+            rows.append({"layer": name, "neuron": neuron, **numbers})
+    return sorted(rows, key=lambda row: -row["correlation"])[:REPORTED]
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.sum(0)

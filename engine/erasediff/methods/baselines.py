@@ -1,0 +1,109 @@
+"""Plain training on retained data: the base model's trainer, the retrained oracle, and a control."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from erasediff.diffusion.batch import Batch
+from erasediff.diffusion.rng import NoiseRole
+from erasediff.errors import UserError
+from erasediff.methods.barriers import Fixed
+from erasediff.methods.base import Solver, StepReport
+from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.parallel.unwrap import unwrapped
+
+
+class FineTune(Solver):
+    """Descent on the denoising loss of the retained batch; the forgotten one is not looked at.
+
+    Forgets only as far as the weights drift: the control that tells what the constraint adds.
+    """
+
+    name: ClassVar[str] = "finetune"
+
+    def step(self, retain: Batch, forget: Batch | None = None) -> StepReport:
+        """One step on ``retain``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
+        loss, gradient = self._gradient(
+            retain, lambda backward: self.objective.retain_loss(self.model, retain, self._key(), backward)
+        )
+        return self._update(gradient, [], Fixed(0.0), retain_loss=loss)
+
+
+def make_finetune(materials: Materials) -> FineTune:
+    return FineTune(materials.network, materials.optimizer, process=materials.process, **materials.options)
+
+
+FINETUNE = Recipe(name=FineTune.name, make=make_finetune, needs=lambda _: Needs(forget=False))
+
+
+class NegativeGradient(Solver):
+    """Ascent on the true denoising loss of the forgotten batch (NegGrad, Golatkar et al. 2020); a control.
+
+    Nothing bounds the loss from above, so the rest of the model is destroyed as well; EraseDiff's deviated target and
+    its retain gradient exist to avoid that.
+    """
+
+    name: ClassVar[str] = "neggrad"
+
+    def step(self, retain: Batch, forget: Batch) -> StepReport:
+        """One step on ``forget``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
+        loss, gradient = self._gradient(
+            forget,
+            lambda backward: self.objective.true_loss(
+                self.model,
+                forget,
+                self._key(),
+                backward,
+                noise=NoiseRole.FORGET_NOISE,
+                timestep=NoiseRole.FORGET_TIMESTEP,
+                sign=-1.0,
+            ),
+        )
+        return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
+
+
+def make_neggrad(materials: Materials) -> NegativeGradient:
+    return NegativeGradient(materials.network, materials.optimizer, process=materials.process, **materials.options)
+
+
+NEGGRAD = Recipe(name=NegativeGradient.name, make=make_neggrad, needs=lambda _: Needs(retain=False))
+
+
+class Retrain(FineTune):
+    """Training on the retained data of a network whose weights were drawn anew.
+
+    It never saw the forgotten data, so it is what exact unlearning would end with. It costs a whole training: for
+    models that train here.
+    """
+
+    name: ClassVar[str] = "retrain"
+
+    @torch.no_grad()
+    def draw_weights(self) -> None:
+        """A diffusers network's initial weights, the same for the same ``seed``; the global random state is left alone.
+
+        Each process draws all of them and keeps its shard. UserError for a network of which only a part is trained:
+        the rest would stay as it was.
+        """
+        network: Any = unwrapped(self.model)
+        if not all(parameter.requires_grad for parameter in network.parameters()):
+            raise UserError("Retraining begins with new weights everywhere: train all of them, with --train full.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            fresh = dict(type(network).from_config(network.config).named_parameters())
+        for name, start, tensors in self.gradients.shards():
+            for key in tensors.keys() & {"weight", "ema"}:
+                tensor = tensors[key]
+                tensor.copy_(fresh[name].flatten()[start : start + tensor.numel()].view_as(tensor))
+        self.gradients.refresh()
+
+
+def make_retrain(materials: Materials) -> Retrain:
+    method = Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
+    method.draw_weights()
+    return method
+
+
+RETRAIN = Recipe(name=Retrain.name, make=make_retrain, needs=lambda _: Needs(forget=False))

@@ -1,0 +1,1 @@
+"""Pretrained checkpoints: diffusers folders, single files, hub repositories; reading and writing them."""

@@ -1,0 +1,142 @@
+"""A checkpoint on the disk: its parts, their configurations, and their weights under diffusers' names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from erasediff.errors import UserError
+from erasediff.io.tensor_file import StoredTensor, TensorFile
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HOW_TO_CONVERT = (
+    "convert them where you trust them, with pipeline.save_pretrained(folder, safe_serialization=True) of diffusers or "
+    "its script convert_original_stable_diffusion_to_diffusers.py --to_safetensors."
+)
+
+
+class Checkpoint(Protocol):
+    """What a model is loaded from, and what its untouched parts are saved from."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """As in model_index.json: "_class_name", and for each component [library, class]."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Of the file that holds the denoiser's weights."""
+        ...
+
+    @property
+    def original(self) -> Mapping[str, StoredTensor]:
+        """What a single file held, under its own names; empty for a folder."""
+        ...
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's configuration, a scheduler's included. UserError if it is missing or damaged."""
+        ...
+
+    def tensors(self, component: str) -> Mapping[str, StoredTensor]:
+        """The component's weights, under the names they have in a diffusers folder. UserError as above."""
+        ...
+
+    def tokenizer(self, component: str) -> Any:
+        """The component as a transformers tokenizer. UserError if it cannot be had."""
+        ...
+
+    def copy_small_files(self, folder: Path) -> None:
+        """Write everything of a diffusers folder but the weights into ``folder``."""
+        ...
+
+
+def has(checkpoint: Checkpoint, component: str) -> bool:
+    """Whether the checkpoint comes with the component; an optional one may be left out, as [null, null]."""
+    entry = checkpoint.index.get(component)
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None
+
+
+def weighted_components(checkpoint: Checkpoint) -> list[str]:
+    """The components that have weights: all but tokenizers, schedulers and processors of images."""
+    without = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor", "ImageProcessorFast")
+    return [
+        name
+        for name in checkpoint.index
+        if not name.startswith("_") and has(checkpoint, name) and not checkpoint.index[name][1].endswith(without)
+    ]
+
+
+def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """``copy_small_files`` of a checkpoint that is no folder: configurations and tokenizers as diffusers saves them."""
+    write_json(folder / "model_index.json", checkpoint.index)
+    for name in checkpoint.index:
+        if name.startswith("_") or not has(checkpoint, name):
+            continue
+        if name.startswith("tokenizer"):
+            checkpoint.tokenizer(name).save_pretrained(folder / name)
+        else:
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            write_json(folder / name / file, checkpoint.config(name))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """With the folder that it is in, if need be."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """UserError for a file that is missing, cut short, or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"The checkpoint is incomplete: it has no {path}.") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read: the checkpoint is damaged.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: the checkpoint is damaged.")
+    return content
+
+
+def component_files(folder: Path) -> list[TensorFile]:
+    """The weight files of one component's folder: one file or the shards of an index, the plain ones if there are any.
+
+    UserError if there are none, if a shard is missing, or if there are only pickles, which are never opened.
+    """
+    if not folder.is_dir():
+        raise UserError(f"The checkpoint is incomplete: it has no folder {folder}.")
+    candidates = [
+        path
+        for path in folder.iterdir()
+        if (path.suffix == ".safetensors" and "-of-" not in path.name) or ".safetensors.index." in path.name
+    ]
+    if not candidates:
+        if any(path.suffix in PICKLES for path in folder.iterdir()):
+            raise UserError(f"{folder} holds its weights as pickles, which can run code when opened: {HOW_TO_CONVERT}")
+        raise UserError(f"The checkpoint is incomplete: {folder} has no safetensors file.")
+    chosen = min(candidates, key=_plain_first)
+    if chosen.suffix == ".safetensors":
+        return [TensorFile.open(chosen)]
+    return [TensorFile.open(folder / name) for name in sorted(set(read_json(chosen).get("weight_map", {}).values()))]
+
+
+def _plain_first(path: Path) -> tuple[bool, bool, str]:
+    """``model.safetensors``, then ``model.fp16.safetensors`` or its index, then other variants such as ``non_ema``."""
+    variant = set(path.name.split(".")[1:]) - {"safetensors", "index", "json"}
+    return bool(variant), not variant <= {"fp16", "bf16"}, path.name
+
+
+LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def canonical_name(name: str) -> str:
+    """CLIP's without "text_model.", and the VAE's attention as it is called since diffusers 0.15."""
+    name = name.removeprefix("text_model.")
+    layer, _, weight = name.rpartition(".")
+    block, _, last = layer.rpartition(".")
+    return f"{block}.{LEGACY_ATTENTION[last]}.{weight}" if last in LEGACY_ATTENTION else name

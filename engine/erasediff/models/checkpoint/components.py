@@ -1,0 +1,136 @@
+"""Modules from a checkpoint's configurations and weights, checked before any memory is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from erasediff.errors import UserError
+from erasediff.io.tensor_file import LazyWeights, StoredTensor
+from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def component_class(checkpoint: Checkpoint, component: str) -> Any:
+    """UserError for a missing component, and for a class of another library than diffusers and transformers."""
+    if not has(checkpoint, component):
+        raise UserError(f"The checkpoint {checkpoint.path} is incomplete: it has no {component}.")
+    library, name = checkpoint.index[component]
+    cls = getattr(import_module(library), name, None) if library in LIBRARIES else None
+    if cls is None:
+        raise UserError(f"The {component} of {checkpoint.path} is a {library}.{name}, which is not known here.")
+    return cls
+
+
+def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
+    """The component with its parameters on the meta device."""
+    cls = component_class(checkpoint, component)
+    config = checkpoint.config(component)
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UserError(f"The {component} of {checkpoint.path} is a {config['_class_name']}, not a {cls.__name__}.")
+    try:
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = (
+                cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
+            )
+    except (TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.") from error
+    return module
+
+
+def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
+    """The component as ``empty_module``, its stored weights' names and shapes checked. UserError for a mismatch."""
+    module = empty_module(checkpoint, component)
+    stored = {canonical_name(name): tensor.shape for name, tensor in checkpoint.tensors(component).items()}
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    for name, tensor in module.state_dict().items():
+        shape = stored.get(canonical_name(name))
+        if shape is None and name not in tied:
+            raise UserError(f"The {component} of {checkpoint.path} is incomplete: it has no weight {name}.")
+        if shape is not None and _without_trailing_ones(shape) != _without_trailing_ones(tensor.shape):
+            raise UserError(
+                f"The {component} of {checkpoint.path} does not fit its configuration: {name} is "
+                f"{list(shape)}, the configuration asks for {list(tensor.shape)}."
+            )
+    return module
+
+
+def _without_trailing_ones(shape: tuple[int, ...]) -> list[int]:
+    """The shape without trailing ones: a 1x1 convolution and the linear layer that became of it are the same weight."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
+
+
+def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: torch.dtype) -> LazyWeights:
+    """What the checkpoint holds of ``module``, which is its empty component, in the shapes and dtypes it will have."""
+    stored = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
+    # T5's largest layers overflow in float16, and it is written to have them in float32.
+    wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+
+    def loading(name: str, source: StoredTensor, shape: torch.Size) -> Callable[[], Tensor]:
+        target = source.dtype
+        if source.dtype.is_floating_point:
+            target = torch.float32 if wide & set(name.split(".")) else dtype
+        return lambda: source.load().reshape(shape).to(target)
+
+    return {
+        name: loading(name, source, tensor.shape)
+        for name, tensor in module.state_dict().items()
+        if (source := stored.get(canonical_name(name))) is not None
+    }
+
+
+def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
+    module: Any = check_component(checkpoint, component)
+    weights = stored_weights(checkpoint, component, module, dtype)
+    state = {name: load().to(device, copy=True) for name, load in weights.items()}
+    module.load_state_dict(state, strict=False, assign=True)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    loaded: nn.Module = module.to(device).eval()
+    return loaded
+
+
+MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
+
+
+def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
+    """The scheduler as diffusers builds it. UserError if it is not one for the network; ``flow``: a flow-matching one.
+
+    A contradiction is a scheduler of the other kind; epsilon prediction under a schedule that ends in pure noise, where
+    it says nothing about the image (Lin et al. 2023, section 3.2); or another type than the weights' own ModelSpec
+    metadata records.
+    """
+    cls = component_class(checkpoint, "scheduler")
+    config = checkpoint.config("scheduler")
+    scheduler = cls.from_config(config)
+    predicts = f"The scheduler of {checkpoint.path} contradicts its network: "
+    if flow != ("FlowMatch" in cls.__name__):
+        kind = "by flow matching" if flow else "by denoising diffusion"
+        raise UserError(f"{predicts}{cls.__name__} is not for a network trained {kind}.")
+    if flow:
+        return scheduler
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"The scheduler {cls.__name__} of {checkpoint.path} has no noise schedule (alphas_cumprod).")
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in MODELSPEC_PREDICTIONS.values():
+        raise UserError(f"{predicts}its prediction_type {prediction_type!r} is none of epsilon, v_prediction, sample.")
+    if prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{predicts}it predicts epsilon, but rescale_betas_zero_snr makes the last timestep pure noise, which only "
+            "v_prediction can be trained on."
+        )
+    recorded = MODELSPEC_PREDICTIONS.get(checkpoint.metadata.get("modelspec.prediction_type", ""))
+    if recorded not in (None, prediction_type):
+        raise UserError(f"{predicts}its prediction_type is {prediction_type}, the weights record {recorded}.")
+    return scheduler

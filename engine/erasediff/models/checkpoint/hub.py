@@ -1,0 +1,57 @@
+"""What the Hugging Face hub's library has in its cache or can download."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import CLIPTokenizer
+
+from erasediff.errors import UserError
+
+
+def downloaded(repository: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+    """The folder of a repository's files that match ``patterns``. UserError, in one sentence, if they cannot be had."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{repository} is no folder here, and it is neither in the cache of the Hugging Face hub nor can it be "
+            "downloaded: check the name, the connection, and whether the model asks for a login."
+        ) from error
+
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) -> Any:
+    """A pipeline folder's tokenizer. UserError if it is missing or damaged."""
+    library, name = index.get(component) or (None, None)
+    cls = getattr(transformers, name, None) if library == "transformers" and name else None
+    vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
+    if cls is None or not any((path / component / name).is_file() for name in vocabularies):
+        raise UserError(f"The checkpoint {path} is incomplete: it has no {component}.")
+    try:
+        return cls.from_pretrained(path / component, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The {component} of {path} is damaged: {reason}") from error
+
+
+def clip_tokenizer(pad_token: str) -> Any:
+    """CLIP's tokenizer, which every SD and SDXL model uses, from the hub or its cache.
+
+    ``pad_token`` is "<|endoftext|>" for OpenAI's text encoder, "!" for OpenCLIP's. UserError if it is in neither.
+    """
+    try:
+        folder = downloaded(CLIP, ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"))
+    except UserError as error:
+        raise UserError(
+            f"A single file comes without its tokenizer, and {CLIP} is neither in the cache of the Hugging Face hub "
+            "nor can it be downloaded: give a diffusers folder of the same family as config."
+        ) from error
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token=pad_token)

@@ -1,0 +1,133 @@
+"""Whole checkpoints to the disk: what was trained from memory, everything else from where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_directory, atomic_file
+from erasediff.io.tensor_file import StoredTensor, shards, write_tensor_file
+from erasediff.models.checkpoint.base import Checkpoint, canonical_name, read_json, weighted_components, write_json
+from erasediff.models.checkpoint.components import empty_module
+from erasediff.models.checkpoint.original_layout import LAYOUTS, to_original
+
+Weights = Mapping[str, StoredTensor]
+
+
+def save_folder(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    replace: bool,
+) -> None:
+    """A diffusers folder. ``trained``: the state of each component that is no longer the checkpoint's.
+
+    A tensor that still equals the stored one is written with the stored one's bits, whatever dtype it was trained in.
+    """
+    components = _components(checkpoint, trained, dtype)
+    with atomic_directory(path, replace=replace) as folder:
+        checkpoint.copy_small_files(folder)
+        for name, tensors in components.items():
+            library = checkpoint.index[name][0]
+            stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+            # transformers refuses a file that does not say which framework wrote it.
+            said = metadata if name in trained else {"format": "pt"}
+            _write_component(folder / name, stem, tensors, said, max_shard_size)
+            if dtype is not None:
+                _record_dtype(folder / name / "config.json", dtype)
+
+
+def save_single_file(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    layout: str,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+    markers: Mapping[str, StoredTensor],
+    replace: bool,
+) -> None:
+    """One file in the original layout, with whatever else a source in that layout held. ``markers``: more entries."""
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already: remove it or choose another name.")
+    tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
+    for name, weights in _components(checkpoint, trained, dtype).items():
+        if table := LAYOUTS[layout].get(name):
+            tensors |= to_original(table, weights, empty_module(checkpoint, name).config)
+    with atomic_file(path) as partial:
+        write_tensor_file(partial, tensors | dict(markers), metadata)
+
+
+def _components(
+    checkpoint: Checkpoint, trained: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None
+) -> dict[str, Weights]:
+    return {
+        name: {key: tensor.cast(dtype) for key, tensor in _current(checkpoint, name, trained.get(name)).items()}
+        for name in weighted_components(checkpoint)
+    }
+
+
+def _current(checkpoint: Checkpoint, component: str, state: Mapping[str, Tensor] | None) -> Weights:
+    stored = checkpoint.tensors(component)
+    if state is None:
+        return stored
+    weights = {canonical_name(name): tensor for name, tensor in state.items()}
+    if weights.keys() - {canonical_name(name) for name in stored}:
+        raise ValueError(f"the {component} has other weights than it was loaded with: merge its LoRA before saving it")
+    # A file may hold more than the module takes, such as buffers of older releases.
+    return {
+        name: tensor.updated(weights[canonical_name(name)]) if canonical_name(name) in weights else tensor
+        for name, tensor in stored.items()
+    }
+
+
+def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mapping[str, str], max_bytes: int) -> None:
+    folder.mkdir(exist_ok=True)
+    groups = shards(tensors, max_bytes)
+    if len(groups) == 1:
+        write_tensor_file(folder / f"{stem}.safetensors", groups[0], metadata)
+        return
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"{stem}-{number:05}-of-{len(groups):05}.safetensors"
+        write_tensor_file(folder / name, group, metadata)
+        weight_map.update(dict.fromkeys(group, name))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _record_dtype(path: Path, dtype: torch.dtype) -> None:
+    """transformers loads in the dtype that the configuration names."""
+    config = read_json(path)
+    for name in {"dtype", "torch_dtype"} & config.keys():
+        config[name] = str(dtype).removeprefix("torch.")
+    write_json(path, config)
+
+
+STABILITY_AI = "https://github.com/Stability-AI/generative-models"
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def modelspec(
+    source: Mapping[str, str], *, architecture: str, implementation: str, prediction_type: str, size: tuple[int, int]
+) -> dict[str, str]:
+    """The metadata of an unlearned model: the source's, hashes and date left out, with what is known here filled in."""
+    kept = {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
+    known = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.resolution": f"{size[1]}x{size[0]}",
+    }
+    if prediction_type in PREDICTIONS:
+        known["modelspec.prediction_type"] = PREDICTIONS[prediction_type]
+    return {"modelspec.title": "Unlearned model", "format": "pt", **kept, **known}

@@ -1,0 +1,127 @@
+"""A checkpoint in one .safetensors file of the original layout: SD 1.x, SD 2.x or SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from erasediff.errors import UserError
+from erasediff.io.tensor_file import StoredTensor, TensorFile
+from erasediff.models.checkpoint.base import write_small_files
+from erasediff.models.checkpoint.components import MODELSPEC_PREDICTIONS, empty_module
+from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
+from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
+from erasediff.models.checkpoint.hub import clip_tokenizer
+from erasediff.models.checkpoint.original_layout import LAYOUTS, from_original
+
+SIGNATURES = {
+    "sdxl": "conditioner.embedders.1.model.ln_final.weight",
+    "sd2": "cond_stage_model.model.ln_final.weight",
+    "sd1": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+}
+"""A key that only files of this layout have."""
+
+
+class SingleFile:
+    """Implements ``Checkpoint``.
+
+    config:          a diffusers folder that configurations and tokenizers are taken from; None for the family's usual
+    prediction_type: what the file does not say; None where it does, or where its family leaves no doubt
+
+    Raises ``UserError`` for a file that is missing, damaged or of no known layout, and for one of SD 2.x that does not
+    say what it predicts while nothing else does.
+    """
+
+    original: Mapping[str, StoredTensor]
+
+    def __init__(self, path: Path, *, config: Path | None, prediction_type: str | None) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path} does not exist.")
+        file = TensorFile.open(path)
+        self.layout = _layout(path, file.tensors)
+        self.metadata = file.metadata
+        # An average of the weights from before the unlearning must not come out with the unlearned ones.
+        self.original = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("model_ema.")}
+        self._folder = None if config is None else DiffusersFolder(config)
+        self.index = self._index()
+        self._scheduler = self._scheduler_config(prediction_type)
+        self._tensors: dict[str, dict[str, StoredTensor]] = {}
+
+    def _index(self) -> dict[str, Any]:
+        if self._folder is None:
+            return {**KNOWN_CONFIGS[self.layout]["index"], "_diffusers_version": diffusers.__version__}
+        # What a single file cannot hold, such as a safety checker, is not there to be saved.
+        held = [*LAYOUTS[self.layout], *_tokenizers(LAYOUTS[self.layout]), "scheduler"]
+        return {
+            name: value if name in held or not isinstance(value, list) else [None, None]
+            for name, value in self._folder.index.items()
+        }
+
+    def _scheduler_config(self, asked: str | None) -> dict[str, Any]:
+        recorded = MODELSPEC_PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", ""))
+        said = asked or recorded or ("v_prediction" if "v_pred" in self.original else None)
+        config = KNOWN_CONFIGS[self.layout]["scheduler"] if self._folder is None else self._folder.config("scheduler")
+        if self._folder is None and said is None and self.layout == "sd2":
+            raise UserError(
+                f"{self.path} is a Stable Diffusion 2.x model and does not say if it predicts epsilon (512 pixels) "
+                "or v_prediction (768 pixels): give its prediction type."
+            )
+        zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in self.original else {}
+        return {**config, **({"prediction_type": said} if said else {}), **zero_snr}
+
+    def config(self, component: str) -> dict[str, Any]:
+        if component == "scheduler":
+            return self._scheduler
+        if self._folder is not None:
+            return self._folder.config(component)
+        config = KNOWN_CONFIGS[self.layout][component]
+        if (self.layout, component) == ("sd2", "unet") and self._scheduler["prediction_type"] == "epsilon":
+            return {**config, "sample_size": 64}
+        return config
+
+    def tensors(self, component: str) -> dict[str, StoredTensor]:
+        if component not in self._tensors:
+            module = empty_module(self, component)
+            names: Iterable[str] = module.state_dict()
+            if component.startswith("text_encoder"):
+                names = map(_on_disk, names)
+            table = LAYOUTS[self.layout][component]
+            self._tensors[component] = from_original(table, self.original, names, module.config)
+        return self._tensors[component]
+
+    def tokenizer(self, component: str) -> Any:
+        if self._folder is not None:
+            return self._folder.tokenizer(component)
+        openai = self.layout == "sd1" or (self.layout, component) == ("sdxl", "tokenizer")
+        return clip_tokenizer("<|endoftext|>" if openai else "!")
+
+    def copy_small_files(self, folder: Path) -> None:
+        write_small_files(self, folder)
+
+
+def _tokenizers(components: Iterable[str]) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
+
+
+def _layout(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
+    for layout, key in SIGNATURES.items():
+        if key in tensors:
+            return layout
+    if any("lora" in key for key in tensors):
+        raise UserError(f"{path} is a LoRA, not a model: give the model that it belongs to.")
+    if any(key.startswith("conditioner.embedders.0.model.") for key in tensors):
+        raise UserError(f"{path} is the refiner of SDXL: only its base model can be unlearned here.")
+    if any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise UserError(
+            f"{path} holds a denoiser without a text encoder of SD 1.x, 2.x or SDXL: give a diffusers folder."
+        )
+    raise UserError(f"{path} is not a single file of SD 1.x, SD 2.x or SDXL: give a diffusers folder.")
+
+
+def _on_disk(name: str) -> str:
+    """A text encoder's weight as every release of transformers reads it."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"

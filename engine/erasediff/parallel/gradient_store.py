@@ -1,0 +1,118 @@
+"""What the solver needs of whoever owns the gradients, and what a checkpoint needs of whoever owns the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from erasediff.parallel.world import World
+from erasediff_kernels import Constraint
+
+
+class Shard(NamedTuple):
+    """What one process holds of one trained parameter: elements ``start``, ``start`` + 1, ... of the flattened one.
+
+    name:    the parameter's, without prefixes of DDP, an engine or torch.compile
+    tensors: "weight", the fp32 master where there is one, and the optimizer's and averages' elements of it
+             ("exp_avg", "exp_avg_sq", "ema", ...). Views into what is trained: writing to them is loading. Flat, or in
+             the parameter's shape where the whole parameter is here and not contiguous: copy with ``view_as``.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+
+class Gradients(Protocol):
+    """Two backward passes per step, each taken as a list of tensors, and one update from both.
+
+    The lists are this process's share: everything, or its shard. The solver sees only their Gram values.
+    """
+
+    world: World
+    device: torch.device
+    """Where the model computes."""
+    optimizer: torch.optim.Optimizer
+    """The user's own, inside of whatever wraps it."""
+    max_grad_norm: float | None
+    """What an engine's own configuration asks for; None where it says nothing."""
+    accumulation_steps: int | None
+    """Likewise."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every process holds every element."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """How many processes hold each element: what their Gram values count several times."""
+        ...
+
+    def held_weights(self) -> AbstractContextManager[None]:
+        """Within the block no weight changes: what one pass has gathered of cut ones may stay for the next.
+
+        Gradients taken within are whole when it ends: their reduction may go on beside the next pass.
+        """
+        ...
+
+    def begin(self, calls: int) -> None:
+        """The next ``calls`` calls of ``backward`` make one gradient: only the last one need communicate."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of ``loss``, averaged over the processes, to what the next ``take`` returns."""
+        ...
+
+    def take(self) -> list[Tensor]:
+        """The gradients accumulated since the last ``take``. The caller's to keep and to write to, until ``update``."""
+        ...
+
+    def reuse(self, gradients: list[Tensor]) -> None:
+        """The caller needs what ``take`` has returned no more: the next gradients may be written there."""
+        ...
+
+    def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
+        """float64 [3] = (|r|^2, <r, g>, |g|^2) of this process's elements that the update moves."""
+        ...
+
+    def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
+        """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false.
+
+        What the lists hold afterwards is undefined, as after ``reuse``.
+        """
+        ...
+
+    def set_masks(self, masks: list[Tensor]) -> None:
+        """Freeze the elements whose entry in ``masks``, bool, one for each tensor of ``take``, is False.
+
+        They have no part in the Gram values either. ``ValueError`` for an optimizer that takes no masks.
+        """
+        ...
+
+    def weights(self) -> list[Tensor]:
+        """This process's trained weights, fp32 masters where there are, one for each tensor of ``take``."""
+        ...
+
+    def refresh(self) -> None:
+        """After ``weights`` or ``shards`` were written to: all that is derived from them, on every process."""
+        ...
+
+    def shards(self, **aligned: list[Tensor]) -> Iterator[Shard]:
+        """This process's elements, and the same elements of lists that are ``aligned`` with ``weights``.
+
+        The state of ``ConstrainedAdamW`` and ``ConstrainedSGD`` is whole before their first step, that of others after.
+        """
+        ...
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The optimizer's 0-D state, the same on each process: counters of steps."""
+        ...
+
+    def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
+        """Restores ``scalars``."""
+        ...

@@ -1,0 +1,76 @@
+"""From what a launcher has put into the environment to a process group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TypedDict
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from erasediff.config import DistributedConfig, check_shares
+from erasediff.errors import UserError
+from erasediff.parallel.control_plane import Peers
+
+
+class Share(TypedDict):
+    """Which part of every batch is this rank's, as batches take it."""
+
+    rank: int
+    world_size: int
+
+
+def check_launch(settings: DistributedConfig) -> None:
+    """UserError where a launcher and the configuration disagree on whether there are several processes."""
+    size = Peers.current().size
+    if settings.launch == "none" and size > 1:
+        raise UserError(f"{size} processes were started: say with --launch ddp, fsdp or zero how they share the work.")
+    if settings.launch != "none" and Peers.current().store is None:
+        raise UserError("This command runs in one process: leave distributed.launch at none.")
+
+
+def local_device(name: str, launch: str) -> str:
+    """The device of this rank, where ``name`` leaves the choice and a launcher makes it. UserError for one GPU for
+    several ranks."""
+    if launch == "none":
+        return name
+    if name.startswith("cuda:"):
+        raise UserError(f"Each process has a GPU of its own: say --device cuda, not {name}.")
+    if name not in ("auto", "cuda"):
+        return name
+    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto" and gpus == 0:
+        return "cpu"
+    if place >= gpus:
+        found = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"This machine has {found}, and process {place + 1} needs one of its own: say --device cpu.")
+    return f"cuda:{place}"
+
+
+def join(settings: DistributedConfig, device: torch.device) -> None:
+    """Initialise ``torch.distributed`` among the ranks, with the time limit of ``settings``; again is no harm."""
+    peers = Peers.current()
+    if settings.launch == "none" or peers.store is None or dist.is_initialized():
+        return
+    peers.seconds = settings.timeout
+    if settings.launch == "zero":
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        # Collectives of both kinds of tensors: stops are agreed on without the device.
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", peers.store),
+        rank=peers.rank,
+        world_size=peers.size,
+        timeout=timedelta(seconds=settings.timeout),
+    )
+
+
+def share_of(batch_size: int, setting: str) -> Share:
+    """This rank's part of a batch of ``batch_size``. UserError for a batch that cannot be cut evenly."""
+    peers = Peers.current()
+    check_shares(batch_size, setting, peers.size)
+    return Share(rank=peers.rank, world_size=peers.size)

@@ -1,0 +1,110 @@
+"""What is asked of an engine as a whole, and of which engines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRIED = ((0, 19), (0, 20))
+"""The first version that is known to have these names, and the first that is not."""
+
+
+def is_engine(model: object) -> bool:
+    """Whether ``model`` is a DeepSpeed engine; does not import DeepSpeed."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+
+@contextmanager
+def autocast(model: object, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """``torch.autocast`` that holds within a DeepSpeed engine too, or nothing if ``dtype`` is None.
+
+    On an accelerator an engine turns off what surrounds it, unless its own configuration asks for the same.
+    """
+    if dtype is None:
+        yield
+        return
+    engine: Any = model if is_engine(model) else None
+    if engine is not None:
+        engine.torch_autocast_enabled, engine.torch_autocast_dtype = lambda: True, lambda: dtype
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        if engine is not None:
+            del engine.torch_autocast_enabled, engine.torch_autocast_dtype
+
+
+def check_engine(engine: Any) -> None:
+    """``ValueError`` for a version, or a kind of engine, whose gradients are elsewhere than here."""
+    installed = tuple(int(part) for part in version("deepspeed").split(".")[:2])
+    if not TRIED[0] <= installed < TRIED[1]:
+        raise ValueError(f"DeepSpeed {version('deepspeed')} was never tried here: install deepspeed>=0.19,<0.20")
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
+    refused = {
+        "float16 with loss scaling: use bf16, which needs none": engine.fp16_enabled()
+        or engine.torch_autocast_z0_gradscaler is not None
+        or getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "mixtures of experts": engine.has_moe_layers,
+        "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "ZenFlow": bool(engine.zenflow),
+        "SuperOffload": engine.super_offload(),
+        "a second partition of the weights (zero_hpz_partition_size)": zero.zero_hpz_partition_size > 1,
+        "model parallelism": engine.dp_world_size != torch.distributed.get_world_size(),
+        "offloading to NVMe: offload to the CPU": "nvme"
+        in {str(getattr(part, "device", None)).rpartition(".")[2] for part in (offload, zero.offload_param)},
+        "a share of the optimizer offloaded (offload_optimizer.ratio)": offload is not None and offload.ratio != 1.0,
+        "no optimizer": engine.optimizer is None,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"this DeepSpeed engine uses {what}; unlearning does not support that")
+
+
+def take_over_clipping(engine: Any) -> float | None:
+    """The engine's gradient clipping, which it shall leave to the constrained step from now on; None if it has none."""
+    asked = float(engine._config.gradient_clipping)
+    engine._config.gradient_clipping = 0.0
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = 0.0
+    return asked or None
+
+
+def tell_norm(engine: Any, norm: Tensor) -> None:
+    """What ``engine.get_global_grad_norm`` returns from now on: the engine's own would be the retain gradient's."""
+    engine._global_grad_norm = norm
+
+
+def return_boundary(engine: Any) -> None:
+    """The engine counts its accumulation steps itself again, as before ``set_gradient_accumulation_boundary``."""
+    engine._is_gradient_accumulation_boundary = None
+
+
+def gathered(*parameters: Tensor) -> AbstractContextManager[object]:
+    """Those of ``parameters`` that ZeRO-3 has partitioned are whole within the block, on each process."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(cut)  # type: ignore[no-any-return]
+
+
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What cuts one whole parameter as ZeRO-3 under ``config`` does, with the first process's values.
+
+    Every process must call it for the same parameters in the same order; the parameter's own storage is freed.
+    """
+    import deepspeed
+
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
+    return lambda parameter: init._convert_to_zero_parameters([parameter])

@@ -1,0 +1,151 @@
+"""What is drawn in the place of a forgotten concept, where nobody has said it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from erasediff.config import Config
+from erasediff.data import CachedBatches, CachedImages
+from erasediff.data.batches import stacked
+from erasediff.data.latent_cache import NULL_CAPTION
+from erasediff.diffusion.batch import Batch, Denoiser, condition_of, diffusers_denoiser, with_sample_ids
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.methods import RECIPES
+from erasediff.models.base import TextToImageModel
+from erasediff.parallel.control_plane import Peers
+from erasediff.training.loop import Batches
+from erasediff_kernels import add_noise, denoising_loss
+
+
+@torch.no_grad()
+def condition_losses(
+    model: nn.Module,
+    batch: Batch,
+    conditions: Mapping[str, Tensor],
+    *,
+    process: Process,
+    denoiser: Denoiser = diffusers_denoiser,
+    draws: int = 4,
+    seed: int = 0,
+) -> Tensor:
+    """float32 [n]: the mean denoising loss of ``batch`` under each of n conditions in the place of its own.
+
+    The least of them is the answer of a diffusion classifier (Li et al. 2023, arXiv 2303.16203, eq. 4-5). All
+    conditions see the same noisy images, so that losses differ by the condition alone; timesteps are evenly spread.
+
+    conditions: for each entry of the batch's condition that is replaced, a tensor [n, ...]
+    draws:      timesteps and noises per image
+
+    Raises ``ValueError`` for fewer than one draw, conditions of unequal lengths, and a batch as in ``with_sample_ids``.
+    """
+    lengths = {len(tensor) for tensor in conditions.values()}
+    if draws < 1 or len(lengths) != 1:
+        raise ValueError(f"needs at least one draw and conditions of one length, got {draws} draws and {lengths}")
+    batch = with_sample_ids(batch)
+    sample, ids = batch["sample"], batch["sample_ids"]
+    process, own, role = process.to(sample.device), condition_of(batch), int(NoiseRole.ANCHOR)
+    count, places = len(sample), torch.arange(len(sample), device=sample.device)
+    weight = torch.full((count,), 1 / (count * draws), device=sample.device)
+    totals = torch.zeros(lengths.pop(), device=sample.device)
+    for draw in range(draws):
+        key = noise_key(seed, draw, sample.device)
+        timesteps = (places * draws + draw) * process.num_train_timesteps // (count * draws)
+        alpha, sigma = process.coefficients(timesteps)
+        noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, key=key, role=role)
+        for number in range(len(totals)):
+            replaced = {
+                name: tensor[number].to(sample.device).expand(count, *tensor.shape[1:])
+                for name, tensor in conditions.items()
+            }
+            prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], {**own, **replaced})
+            totals[number] += denoising_loss(
+                prediction.to(sample.dtype),
+                sample,
+                alpha,
+                sigma,
+                prediction_type=process.prediction_type,
+                weight=weight,
+                sample_ids=ids,
+                key=key,
+                role=role,
+            ).loss
+    return totals
+
+
+CANDIDATES, FINALISTS = 64, 8
+IMAGES, DRAWS = 16, 8
+"""A final looks at each image under that many noises; the round before it, at one."""
+
+
+def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: Batches, console: Console) -> Config:
+    """``config`` with anchor prompts, where its method relabels and nobody has named any.
+
+    The anchor is the retained caption under which the model denoises the forgotten images best: what it takes them for
+    if it may not call them by their own name. A rehearsal, which has no captions, takes the empty one.
+    """
+    if config.text_to_image.anchor_prompts or not RECIPES[config.unlearn.method].needs(config).relabel:
+        return config
+    prompt = NULL_CAPTION
+    if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
+        peers = Peers.current()
+        # The main rank alone where the denoiser is still on the disk: no other need hold all of it.
+        looks = peers.is_main or not model.denoiser_is_empty
+        found = nearest_caption(model, retain.images, forget.images, seed=config.seed) if looks else None
+        prompt = peers.from_main(found)
+        console.print(f'Anchor: "{prompt}"; another can be given with --anchor-prompts.', markup=False, highlight=False)
+    chosen = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
+    return config.model_copy(update={"text_to_image": chosen})
+
+
+def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
+    """The caption of ``retain`` that explains the images of ``forget`` best: see ``condition_losses``.
+
+    Among at most ``CANDIDATES`` different captions, the most frequent first or, where they are all alike, some of all
+    parts of the set.
+    """
+    keys = {entry.text: entry.caption for entry in retain.entries}
+    captions = _candidates([entry.text for entry in retain.entries])
+    batch = _some(model, forget)
+    denoiser = model.whole_denoiser()
+    for count, draws in ((FINALISTS, 1), (1, DRAWS)):
+        conditions = stacked([retain.captions.row(keys[caption]) for caption in captions], model.device)
+        losses = condition_losses(
+            denoiser,
+            batch,
+            conditions,
+            process=model.process,
+            denoiser=model.denoiser,
+            draws=draws,
+            seed=seed,
+        )
+        best = losses.argsort(stable=True)[:count].tolist()
+        captions = [captions[number] for number in best]
+    return captions[0]
+
+
+def _candidates(captions: Sequence[str]) -> list[str]:
+    """Distinct and not empty, by frequency; evenly spaced among those as frequent as the last that has room."""
+    counted = Counter(caption for caption in captions if caption != NULL_CAPTION)
+    ordered = [caption for caption, _ in counted.most_common()]
+    if len(ordered) <= CANDIDATES:
+        return ordered or [NULL_CAPTION]
+    least = counted[ordered[CANDIDATES - 1]]
+    above = [caption for caption in ordered if counted[caption] > least]
+    alike = [caption for caption in ordered if counted[caption] == least]
+    room = CANDIDATES - len(above)
+    return above + [alike[number * len(alike) // room] for number in range(room)]
+
+
+def _some(model: TextToImageModel, images: CachedImages) -> dict[str, Tensor]:
+    """A batch of at most ``IMAGES`` images of the commonest size, from all parts of the set."""
+    size, _ = Counter(entry.size for entry in images.entries).most_common(1)[0]
+    entries = [entry for entry in images.entries if entry.size == size]
+    count = min(IMAGES, len(entries))
+    chosen = [entries[number * len(entries) // count] for number in range(count)]
+    return stacked([images.row(entry) for entry in chosen], model.device)

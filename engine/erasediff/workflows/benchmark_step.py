@@ -1,0 +1,163 @@
+"""EraseDiff beside plain fine-tuning on as many samples, in turns on this machine; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasediff.diffusion.batch import Batch
+from erasediff.errors import UserError
+from erasediff.methods import FineTune
+from erasediff.methods.erasediff import EraseDiff
+from erasediff.planning.trace import flop_counter
+from erasediff.training.job import Session, precision_of
+from erasediff.utils.timing import Stopwatch, TransientPeak, matmul_flops_per_second, wait_for
+
+WARM_UP_TURNS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """``samples`` per step; seconds are medians over the turns, ``first_quartile`` and ``third_quartile`` their spread.
+
+    flops:                 of the network in one step as it runs, gradient checkpointing's second forward included; what
+                           custom attention kernels do is not seen
+    flops_utilisation:     flops per second, of the matrix product's measured in the same turns
+    peak_bytes:            weights, this contender's own optimizer state, and the most that a step takes beyond them;
+                           None where the system does not tell
+    update_share:          Gram values, multiplier and update, of the step's time; None for fine-tuning
+    times_fine_tuning:     median over turns of the ratio to fine-tuning's time
+    """
+
+    name: str
+    samples: int
+    seconds: float
+    first_quartile: float
+    third_quartile: float
+    samples_per_second: float
+    flops: int
+    flops_utilisation: float
+    peak_bytes: int | None
+    update_share: float | None
+    times_fine_tuning: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """``matmul_flops_per_second`` is the fastest turn's, of a square product in ``precision``."""
+
+    device: str
+    threads: int
+    precision: str
+    parameters: int
+    parameters_trained: int
+    turns: int
+    matmul_flops_per_second: float
+    contenders: tuple[Contender, ...]
+
+
+def bench(session: Session, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
+    """Let a step of ``session`` and one of plain fine-tuning take ``turns`` turns. The session is of no use afterwards.
+
+    Both train the same weights on the same samples: EraseDiff half of them as retained and half as forgotten,
+    fine-tuning all of them in one batch, with torch's AdamW (fused where it can be). The first turns warm up.
+    UserError unless the session's method is EraseDiff, and for several processes.
+    """
+    method = session.method
+    if not isinstance(method, EraseDiff) or session.forget is None:
+        raise UserError("bench measures --method erasediff beside fine-tuning: leave other methods away.")
+    if method.gradients.world.size > 1:
+        raise UserError("bench measures one process: leave --launch away. benchmarks/sharded/ measures several.")
+    device, forget = method.device, session.forget
+    parameters = list(session.network.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    precision = precision_of(session.config) or trained[0].dtype
+    plain = _fine_tuning(method, trained)
+    steps: dict[str, Callable[[int], object]] = {
+        "erasediff": lambda turn: method.step(session.retain.at(turn), forget.at(turn)),
+        "fine-tuning": lambda turn: plain.step(_joined(session.retain.at(turn), forget.at(turn))),
+    }
+    samples = len(session.retain.at(0)["sample"]) + len(forget.at(0)["sample"])
+    states = {"erasediff": method.optimizer, "fine-tuning": plain.optimizer}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[int]] = {name: [] for name in steps}
+    flops: dict[str, int] = {}
+    updates, products = Stopwatch(device), []
+    method._update = updates.timed(method._update)  # type: ignore[method-assign]
+    for turn in range(-WARM_UP_TURNS, turns):
+        for name in steps if turn % 2 else reversed(steps):
+            if turn == -1:
+                with flop_counter() as counter:
+                    steps[name](0)
+                flops[name] = counter.get_total_flops()
+                continue
+            with TransientPeak(device) as peak:
+                began = time.perf_counter()
+                steps[name](max(turn, 0))
+                wait_for(device)
+                elapsed = time.perf_counter() - began
+            if turn >= 0:
+                seconds[name].append(elapsed)
+                peaks[name].extend([] if peak.bytes is None else [peak.bytes])
+        products.append(matmul_flops_per_second(device, precision))
+        progress()
+    fastest = max(products)
+    update_shares = [part / whole for part, whole in zip(updates.seconds()[-turns:], seconds["erasediff"], strict=True)]
+    return Bench(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        threads=torch.get_num_threads(),
+        precision=str(precision).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters_trained=sum(parameter.numel() for parameter in trained),
+        turns=turns,
+        matmul_flops_per_second=fastest,
+        contenders=tuple(
+            Contender(
+                name=name,
+                samples=samples,
+                seconds=median(taken),
+                first_quartile=quantiles(taken, n=4)[0],
+                third_quartile=quantiles(taken, n=4)[2],
+                samples_per_second=samples / median(taken),
+                flops=flops[name],
+                flops_utilisation=flops[name] / median(taken) / fastest,
+                peak_bytes=_held(parameters, states[name]) + max(peaks[name]) if peaks[name] else None,
+                update_share=median(update_shares) if name == "erasediff" else None,
+                times_fine_tuning=median(a / b for a, b in zip(taken, seconds["fine-tuning"], strict=True)),
+            )
+            for name, taken in seconds.items()
+        ),
+    )
+
+
+def _fine_tuning(method: EraseDiff, trained: list[torch.nn.Parameter]) -> FineTune:
+    objective, group = method.objective, method.optimizer.param_groups[0]
+    return FineTune(
+        method.model,
+        torch.optim.AdamW(trained, lr=group["lr"], weight_decay=group["weight_decay"], fused=True),
+        process=objective.process,
+        denoiser=objective.denoiser,
+        min_snr_gamma=objective.min_snr_gamma,
+        antithetic=objective.antithetic,
+        max_grad_norm=method.max_grad_norm,
+        accumulation_steps=objective.accumulation_steps,
+        autocast=objective.autocast,
+        seed=method.seed,
+    )
+
+
+def _joined(retain: Batch, forget: Batch) -> Batch:
+    return {name: torch.cat([tensor, forget[name]]) for name, tensor in retain.items()}
+
+
+def _held(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the weights and of one optimizer's state."""
+    state: list[Mapping[str, Any]] = list(optimizer.state.values())
+    tensors = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*parameters, *tensors])

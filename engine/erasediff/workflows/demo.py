@@ -1,0 +1,165 @@
+"""The main job, end to end: a base model, unlearning, the controls, and one judge for all of them."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config
+from erasediff.data import ClassDataset, forget_retain_split, load_digits
+from erasediff.evaluation import Judge
+from erasediff.io import jsonl
+from erasediff.io.atomic import atomic_write
+from erasediff.report import Column, Contents, render
+from erasediff.training.job import set_up_device
+from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.workflows.dry_run import Plan, plan
+from erasediff.workflows.evaluate import Evaluation, Judged, judge_model
+from erasediff.workflows.load_model import load_model
+from erasediff.workflows.train_pixel import CachedTraining, training_session, untrained_model
+from erasediff.workflows.unlearn_pixel import resolved, unlearn, unlearning_session
+
+LIBRARIES = ("erasediff", "torch", "diffusers", "scikit-learn")
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_report(
+    path: Path,
+    config: Config,
+    dataset: ClassDataset,
+    evaluation: Evaluation,
+    records: Mapping[str, Records],
+    command: str,
+) -> None:
+    """Write one self-contained HTML file; ``records`` are the metrics of each column's run, ``command`` repeats it."""
+    summaries = _summaries(config)
+    columns = [
+        Column(
+            title=summaries[name][0],
+            summary=summaries[name][1],
+            metrics=judged.metrics,
+            images=judged.images,
+            rows=_rows(evaluation, judged),
+            records=records.get(name, ()),
+        )
+        for name, judged in evaluation.judged.items()
+    ]
+    contents = Contents(
+        columns=columns,
+        class_names=dataset.class_names,
+        judge_accuracy=evaluation.judge.accuracy,
+        command=command,
+        settings=config.to_yaml(),
+        versions={"python": platform.python_version()} | {library: version(library) for library in LIBRARIES},
+    )
+    atomic_write(path, render(contents))
+
+
+def _rows(evaluation: Evaluation, judged: Judged) -> Tensor:
+    return judged.labels if judged.labels is not None else evaluation.judge.classify(judged.images)
+
+
+def _summaries(config: Config) -> dict[str, tuple[str, str]]:
+    """Title and summary of each column of a demo."""
+    unlearn, trained = config.unlearn, f"{config.train.steps} steps"
+    target = (
+        f"relabel to {', '.join(map(str, unlearn.relabel_to))}" if unlearn.relabel_to else f"{unlearn.target} target"
+    )
+    forgotten = ", ".join(map(str, unlearn.forget))
+    return {
+        "base": ("Base", f"trained on all classes, {trained}"),
+        "erasediff": ("EraseDiff", f"{unlearn.steps} steps, {unlearn.barrier} barrier, {target}"),
+        "finetune": ("Fine-tuning", f"{unlearn.steps} steps on the other classes"),
+        "neggrad": ("Negative gradient", f"{unlearn.steps} steps of ascent on {forgotten}"),
+        "retrained": ("Retrained", f"trained without {forgotten}, {trained}"),
+    }
+
+
+DEFAULT_FORGET = (3,)
+CONTROLS = ("finetune", "neggrad")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """``evaluation`` has the columns base, erasediff, finetune, neggrad and retrained."""
+
+    run: Path
+    report: Path
+    evaluation: Evaluation
+
+
+def demo(config: Config, place: RunPlace, console: Console, command: str) -> Demonstration:
+    """Unlearn ``config.unlearn.forget`` (by default, 3) from a base model, beside three controls, and report on all.
+
+    The base and the model retrained without the classes come from the cache, and are trained where it lacks them. The
+    controls take the same number of steps as EraseDiff and live beside it in ``controls/``. A demo that was cut short
+    goes on where it stopped. ``command`` is what the report says to repeat.
+    """
+    config = _complete(config)
+    forget = config.unlearn.forget
+    base, retrained = CachedTraining(config), CachedTraining(config, exclude=forget)
+    config = _with_unlearn(config, model=base.run.model)
+    run = place.open(config)
+
+    runs = {"base": base.obtain(console, "Training the base")}
+    runs["erasediff"] = _unlearned(config, run.path, console)
+    for method in CONTROLS:
+        runs[method] = _unlearned(_with_unlearn(config, method=method), run.path / "controls" / method, console)
+    runs["retrained"] = retrained.obtain(console, f"Training without {', '.join(map(str, forget))}")
+
+    dataset, device = load_digits(), set_up_device(config)
+    judge = Judge.fit(dataset)
+    judged = {}
+    for name, finished in runs.items():
+        model = load_model(finished.model, dataset, device)
+        judged[name] = judge_model(config, model, judge, dataset, forget, console, f"Sampling: {name}")
+    evaluation = Evaluation(judge=judge, judged=judged)
+
+    report = run.path / "report.html"
+    records = {name: list(runs[name].metrics.read()) for name in ("erasediff", *CONTROLS)}
+    atomic_write(run.path / "evaluation.json", jsonl.dumps(evaluation.to_dict(), indent=2) + "\n")
+    with console.status("Writing the report"):
+        write_report(report, config, dataset, evaluation, records, command)
+    return Demonstration(run=run.path, report=report, evaluation=evaluation)
+
+
+def plan_demo(config: Config) -> dict[str, Plan]:
+    """What each part of ``demo`` that is not in the cache would cost, by its column's name. Writes nothing."""
+    config = _complete(config)
+    trainings = {
+        "base": CachedTraining(config),
+        "retrained": CachedTraining(config, exclude=config.unlearn.forget),
+    }
+    plans = {
+        name: plan(training_session(training.config))
+        for name, training in trainings.items()
+        if not training.run.finished
+    }
+    for method in ("erasediff", *CONTROLS):
+        base = untrained_model(config, set_up_device(config))
+        plans[method] = plan(unlearning_session(_with_unlearn(config, method=method), base))
+    return plans
+
+
+def _complete(config: Config) -> Config:
+    """``config`` with nothing left open. UserError for classes that do not exist."""
+    config = _with_unlearn(config, forget=config.unlearn.forget or DEFAULT_FORGET, method="erasediff")
+    _, retain = forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
+    return resolved(config, conditional=config.model.conditional, retain=retain)
+
+
+def _unlearned(config: Config, folder: Path, console: Console) -> RunFolder:
+    """The finished unlearning run at ``folder``: one that was begun goes on, one that has ended is left alone."""
+    run = RunFolder(folder)
+    if not run.finished:
+        unlearn(config, RunPlace(folder, resuming=run.begun), console)
+    return run
+
+
+def _with_unlearn(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"unlearn": config.unlearn.model_copy(update=changes)})

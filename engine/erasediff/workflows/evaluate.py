@@ -1,0 +1,93 @@
+"""Judge a model, alone or against the model that it was unlearned from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config
+from erasediff.data import ClassDataset, forget_retain_split, load_digits
+from erasediff.errors import UserError
+from erasediff.evaluation import (
+    ConditionalMetrics,
+    Judge,
+    UnconditionalMetrics,
+    conditional_metrics,
+    evaluation_labels,
+    unconditional_metrics,
+)
+from erasediff.models import PixelModel
+from erasediff.training.job import set_up_device
+from erasediff.workflows.load_model import load_model
+from erasediff.workflows.sample import draw
+
+Metrics = ConditionalMetrics | UnconditionalMetrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A model's images [N, C, H, W], the classes asked for int64 [N] (None: unconditional), and what the judge says."""
+
+    images: Tensor
+    labels: Tensor | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """``judged`` by the column's name: ``model``, and ``base`` where one was given."""
+
+    judge: Judge
+    judged: dict[str, Judged]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers alone, without images."""
+        judge = {"accuracy": self.judge.accuracy, "rejected": self.judge.rejected}
+        return {"judge": judge} | {name: judged.metrics.to_dict() for name, judged in self.judged.items()}
+
+
+def evaluate(config: Config, model: Path, base: Path | None, forget: Sequence[int], console: Console) -> Evaluation:
+    """Judge the model in the diffusers folder ``model`` after it has been made to forget ``forget``.
+
+    UserError for models that cannot be read or compared, and for classes that do not exist.
+    """
+    dataset = load_digits()
+    forget_retain_split(dataset.train, forget)
+    device = set_up_device(config)
+    paths = {"model": model} if base is None else {"base": base, "model": model}
+    models = {name: load_model(path, dataset, device) for name, path in paths.items()}
+    if len({loaded.num_classes for loaded in models.values()}) > 1:
+        raise UserError(f"{model} and {base} cannot be compared: one is class-conditional and the other is not.")
+    judge = Judge.fit(dataset)
+    judged = {
+        name: judge_model(config, loaded, judge, dataset, forget, console, f"Sampling from the {name}")
+        for name, loaded in models.items()
+    }
+    return Evaluation(judge=judge, judged=judged)
+
+
+def judge_model(
+    config: Config,
+    model: PixelModel,
+    judge: Judge,
+    dataset: ClassDataset,
+    forget: Sequence[int],
+    console: Console,
+    title: str,
+) -> Judged:
+    """Draw as many images as ``config.evaluate`` says, with the configuration's seed, and judge them."""
+    settings, forgotten = config.evaluate, tuple(forget)
+    if model.num_classes is None:
+        images = draw(config, model, None, settings.unconditional, console, title)
+        return Judged(
+            images=images, labels=None, metrics=unconditional_metrics(judge, images, dataset.train, forgotten)
+        )
+    labels = evaluation_labels(
+        dataset.num_classes, forgotten, per_class=settings.per_class, forgotten=settings.forgotten
+    )
+    images = draw(config, model, labels, len(labels), console, title)
+    metrics = conditional_metrics(judge, images, labels, dataset.train, forgotten)
+    return Judged(images=images, labels=labels, metrics=metrics)

@@ -1,0 +1,98 @@
+"""Models from disk: one for the digits, checked against them, or a text-to-image checkpoint with what goes on top."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from erasediff.config import Config, differences, for_text_to_image
+from erasediff.data import ClassDataset
+from erasediff.errors import UserError
+from erasediff.io.atomic import check_new
+from erasediff.models import PixelModel, lora
+from erasediff.models.base import TextToImageModel
+from erasediff.models.load import load_text_to_image
+from erasediff.models.weight_masks import apply_masks, load_masks
+from erasediff.training.job import set_up_device
+
+
+def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
+    """The model in the diffusers folder ``path``. UserError if it cannot be read or is one of other images."""
+    model = PixelModel.load(path, device)
+    image_shape = tuple(dataset.train.sample.shape[1:])
+    if model.image_shape != image_shape or model.num_classes not in (None, dataset.num_classes):
+        raise UserError(
+            f"The model in {path} makes {_described(model.image_shape, model.num_classes)}, "
+            f"but the data are {_described(image_shape, dataset.num_classes)}."
+        )
+    return model
+
+
+def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> TextToImageModel:
+    """The text-to-image model in ``source``, the LoRA of ``config`` merged into it if there is one.
+
+    empty: see ``load_text_to_image``; not with a LoRA
+
+    UserError for a checkpoint or a LoRA that is missing, damaged, or not for the other.
+    """
+    settings = config.text_to_image
+    model = load_text_to_image(
+        source,
+        dtype=getattr(torch, settings.weights),
+        device=device,
+        config=settings.config,
+        prediction_type=settings.prediction_type,
+        empty=empty,
+    )
+    if settings.lora is not None:
+        lora.load(model.denoiser_module, settings.lora, family=model.family)
+        lora.merge(model.denoiser_module)
+    return model
+
+
+def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
+    classes = "" if num_classes is None else f" in {num_classes} classes"
+    return f"images of {' x '.join(map(str, image_shape))}{classes}"
+
+
+WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+SECTIONS = ("images.", "text_to_image.", "output.")
+
+
+def is_text_to_image(source: Path) -> bool:
+    """Whether ``source`` is a file of weights, a folder of no pixel-space model, or a name on the hub."""
+    if source.suffix in WEIGHT_FILES:
+        return True
+    if source.is_dir():
+        return _unet_class(source) != "UNet2DModel"
+    return not source.exists() and not source.is_absolute() and len(source.parts) == 2
+
+
+def refuse_text_to_image_settings(config: Config) -> None:
+    """UserError for settings that the digits' models have no use for."""
+    foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
+    if foreign:
+        raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
+
+
+def _unet_class(folder: Path) -> str | None:
+    try:
+        _, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["unet"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
+
+
+def mask_model(config: Config, source: Path, mask: Path, out: Path, restore_from: Path | None) -> None:
+    """Write ``source`` to ``out`` as a diffusers folder, pruned, or with the weights of ``restore_from`` put back.
+
+    UserError for files that cannot be read, masks of another model, and an ``out`` that exists.
+    """
+    check_new(out)
+    config = for_text_to_image(config)
+    device = set_up_device(config)
+    masks = load_masks(mask)
+    model = load_checkpoint(config, source, device)
+    original = None if restore_from is None else load_checkpoint(config, restore_from, device).denoiser_module
+    apply_masks(model.denoiser_module, masks, original)
+    model.save(out)

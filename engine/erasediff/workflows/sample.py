@@ -1,0 +1,142 @@
+"""Draw images from a model, and write them as one grid or as single files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config, for_text_to_image
+from erasediff.data import load_digits
+from erasediff.errors import UserError
+from erasediff.evaluation.sampling import USUAL_GUIDANCE, sample_images
+from erasediff.io.atomic import atomic_directory, atomic_file, check_new
+from erasediff.models import PixelModel
+from erasediff.training.job import set_up_device
+from erasediff.utils.progress import progress_bar
+from erasediff.workflows.erase_sae import erasing
+from erasediff.workflows.load_model import load_checkpoint, load_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """``images`` [N, C, H, W] in [-1, 1], ``labels`` int64 [N] or None, and where they were written."""
+
+    images: Tensor
+    labels: Tensor | None
+    written: Path
+
+
+def sample(
+    config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int] | None, count: int
+) -> Drawn:
+    """Draw ``count`` images of each class (by default of every class), or in all from an unconditional model.
+
+    ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
+    UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
+    """
+    dataset = load_digits()
+    model = load_model(model_path, dataset, set_up_device(config))
+    labels = labels_for(model, model_path, classes, count)
+    images = draw(config, model, labels, count, console, "Sampling")
+    prefixes = [""] * len(images) if labels is None else [f"class-{label}-" for label in labels.tolist()]
+    names = [f"{prefix}{number:05d}" for number, prefix in enumerate(prefixes)]
+    write_images(images, out, names, columns=count, scale=4)
+    return Drawn(images=images, labels=labels, written=out)
+
+
+def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: int, scale: int) -> None:
+    """Write ``images`` [N, C, H, W] in [-1, 1] as one grid, or as single images called ``names``; see ``sample``."""
+    if is_picture(out):
+        with atomic_file(out) as partial:
+            sheet = grid(images, min(columns, 25), scale)
+            sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
+        return
+    with atomic_directory(out) as folder:
+        for name, image in zip(names, images, strict=True):
+            picture(image).save(folder / f"{name}.png")
+
+
+def is_picture(out: Path) -> bool:
+    """Whether ``out`` has the ending of an image."""
+    return out.suffix.lower() in Image.registered_extensions()
+
+
+def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, count: int) -> Tensor | None:
+    """``count`` labels of each class, int64 [N], or None for an unconditional model. UserError as in ``sample``."""
+    if model.num_classes is None:
+        if classes is not None:
+            raise UserError(f"The model in {path} is unconditional: leave the classes away.")
+        return None
+    known = range(model.num_classes)
+    unknown = [number for number in classes or () if number not in known]
+    if unknown:
+        raise UserError(f"There is no class {unknown[0]} in {path}: choose from {', '.join(map(str, known))}.")
+    if classes is not None and not classes:
+        raise UserError(f"Name at least one class of {', '.join(map(str, known))}.")
+    return torch.tensor(known if classes is None else classes).repeat_interleave(count)
+
+
+def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, console: Console, title: str) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1] of ``labels``, or ``count`` without labels, under a progress bar."""
+    settings = config.sample
+    total = count if labels is None else len(labels)
+    with progress_bar(console, title, total) as bar:
+        return sample_images(
+            model,
+            labels,
+            total,
+            guidance_scale=USUAL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            seed=config.seed,
+            batch_size=settings.batch_size,
+            progress=bar.advance,
+        )
+
+
+def grid(images: Tensor, columns: int, scale: int) -> Image.Image:
+    """One picture of ``images`` [N, C, H, W], ``columns`` to a row, a pixel apart, each pixel ``scale`` wide."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = images.new_ones(rows * columns, channels, height + 1, width + 1)
+    sheet[:count, :, :height, :width] = images
+    sheet = sheet.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
+    whole = picture(sheet.reshape(channels, rows * (height + 1), columns * (width + 1)))
+    return whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """One image [C, H, W] in [-1, 1] (1 or 3 channels) as 8-bit grey or RGB."""
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def sample_prompts(
+    config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
+) -> Drawn:
+    """Draw ``count`` images of each prompt; ``out`` as in ``sample``. UserError as in ``load_checkpoint``."""
+    if not is_picture(out):
+        check_new(out)
+    config = for_text_to_image(config)
+    settings = config.sample
+    model = load_checkpoint(config, model_path, set_up_device(config))
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    with erasing(config, model), progress_bar(console, "Sampling", len(asked)) as bar:
+        images = model.sample(
+            asked,
+            negative_prompt=settings.negative_prompt,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            height=config.images.height,
+            width=config.images.width,
+            seed=config.seed,
+            batch_size=settings.batch_size,
+            progress=bar.advance,
+        )
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    names = [f"prompt-{number // count}-{number:05d}" for number in range(len(asked))]
+    write_images(pixels, out, names, columns=count if count > 1 else len(prompts), scale=1)
+    return Drawn(images=pixels, labels=None, written=out)

@@ -1,0 +1,132 @@
+"""Train a diffusion model from scratch: the base model, or one that never saw the excluded classes."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from erasediff.config import Config
+from erasediff.data import GlobalBatches, forget_retain_split, load_digits
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.io.atomic import storage_errors
+from erasediff.io.cache_dir import cache_folder
+from erasediff.methods import FineTune
+from erasediff.models import PixelModel
+from erasediff.parallel.init import share_of
+from erasediff.training.job import RunResult, Session, precision_of, set_up_device, shared_by_ranks
+from erasediff.training.lr_schedule import LearningRate
+from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff_kernels import ConstrainedAdamW
+
+
+def train_base(config: Config, place: RunPlace, console: Console, title: str = "Training") -> RunResult:
+    """Train the model that ``config`` describes on its data; see ``RunResult`` for what is left behind."""
+    return training_session(config, title).run(place, console)
+
+
+def untrained_model(config: Config, device: torch.device) -> PixelModel:
+    """The model that ``config`` describes, as training begins with it."""
+    shape = config.model.model_dump(exclude={"conditional"})
+    classes = load_digits().num_classes if config.model.conditional else None
+    return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
+
+
+def training_session(config: Config, title: str = "Training") -> Session:
+    """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
+    settings = config.train
+    device = set_up_device(config)
+    images = load_digits().train
+    if config.data.exclude:
+        _, images = forget_retain_split(images, config.data.exclude)
+    model = untrained_model(config, device)
+    trained, optimizer = shared_by_ranks(
+        config,
+        settings,
+        model.unet,
+        model.unet.parameters(),
+        partial(ConstrainedAdamW, lr=settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
+    )
+    return Session(
+        title=title,
+        config=config,
+        network=model.unet,
+        save=partial(model.save, replace=True),
+        optimizer=optimizer,
+        method=FineTune(
+            trained,
+            optimizer,
+            process=Process.from_scheduler(model.scheduler),
+            min_snr_gamma=settings.min_snr_gamma,
+            max_grad_norm=settings.max_grad_norm,
+            accumulation_steps=settings.accumulation_steps,
+            autocast=precision_of(config),
+            seed=config.seed,
+        ),
+        rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
+        retain=GlobalBatches(
+            images.to(device),
+            settings.batch_size,
+            seed=config.seed,
+            conditional=config.model.conditional,
+            label_dropout=settings.label_dropout,
+            null_label=model.null_label,
+            **share_of(settings.batch_size, "train.batch_size"),
+        ),
+    )
+
+
+LIBRARIES = ("erasediff", "torch", "diffusers")
+
+
+class CachedTraining:
+    """The run that trains the model of ``config`` without the classes ``exclude``, in the cache."""
+
+    def __init__(self, config: Config, exclude: tuple[int, ...] = ()) -> None:
+        self.config = Config(
+            seed=config.seed,
+            device=set_up_device(config).type,
+            threads=config.threads,
+            precision=config.precision,
+            model=config.model,
+            data=config.data.model_copy(update={"exclude": tuple(sorted(exclude))}),
+            train=config.train,
+        )
+        self.run = RunFolder(cache_folder() / f"model-{_fingerprint(self.config)}")
+
+    def obtain(self, console: Console, title: str) -> RunFolder:
+        """The finished run, carried out now unless it is there; a training that was cut short goes on."""
+        with _lock(self.run.path, console):
+            if not self.run.finished:
+                train_base(self.config, RunPlace(self.run.path, resuming=self.run.begun), console, title)
+        return self.run
+
+
+def _fingerprint(config: Config) -> str:
+    """Hash of the settings, the training images and the versions of the code that turns them into a model."""
+    images = load_digits().train
+    digest = hashlib.sha256(images.sample.numpy().tobytes() + images.class_labels.numpy().tobytes())
+    digest.update(config.to_yaml().encode())
+    digest.update(json.dumps({name: version(name) for name in LIBRARIES}).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(run: Path, console: Console) -> Iterator[None]:
+    """Keep other processes from training the same model at the same time."""
+    with storage_errors(run):
+        run.parent.mkdir(parents=True, exist_ok=True)
+        file = run.with_suffix(".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("Another process is training this model; waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,141 @@
+"""Unlearn images or concepts from a text-to-image model, with any of the methods."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from erasediff.config import Config, for_text_to_image
+from erasediff.diffusion.targets import Relabel
+from erasediff.errors import UserError
+from erasediff.methods.base import Solver
+from erasediff.methods.salun import keep_to_the_salient
+from erasediff.models.attention import set_attention
+from erasediff.models.base import TextToImageModel
+from erasediff.training.job import Session, cut_as_it_is_read, precision_of, set_up_device, shared_by_ranks, teacher_of
+from erasediff.training.loop import Batches
+from erasediff.workflows.anchor_selection import anchored
+from erasediff.workflows.build_method import (
+    NoBatches,
+    check_output,
+    finished_and_saved,
+    learning_rate,
+    method_parameters,
+    needed_batches,
+    output_name,
+    save_unlearned,
+    selected_weights,
+    unlearning_method,
+)
+from erasediff.workflows.latent_data import image_size, latent_batches, rehearsal_batches
+from erasediff.workflows.load_model import load_checkpoint
+from erasediff_kernels import ConstrainedAdamW
+
+
+def text_to_image_session(config: Config, console: Console, *, rehearse: bool = False) -> Session:
+    """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
+
+    What nobody has set takes the values that are usual for text-to-image models. Latents and embeddings are computed
+    and cached under progress bars on ``console``; then text encoders and VAE leave memory. ``rehearse`` builds a run to
+    be measured instead, on noise, and writes nothing.
+
+    UserError for every mistake in checkpoint, images and settings, before anything is written but caches.
+    """
+    config = for_text_to_image(config)
+    settings = config.unlearn
+    source = _checked(config)
+    model = load_checkpoint(config, source, set_up_device(config), empty=cut_as_it_is_read(config))
+    check_output(config, model)
+    _prepare(config, model, console)
+    selected = selected_weights(config, model.denoiser_module)
+    # Before a LoRA is added: images for prompts are the original model's.
+    retain, forget = _batches(config, model, console, rehearse=rehearse)
+    config = anchored(config, model, retain, forget, console)
+    parameters = method_parameters(config, model.denoiser_module, selected)
+    rate = learning_rate(settings)
+    weights = model.denoiser_weights if model.denoiser_is_empty else None
+    teacher = teacher_of(config, model.denoiser_module, weights)
+    make_optimizer = partial(
+        ConstrainedAdamW,
+        lr=rate.peak,
+        weight_decay=settings.weight_decay,
+        ema_decay=settings.ema_decay,
+        moments=settings.moments,
+        stochastic_rounding=config.text_to_image.weights == "bfloat16",
+        seed=config.seed,
+    )
+    trained, optimizer = shared_by_ranks(config, settings, model.denoiser_module, parameters, make_optimizer, weights)
+    method = unlearning_method(
+        config,
+        trained,
+        optimizer,
+        process=model.process,
+        denoiser=model.denoiser,
+        relabel=partial(relabelling, config, model, teacher),
+        teacher=teacher,
+        retain=retain,
+        forget=forget,
+        encode_prompts=partial(prompt_condition, config, model),
+        latent_shape=partial(model.latent_shape, *image_size(config, model)),
+    )
+    model.release_encoders()
+    if config.text_to_image.saliency is not None:
+        assert isinstance(method, Solver)
+        batches = map(forget.at, range(config.text_to_image.saliency_batches))
+        keep_to_the_salient(method, batches, share=config.text_to_image.saliency)
+    return Session(
+        title=f"Unlearning ({settings.method})",
+        config=config,
+        network=model.denoiser_module,
+        save=partial(finished_and_saved, method, partial(save_unlearned, config, model)),
+        saved_as=output_name(config),
+        optimizer=optimizer,
+        method=method,
+        rate=rate,
+        retain=retain,
+        forget=forget,
+    )
+
+
+def _checked(config: Config) -> Path:
+    """The checkpoint to unlearn from. UserError for what needs no checkpoint to be seen."""
+    settings = config.unlearn
+    if settings.model is None:
+        raise UserError("Say with --model which model to unlearn from.")
+    if settings.forget or settings.retain or settings.relabel_to:
+        raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
+    return settings.model
+
+
+def _batches(config: Config, model: TextToImageModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
+    """(retain, forget), both empty for a method that looks at no images."""
+    if not needed_batches(config):
+        return NoBatches(), NoBatches()
+    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
+
+
+def prompt_condition(config: Config, model: TextToImageModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The condition of each prompt for an image of the configuration's size."""
+    size = image_size(config, model)
+    return model.encode_prompts(prompts) | model.size_condition(size, (0, 0), size, len(prompts))
+
+
+def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
+    """Attention and memory as asked. UserError for an attention that cannot run here."""
+    settings = config.text_to_image
+    network: Any = model.denoiser_module
+    chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
+    console.print(f"Attention: {chosen.backend}.")
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+
+def relabelling(config: Config, model: TextToImageModel, teacher: Callable[[], nn.Module]) -> Relabel:
+    """The target that asks for the anchor prompts."""
+    anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
+    choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
+    return Relabel(choices, teacher() if config.unlearn.teacher == "frozen" else None)

@@ -1,0 +1,122 @@
+"""Unlearn classes of the digits from a model, with any of the methods."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from erasediff.config import Config, UnlearnConfig
+from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.diffusion.noise_schedule import Process
+from erasediff.diffusion.targets import Relabel
+from erasediff.errors import UserError
+from erasediff.models import PixelModel
+from erasediff.parallel.init import share_of
+from erasediff.training.job import RunResult, Session, set_up_device, shared_by_ranks, teacher_of
+from erasediff.training.run_dir import RunPlace
+from erasediff.workflows.build_method import (
+    finished_and_saved,
+    learning_rate,
+    method_parameters,
+    needed_batches,
+    unlearning_method,
+)
+from erasediff.workflows.load_model import load_model
+from erasediff_kernels import ConstrainedAdamW
+
+
+def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
+    """Make the model at ``config.unlearn.model`` forget ``config.unlearn.forget``."""
+    return unlearning_session(config).run(place, console)
+
+
+def unlearning_session(config: Config, model: PixelModel | None = None) -> Session:
+    """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
+
+    UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
+    """
+    device = set_up_device(config)
+    dataset = load_digits()
+    forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
+    if model is None:
+        if config.unlearn.model is None:
+            raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
+        model = load_model(config.unlearn.model, dataset, device)
+    model = model.to(device)
+    config = resolved(config, conditional=model.num_classes is not None, retain=retain)
+    settings = config.unlearn
+    if not needed_batches(config):
+        raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
+    rate = learning_rate(settings)
+    batches = partial(
+        GlobalBatches,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        conditional=model.num_classes is not None,
+        null_label=model.null_label,
+        **share_of(settings.batch_size, "unlearn.batch_size"),
+    )
+    teacher = teacher_of(config, model.unet)
+    trained, optimizer = shared_by_ranks(
+        config,
+        settings,
+        model.unet,
+        method_parameters(config, model.unet),
+        partial(
+            ConstrainedAdamW,
+            lr=rate.peak,
+            weight_decay=settings.weight_decay,
+            ema_decay=settings.ema_decay,
+            moments=settings.moments,
+        ),
+    )
+
+    retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
+    forgotten = batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
+    method = unlearning_method(
+        config,
+        trained,
+        optimizer,
+        process=Process.from_scheduler(model.scheduler),
+        relabel=partial(relabelling, settings, model, teacher),
+        teacher=teacher,
+        retain=retained,
+        forget=forgotten,
+    )
+    return Session(
+        title=f"Unlearning ({settings.method})",
+        config=config,
+        network=model.unet,
+        save=partial(finished_and_saved, method, partial(model.save, replace=True)),
+        optimizer=optimizer,
+        method=method,
+        rate=rate,
+        retain=retained,
+        forget=forgotten,
+    )
+
+
+def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
+    """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
+    retained = sorted(set(retain.class_labels.tolist()))
+    settings = config.unlearn.resolved(conditional=conditional, retained=retained)
+    if settings.method == "pruning":
+        usual = config.pruning.usual().items()
+        own = {name: value for name, value in usual if getattr(config.unlearn, name) is None}
+        settings = settings.model_copy(update=own)
+    unknown = set(settings.relabel_to or ()) - set(retained)
+    if unknown:
+        raise UserError(
+            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained one."
+        )
+    return config.model_copy(update={"unlearn": settings})
+
+
+def relabelling(settings: UnlearnConfig, model: PixelModel, teacher: Callable[[], nn.Module]) -> Relabel:
+    """The target that asks for another class. UserError for a model without classes."""
+    if model.num_classes is None:
+        raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
+    choices = {"class_labels": torch.tensor(settings.relabel_to)}
+    return Relabel(choices, teacher() if settings.teacher == "frozen" else None)

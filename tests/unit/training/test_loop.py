@@ -1,0 +1,202 @@
+"""The loop, with a method small enough to see through: resume, interruption, and when the device is read."""
+
+import io
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from erasediff.config import Config, RunConfig
+from erasediff.diffusion import Batch
+from erasediff.errors import UserError
+from erasediff.methods import StepReport
+from erasediff.training.graceful_stop import Interrupted
+from erasediff.training.loop import Outcome, run_steps
+from erasediff.training.lr_schedule import LearningRate
+from erasediff.training.run_dir import RunFolder
+
+STEPS = 13
+
+
+class NoisyRegression:
+    """A method whose noise comes from torch's global generator, as dropout's does."""
+
+    name = "noisy regression"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 2)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1.0)
+        self.iteration = 0
+        self.after_step: Callable[[int], None] = lambda iteration: None
+
+    def step(self, retain: Batch, forget: Batch) -> StepReport:
+        loss = (self.model(retain["sample"] + torch.randn(3))).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        self.after_step(self.iteration)
+        return StepReport(retain_loss=loss.detach(), finite=torch.tensor(True), skipped=torch.tensor(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Addressed:
+    def at(self, step: int) -> Batch:
+        return {"sample": torch.full((4, 3), step / 7)}
+
+
+@dataclass
+class Session:
+    """One process's part of a run."""
+
+    run: RunFolder
+    settings: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=4, keep_checkpoints=2, log_every=3))
+    method: NoisyRegression = field(default_factory=NoisyRegression)
+    output: io.StringIO = field(default_factory=io.StringIO)
+
+    def go(self) -> Outcome:
+        rate = LearningRate(0.1, STEPS, warmup_steps=2, shape="cosine")
+        return run_steps(
+            self.method,
+            self.method.model,
+            self.run,
+            steps=STEPS,
+            settings=self.settings,
+            retain=Addressed(),
+            before_step=lambda step: rate.apply(self.method.optimizer, step),
+            console=Console(file=self.output, width=120),
+            title="Regressing",
+        )
+
+    def results(self) -> tuple[list[Tensor], list[Tensor], str]:
+        moments = [state["exp_avg_sq"] for state in self.method.optimizer.state.values()]
+        weights = [parameter.detach() for parameter in self.method.model.parameters()]
+        return weights, moments, self.run.metrics.path.read_text()
+
+
+def assert_same(a: Session, b: Session) -> None:
+    for ours, theirs in zip(a.results()[:2], b.results()[:2], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    assert a.results()[2] == b.results()[2]
+
+
+@pytest.fixture
+def uninterrupted(tmp_path: Path) -> Session:
+    session = Session(RunFolder.create(tmp_path / "whole", Config()))
+    session.go()
+    return session
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kill_after", sorted(random.Random(0).sample(range(1, STEPS + 1), 5)))
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: Session, kill_after: int) -> None:
+    killed = Session(RunFolder.create(tmp_path / "killed", Config()))
+
+    def kill(iteration: int) -> None:
+        if iteration == kill_after:
+            raise Killed
+
+    killed.method.after_step = kill
+    with pytest.raises(Killed):
+        killed.go()
+    torch.manual_seed(random.randrange(1000))
+    resumed = Session(RunFolder.resume(tmp_path / "killed", Config()))
+    resumed.go()
+    assert_same(resumed, uninterrupted)
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path: Path, uninterrupted: Session) -> None:
+    stopped = Session(RunFolder.create(tmp_path / "stopped", Config()))
+    stopped.method.after_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        stopped.go()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (caught.value.step, caught.value.exit_code) == (6, 130)
+    assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoint-6"
+    assert "Press Ctrl-C again" in stopped.output.getvalue()
+    resumed = Session(RunFolder.resume(tmp_path / "stopped", Config()))
+    resumed.go()
+    assert_same(resumed, uninterrupted)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    stopped = Session(RunFolder.create(tmp_path / "stopped", Config()))
+
+    def press_twice(iteration: int) -> None:
+        if iteration == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped.method.after_step = press_twice
+    with pytest.raises(KeyboardInterrupt):
+        stopped.go()
+    assert sorted(path.name for path in stopped.run.path.glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: Session) -> None:
+    again = Session(RunFolder.resume(uninterrupted.run.path, Config()))
+    assert again.go().steps == 0
+    assert_same(again, uninterrupted)
+
+
+def test_there_is_one_record_per_step(uninterrupted: Session) -> None:
+    records = list(uninterrupted.run.metrics.read())
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[0]["finite"] is True
+    assert type(records[0]["skipped"]) is int
+
+
+def test_the_device_is_read_only_when_something_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way from a tensor to a Python number is counted; checkpoints need one read each, logging another."""
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(Tensor, name)
+
+        def counted(tensor: Tensor, *args: Any, _original: Any = original, _name: str = name) -> Any:
+            reads.append(_name)
+            return _original(tensor, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    session = Session(
+        RunFolder.create(tmp_path / "run", Config()), RunConfig(checkpoint_every=100, log_every=5, keep_checkpoints=1)
+    )
+    session.method.optimizer = torch.optim.SGD(session.method.model.parameters(), lr=0.1)  # type: ignore[assignment]
+    session.go()
+    assert reads == ["tolist"] * 3
+
+
+def test_running_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
+    session = Session(RunFolder.create(tmp_path / "run", Config()))
+
+    def run_out(iteration: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    session.method.after_step = run_out
+    with pytest.raises(UserError, match="accumulation_steps"):
+        session.go()
+
+
+def test_learning_rates() -> None:
+    rate = LearningRate(1.0, steps=12, warmup_steps=2, shape="cosine")
+    assert [rate.at(step) for step in (0, 1, 2, 7)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert rate.at(12) == pytest.approx(0.0)
+    assert LearningRate(1.0, steps=12).at(11) == 1.0
