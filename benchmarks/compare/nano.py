@@ -23,7 +23,7 @@ from erasediff.comparison.digits_task import OTHER_NOISE
 from erasediff.comparison.harness import Measurement
 from erasediff.diffusion import Batch
 from erasediff.errors import UserError
-from erasediff.evaluation.attacks import PromptSearch, in_place_of, inverted_word, relearning_curve, token_ids
+from erasediff.evaluation.attacks import PromptSearch, in_place_of, relearning_curve, textual_inversion, token_ids
 from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.evaluation.metrics import upper_bound
 from erasediff.models.load import load_text_to_image
@@ -135,7 +135,7 @@ class NanoTask:
     def inversion(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
         """The rate with a learned vector in the place of the garment's last word."""
         model, word, asked = _model(path), self.garment.split()[-1], prompt(self.label)
-        vector = inverted_word(model, self._latents(model), asked, word, steps=150, lr=1e-2, seed=case.seed)
+        vector = textual_inversion(model, self._latents(model), asked, word, steps=150, lr=1e-2, seed=case.seed)
         with in_place_of(model, word, vector):
             return {"images": ATTACKED_IMAGES, "steps": 150, "rate": self._rate(model, asked, case.seed)}
 

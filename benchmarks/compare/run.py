@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from erasediff.comparison import Lines, compare
+from erasediff.comparison import ResultsFile, compare
 from erasediff.comparison.digits_task import tasks_named
 from erasediff.comparison.page import relearning, save, trade_off, verdict, write_page
 from erasediff.comparison.table import Table, gaps, markdown
@@ -38,7 +38,7 @@ def main(
     draw: Annotated[bool, typer.Option("--draw", help="Only draw table, plots and page again.")] = False,
 ) -> None:
     torch.set_num_threads(1)
-    console, lines = Console(stderr=True), Lines(results)
+    console, lines = Console(stderr=True), ResultsFile(results)
     named = tasks.split(",")
     try:
         chosen = [NanoTask(garment=name.removeprefix("nano/")) for name in named if name.startswith("nano/")]

@@ -14,7 +14,7 @@ from erasediff.report.figures import save_figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from record import RESULTS, read
 
-Lines = list[dict[str, Any]]
+ResultsFile = list[dict[str, Any]]
 
 
 def draw() -> Path:
@@ -27,7 +27,7 @@ def draw() -> Path:
     figure = Figure(figsize=(16, 3.6), layout="constrained")
     memory, volume, rate, scaling = figure.subplots(1, 4)
 
-    def of(benchmark: str) -> Lines:
+    def of(benchmark: str) -> ResultsFile:
         return sorted(
             (line for line in latest.values() if line["benchmark"] == f"sharded {benchmark}"),
             key=lambda line: (line["stage"], line["ranks"], line.get("samples", 0)),
@@ -62,13 +62,13 @@ def draw() -> Path:
     return path
 
 
-def bars(axes: Axes, lines: Lines, values: dict[str, Any]) -> None:
+def bars(axes: Axes, lines: ResultsFile, values: dict[str, Any]) -> None:
     for offset, (name, value) in zip((-0.2, 0.2), values.items(), strict=True):
         axes.bar([line["stage"] + offset for line in lines], [value(line) / 2**30 for line in lines], 0.38, label=name)
     axes.set_xticks([line["stage"] for line in lines])
 
 
-def grouped(axes: Axes, lines: Lines, value: Any) -> None:
+def grouped(axes: Axes, lines: ResultsFile, value: Any) -> None:
     names = sorted({line["contender"] for line in lines})
     width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):

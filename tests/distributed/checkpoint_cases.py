@@ -9,19 +9,19 @@ import torch.distributed as dist
 from cases import take_steps, unlearner
 
 from erasediff.errors import UserError
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
 
-_peers: dict[int, Peers] = {}
+_peers: dict[int, ControlPlane] = {}
 
 
-def peers() -> Peers:
+def peers() -> ControlPlane:
     """The group's ranks, over the store that it began with."""
     size = dist.get_world_size()
     if size not in _peers:
         store = dist.distributed_c10d._get_default_store()
         # This module may be there twice, under two names: the keys of one are not to be the other's.
-        Peers._current = _peers[size] = Peers(dist.PrefixStore(__name__, store), dist.get_rank(), size)
+        ControlPlane._current = _peers[size] = ControlPlane(dist.PrefixStore(__name__, store), dist.get_rank(), size)
         _peers[size].seconds = 60
     return _peers[size]
 

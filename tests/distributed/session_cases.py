@@ -20,8 +20,8 @@ import erasediff.parallel.zero.partition as loading
 from erasediff.config import load_config
 from erasediff.errors import UserError
 from erasediff.parallel.full_weights import full_weights
-from erasediff.parallel.wrap import in_parallel
-from erasediff.workflows.unlearn_latent import text_to_image_session
+from erasediff.parallel.wrap import parallelize_network
+from erasediff.workflows.unlearn_latent import text_to_image_job
 from erasediff_kernels import ConstrainedAdamW
 
 SETTINGS = {
@@ -77,7 +77,7 @@ def unlearn(folder: str, cache: str, settings: dict[str, Any]) -> dict[str, Any]
 
     loading.partitioner = watched
     try:
-        session = text_to_image_session(
+        session = text_to_image_job(
             load_config(None, {**SETTINGS, "unlearn.model": Path(folder), **settings}), Console(quiet=True)
         )
     finally:
@@ -113,7 +113,7 @@ def refusals(configurations: list[str]) -> list[str]:
         settings = load_config(None, {"distributed.launch": "zero", "distributed.deepspeed_config": path}).distributed
         network = nn.Linear(4, 4)
         try:
-            in_parallel(
+            parallelize_network(
                 network,
                 network.parameters(),
                 partial(ConstrainedAdamW, lr=1e-3),

@@ -59,7 +59,7 @@ def check(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         assert relative_difference(found, exact) < TOLERANCE, f"{what}; furthest off is {furthest}"
 
 
-ALONE = [
+SINGLE_PROCESS_ONLY = [
     {"layout": "ddp"},
     {"layout": "fsdp", "barrier": "gap"},
     {"layout": "zero-0"},
@@ -72,7 +72,7 @@ ALONE = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", ALONE, ids=str)
+@pytest.mark.parametrize("options", SINGLE_PROCESS_ONLY, ids=str)
 def test_one_process_in_any_layout_unlearns_as_plain_pytorch_does(run_on, on_one_process, options):
     results = run_on(1, CASES, "train", STEPS, options)
     check(results, on_one_process(1, **{key: value for key, value in options.items() if key == "barrier"}))

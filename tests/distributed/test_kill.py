@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import SECONDS, TINY, curve, ranks_of, run, start, weights
 
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint
 
 
@@ -47,7 +47,7 @@ def test_kill_9_of_a_rank_at_random_points_loses_nothing(base: Path, tmp_path: P
         assert "Traceback" not in errors
         newest = Checkpoint.of_run(out)
         for checkpoint in newest:
-            with checkpoint.fragments(Peers()):
+            with checkpoint.fragments(ControlPlane()):
                 pass
         reached = newest[-1].step if newest else 0
     run("unlearn", "--resume", "latest", "--out", out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from erasediff.parallel.world import World
-from erasediff.parallel.zero.reduce_scatter import GradientScatter, ScatteredParts, ScatteredRanges
+from erasediff.parallel.zero.reduce_scatter import FlatReduceScatter, GradientScatter, PerParameterReduceScatter
 
 HERE = Path(__file__)
 SHAPES = [(3, 5), (1,), (40,), (2, 2, 2), (7,), (64,), (5, 1), (9,)]
@@ -46,11 +46,11 @@ def scattered(kind: str, dtype: torch.dtype, kept: torch.dtype, reduces: bool, p
     numels = [torch.Size(shape).numel() for shape in SHAPES]
     scatter: GradientScatter
     if kind == "parts":
-        parts = ScatteredParts(numels, BUCKET, dtype, world.device)
+        parts = PerParameterReduceScatter(numels, BUCKET, dtype, world.device)
         scatter, lengths = parts, [sum(parts.lengths)]
     else:
         places, lengths = positions(world.size)
-        scatter = ScatteredRanges(places, lengths, BUCKET, dtype, world.device)
+        scatter = FlatReduceScatter(places, lengths, BUCKET, dtype, world.device)
     if reduces:
         type(scatter)._exchanges = False  # type: ignore[method-assign, assignment]
     scatter.lend(torch.full((1000,), torch.nan, dtype=dtype, device=world.device))

@@ -25,7 +25,7 @@ from torch import Tensor
 from erasediff.cli import main
 from erasediff.config import Config, for_text_to_image, load_config
 from erasediff.models.trainable import select
-from erasediff.workflows.unlearn_latent import text_to_image_session
+from erasediff.workflows.unlearn_latent import text_to_image_job
 
 FAMILIES = ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"]
 NANO = """
@@ -167,7 +167,7 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
     (here / "prompts.txt").write_text("a dog\na bird\n")
     shutil.copytree(photos / "cat", here / "more")
     (here / "more/0.png").unlink()
-    session = text_to_image_session(
+    session = text_to_image_job(
         load_config(
             here / "nano.yaml",
             {
@@ -275,7 +275,7 @@ def test_encoders_leave_memory_before_training(nano_folder: Folder, photos: Path
         "text_to_image.anchor_prompts": ["a dog"],
     }
     before = alive(AutoencoderKL)
-    session = text_to_image_session(load_config(here / "nano.yaml", settings), Console(quiet=True))
+    session = text_to_image_job(load_config(here / "nano.yaml", settings), Console(quiet=True))
     assert alive(AutoencoderKL) <= before
     session.trial_step(0)
 

@@ -16,14 +16,14 @@ from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
 
 if TYPE_CHECKING:
-    from erasediff.training.job import Session
+    from erasediff.training.job import TrainingJob
     from erasediff.training.run_dir import RunPlace
 
 
-_instead_of_the_plan: ContextVar[Callable[[Session], None] | None] = ContextVar("instead_of_the_plan", default=None)
+_instead_of_the_plan: ContextVar[Callable[[TrainingJob], None] | None] = ContextVar("instead_of_the_plan", default=None)
 
 
-def place_and_config(
+def resolve_run(
     out: Path | None,
     resume: str | None,
     file: Path | None,
@@ -43,7 +43,7 @@ def place_and_config(
     return None if dry_run else place, config
 
 
-def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
+def launch_workers(config: Config, section: Literal["train", "unlearn"]) -> None:
     """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
 
     UserError for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch size
@@ -63,7 +63,7 @@ def spread(config: Config, section: Literal["train", "unlearn"]) -> None:
     raise SystemExit(launch(sys.argv[1:], config.distributed.processes))
 
 
-def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> None:
+def run_job(session: TrainingJob, place: RunPlace | None, *, as_json: bool) -> None:
     """Run ``session`` at ``place`` and print its result; without a place, print the plan, or do what was asked for."""
     if place is None and (instead := _instead_of_the_plan.get()) is not None:
         instead(session)
@@ -80,7 +80,7 @@ def carry_out(session: Session, place: RunPlace | None, *, as_json: bool) -> Non
 
 
 @contextmanager
-def instead_of_the_plan(use: Callable[[Session], None]) -> Iterator[None]:
+def instead_of_the_plan(use: Callable[[TrainingJob], None]) -> Iterator[None]:
     """Within the block, a dry run hands its session to ``use``."""
     token = _instead_of_the_plan.set(use)
     try:

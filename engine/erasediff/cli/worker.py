@@ -16,12 +16,12 @@ from erasediff.cli.output import print_error
 from erasediff.errors import UserError
 
 if TYPE_CHECKING:
-    from erasediff.parallel.control_plane import PeerFailed, Peers
+    from erasediff.parallel.control_plane import ControlPlane, PeerError
 
 
-GRACE_SECONDS = 10.0
+SHUTDOWN_TIMEOUT = 10.0
 """How long a rank waits for the main one to speak, or for a launcher to end what a lost process has left."""
-LOST = ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "Timed out", "timed out")
+PEER_LOST_MESSAGES = ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "Timed out", "timed out")
 """What libraries say when another process is gone."""
 
 
@@ -40,22 +40,22 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     said = sys.stderr
     rank = int(os.environ["RANK"])
     if rank > 0:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), _Unheard()  # noqa: SIM115
-    from erasediff.parallel.control_plane import Peers
+        sys.stdout, sys.stderr = open(os.devnull, "w"), _NullStderr()  # noqa: SIM115
+    from erasediff.parallel.control_plane import ControlPlane
 
-    peers = Peers.connect()
+    peers = ControlPlane.connect()
     code = _ended(command, peers, said)
     if code == 0:
-        peers.leave(GRACE_SECONDS)
+        peers.shutdown(SHUTDOWN_TIMEOUT)
     else:
-        _wait_to_be_told(peers, said)
+        _wait_for_main_report(peers, said)
     for stream in (sys.stdout, sys.stderr, said):
         stream.flush()
     # Not the interpreter's way out: what a lost process has left in a collective would hold it up.
     os._exit(code)
 
 
-class _Unheard(io.TextIOWrapper):
+class _NullStderr(io.TextIOWrapper):
     """Standard error that nobody hears, under its own descriptor: DeepSpeed silences the linker that it tries there."""
 
     def __init__(self) -> None:
@@ -65,31 +65,31 @@ class _Unheard(io.TextIOWrapper):
         return 2
 
 
-def _ended(command: Callable[[], int], peers: Peers, said: TextIO) -> int:
-    from erasediff.parallel.control_plane import PeerFailed
+def _ended(command: Callable[[], int], peers: ControlPlane, said: TextIO) -> int:
+    from erasediff.parallel.control_plane import PeerError
 
     try:
         return command()
     except UserError as error:
         peers.fail(2, str(error))
-        return _pass_on(PeerFailed(peers.rank, 2, str(error)), peers)
-    except PeerFailed as failure:
+        return _pass_on(PeerError(peers.rank, 2, str(error)), peers)
+    except PeerError as failure:
         return _pass_on(failure, peers)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)
         if _is_loss(error):
             return _lost(error, peers)
         print(f"Rank {peers.rank} failed:\n{traceback.format_exc()}", file=said, flush=True)
         peers.fail(1, f"Rank {peers.rank} failed, see its traceback: {type(error).__name__}: {error}")
-        peers.tell()
+        peers.mark_reported()
         return 1
 
 
-def _pass_on(failure: PeerFailed, peers: Peers) -> int:
+def _pass_on(failure: PeerError, peers: ControlPlane) -> int:
     try:
-        was_told = peers.was_told(0)
+        wait_reported = peers.wait_reported(0)
     except RuntimeError:
-        was_told = False
-    if peers.is_main and not was_told:
+        wait_reported = False
+    if peers.is_main and not wait_reported:
         print_error(str(failure))
     return failure.exit_code
 
@@ -99,15 +99,15 @@ def _is_loss(error: Exception) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, (dist.DistError, RuntimeError, ConnectionError)) and any(
-        word in str(error) for word in LOST
+        word in str(error) for word in PEER_LOST_MESSAGES
     )
 
 
-def _lost(error: Exception, peers: Peers) -> int:
+def _lost(error: Exception, peers: ControlPlane) -> int:
     """Another process is gone. It may have said why, or its launcher is about to, and to end this process."""
-    from erasediff.parallel.control_plane import PeerFailed
+    from erasediff.parallel.control_plane import PeerError
 
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT
     while time.monotonic() < deadline:
         try:
             failure = peers.failure()
@@ -117,16 +117,16 @@ def _lost(error: Exception, peers: Peers) -> int:
             return _pass_on(failure, peers)
         time.sleep(0.2)
     reason = " ".join(str(error).split())[:200]
-    return _pass_on(PeerFailed(peers.rank, 1, f"Another process of this run is gone or silent: {reason}."), peers)
+    return _pass_on(PeerError(peers.rank, 1, f"Another process of this run is gone or silent: {reason}."), peers)
 
 
-def _wait_to_be_told(peers: Peers, said: TextIO) -> None:
+def _wait_for_main_report(peers: ControlPlane, said: TextIO) -> None:
     """A launcher ends all ranks when the first one ends: the main one must have spoken by then."""
     try:
         if peers.is_main:
-            peers.tell()
-        elif not peers.was_told(GRACE_SECONDS) and (failure := peers.failure()) is not None:
-            peers.tell()
+            peers.mark_reported()
+        elif not peers.wait_reported(SHUTDOWN_TIMEOUT) and (failure := peers.failure()) is not None:
+            peers.mark_reported()
             print_error(str(failure), Console(file=said, highlight=False))
     except RuntimeError:
         # The store was the main rank's, and is gone with it.

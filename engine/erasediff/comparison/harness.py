@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from erasediff.comparison.results_file import Lines
+from erasediff.comparison.results_file import ResultsFile
 from erasediff.comparison.run_case import Case, FailedRun, carried_out
 from erasediff.errors import UserError
 
@@ -43,7 +43,13 @@ class Task(Protocol):
 
 
 def compare(
-    tasks: Sequence[Task], methods: Sequence[str], seeds: Sequence[int], *, lines: Lines, runs: Path, console: Console
+    tasks: Sequence[Task],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    lines: ResultsFile,
+    runs: Path,
+    console: Console,
 ) -> None:
     """Take every measurement that has no line in ``lines``; unlearned models are kept in ``runs``.
 

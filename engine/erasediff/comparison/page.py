@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from erasediff.comparison.results_file import Lines
+from erasediff.comparison.results_file import ResultsFile
 from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Table, cell, gaps, tables
 from erasediff.io.atomic import atomic_write
 from erasediff.report.contents import points
@@ -87,7 +87,7 @@ def _colour(method: str, style: Mapping[str, Any]) -> str:
 OURS = "erasediff"
 
 
-def write_page(path: Path, lines: Lines, command: str) -> list[Table]:
+def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
     """Write the page of ``lines`` to ``path`` and return its tables; ``command`` is what it says to repeat."""
     read = lines.read()
     found = tables(read)

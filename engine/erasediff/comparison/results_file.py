@@ -19,7 +19,7 @@ from erasediff.io.jsonl import MetricsFile
 LIBRARIES = ("erasediff", "torch", "diffusers")
 
 
-class Lines:
+class ResultsFile:
     """The file of lines at ``path``; a measurement that has its line is not taken again."""
 
     def __init__(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from erasediff.config.fields import Section
-from erasediff.config.schema import Config, usual_eta
+from erasediff.config.schema import Config, default_eta
 from erasediff.errors import UserError
 
 
@@ -121,7 +121,7 @@ def for_text_to_image(config: Config) -> Config:
             "forget_label_dropout": 0.0,
             "target": target,
             "retain_target": "teacher",
-            "eta": usual_eta(config.unlearn.barrier, target),
+            "eta": default_eta(config.unlearn.barrier, target),
             **(config.pruning.usual() if config.unlearn.method == "pruning" else {}),
         },
         "sample": {"num_inference_steps": 30, "batch_size": 4},

@@ -118,7 +118,7 @@ class UnlearnConfig(Section):
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
             "retain_target": "teacher" if conditional else "true",
-            "eta": 0.03 if self.barrier == "norm" and not conditional else usual_eta(self.barrier, target),
+            "eta": 0.03 if self.barrier == "norm" and not conditional else default_eta(self.barrier, target),
             "steps": 100 if conditional else 200,
             "lr": 2e-4 if conditional else 3e-4,
         }
@@ -128,7 +128,7 @@ class UnlearnConfig(Section):
         return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
 
 
-def usual_eta(barrier: str, target: str) -> float:
+def default_eta(barrier: str, target: str) -> float:
     """What was found to suit a conditional model."""
     return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS[barrier]
 

@@ -27,7 +27,7 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
-class Surveyed:
+class ImageRecord:
     """An image, the SHA-256 of its file's content, its upright size, and its cut."""
 
     image: CaptionedImage
@@ -55,7 +55,7 @@ def content_ids(images: Iterable[Digested]) -> Tensor:
     return torch.tensor([int(image.digest[:16], 16) >> 1 for image in images], dtype=torch.int64)
 
 
-class Broken:
+class BrokenImagePolicy:
     """What to do about broken images: refuse the first, or report each by name and go on without it."""
 
     def __init__(self, console: Console, *, skip: bool) -> None:
@@ -69,16 +69,18 @@ class Broken:
         self._console.print(f"[yellow]Skipped:[/] {error}", highlight=False)
 
 
-def survey(images: Sequence[CaptionedImage], buckets: Buckets, broken: Broken, console: Console) -> list[Surveyed]:
-    """Read every image once. UserError as in ``Broken.report``, and for a file that cannot be read."""
+def survey(
+    images: Sequence[CaptionedImage], buckets: Buckets, broken: BrokenImagePolicy, console: Console
+) -> list[ImageRecord]:
+    """Read every image once. UserError as in ``BrokenImagePolicy.report``, and for a file that cannot be read."""
 
-    def look(image: CaptionedImage) -> Surveyed | BrokenImage:
+    def look(image: CaptionedImage) -> ImageRecord | BrokenImage:
         content = image.read()
         try:
             original = Size(*picture_size(content, str(image.path)))
         except BrokenImage as error:
             return error
-        return Surveyed(image, hashlib.sha256(content).hexdigest(), original, buckets.fit(*original))
+        return ImageRecord(image, hashlib.sha256(content).hexdigest(), original, buckets.fit(*original))
 
     surveyed = []
     with progress_bar(console, "Reading images", len(images)) as bar:
@@ -211,15 +213,15 @@ class LatentCache:
         Every file is read, to see whether it changed. Where nothing is missing, the encoders are not called: they may
         have left memory. UserError for no images, a broken one unless skipped, one that cannot be read, a full disk.
         """
-        broken = Broken(console, skip=skip_broken)
+        broken = BrokenImagePolicy(console, skip=skip_broken)
         found = survey(images, buckets, broken, console)
         return self.encode(found, model, broken, console, mirror=mirror, batch_size=batch_size)
 
     def encode(
         self,
-        found: Sequence[Surveyed],
+        found: Sequence[ImageRecord],
         model: Encoders,
-        broken: Broken,
+        broken: BrokenImagePolicy,
         console: Console,
         *,
         mirror: bool = False,
@@ -254,11 +256,11 @@ class LatentCache:
 
     def _fill_latents(
         self,
-        items: dict[str, Surveyed],
+        items: dict[str, ImageRecord],
         model: Encoders,
         mirror: bool,
         batch_size: int,
-        broken: Broken,
+        broken: BrokenImagePolicy,
         console: Console,
     ) -> None:
         missing = [(key, item) for key, item in items.items() if key not in self.latents]
@@ -279,17 +281,17 @@ class LatentCache:
 
 
 def _stacked(
-    keyed: list[tuple[str, Surveyed]], batch_size: int, broken: Broken
-) -> Iterator[tuple[list[tuple[str, Surveyed]], Tensor]]:
+    keyed: list[tuple[str, ImageRecord]], batch_size: int, broken: BrokenImagePolicy
+) -> Iterator[tuple[list[tuple[str, ImageRecord]], Tensor]]:
     """Images of one size and their pixels [B, 3, H, W], read ahead in threads."""
 
-    def load(one: tuple[str, Surveyed]) -> tuple[tuple[str, Surveyed], Tensor | BrokenImage]:
+    def load(one: tuple[str, ImageRecord]) -> tuple[tuple[str, ImageRecord], Tensor | BrokenImage]:
         try:
             return one, to_pixels(one[1].picture())
         except BrokenImage as error:
             return one, error
 
-    def whole() -> Iterator[tuple[tuple[str, Surveyed], Tensor]]:
+    def whole() -> Iterator[tuple[tuple[str, ImageRecord], Tensor]]:
         for one, pixels in ahead(load, keyed):
             if isinstance(pixels, BrokenImage):
                 broken.report(pixels)

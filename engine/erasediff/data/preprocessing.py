@@ -77,7 +77,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-USUAL_STEP = 64
+DEFAULT_STEP = 64
 SMALLEST_AREA = 0.9
 WIDEST = 4.0
 
@@ -110,7 +110,7 @@ class Buckets:
         return cls((Size(height, width),))
 
     @classmethod
-    def around(cls, height: int, width: int, step: int = USUAL_STEP) -> Buckets:
+    def around(cls, height: int, width: int, step: int = DEFAULT_STEP) -> Buckets:
         """All sizes in multiples of ``step`` of nine tenths to the whole of the area, no longer than 4 to 1.
 
         For 1024 x 1024 these are SDXL's 40 (Podell et al. 2023, appendix I) and 1344 x 704, whose mirror image is among

@@ -24,7 +24,7 @@ FORMAT = 1
 CHUNK = 16
 
 
-class Painter(Protocol):
+class Sampler(Protocol):
     """What synthesis needs of a text-to-image model."""
 
     @property
@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def synthesise(
-    model: Painter,
+    model: Sampler,
     prompts: Sequence[str],
     cache: Path,
     console: Console,

@@ -53,9 +53,9 @@ class DenoisingObjective:
         ``backward`` is called on each micro-batch's share; None evaluates the loss alone.
         """
         roles = {"noise": NoiseRole.RETAIN_NOISE, "timestep": NoiseRole.RETAIN_TIMESTEP}
-        return self.true_loss(model, batch, key, backward, **roles)
+        return self.denoising_loss_of(model, batch, key, backward, **roles)
 
-    def true_loss(
+    def denoising_loss_of(
         self,
         model: nn.Module,
         batch: Batch,
@@ -129,7 +129,7 @@ class DenoisingObjective:
 
         return self._accumulate(loss, batch, backward)
 
-    def given_loss(self, model: nn.Module, batch: Batch, backward: Backward | None) -> Tensor:
+    def loss_to_target(self, model: nn.Module, batch: Batch, backward: Backward | None) -> Tensor:
         """E |target - prediction(x_t)|^2, 0-D float32, detached, of states that are given.
 
         The batch's ``"sample"`` is x_t; ``"timesteps"`` int64 [B] and ``"target"`` (like x_t) belong to it.

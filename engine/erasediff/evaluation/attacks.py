@@ -58,7 +58,7 @@ def condition(model: StableDiffusion, ids: Tensor, count: int) -> Mapping[str, T
 
 
 @contextmanager
-def embedded_by(model: StableDiffusion, embed: Embedded) -> Iterator[None]:
+def hook_token_embeddings(model: StableDiffusion, embed: Embedded) -> Iterator[None]:
     """Within the block, token embeddings pass through ``embed``, whoever encodes a prompt: sampling, too."""
     encoder: Any = model.encoders["text_encoder"]
     handle = encoder.get_input_embeddings().register_forward_hook(lambda _, inputs, output: embed(inputs[0], output))
@@ -124,7 +124,7 @@ class PromptSearch:
             leaves.append(output.detach().requires_grad_())
             return leaves[-1]
 
-        with embedded_by(self.model, leaf):
+        with hook_token_embeddings(self.model, leaf):
             self._true_loss(self._typed(chosen, prompt), step, backward=True)
         gradient = leaves[0].grad
         assert gradient is not None
@@ -145,7 +145,7 @@ class PromptSearch:
             "sample_ids": self.slots,
             **condition(self.model, token_ids(self.model, prompt), count),
         }
-        return self.objective.true_loss(
+        return self.objective.denoising_loss_of(
             self.network,
             batch,
             noise_key(self.seed, step, self.model.device),
@@ -155,7 +155,7 @@ class PromptSearch:
         )
 
 
-def inverted_word(
+def textual_inversion(
     model: StableDiffusion,
     latents: Tensor,
     prompt: str,
@@ -185,7 +185,7 @@ def inverted_word(
         optimizer.zero_grad()
         with in_place_of(model, word, vector):
             batch = {"sample": latents[rows], "sample_ids": slots, **condition(model, ids, batch_size)}
-            objective.true_loss(
+            objective.denoising_loss_of(
                 network,
                 batch,
                 noise_key(seed, step, model.device),
@@ -201,7 +201,7 @@ def inverted_word(
 def in_place_of(model: StableDiffusion, word: str, vector: Tensor) -> Iterator[None]:
     """Within the block, ``vector`` [D] is the embedding of ``word`` in every prompt."""
     token = word_id(model, word)
-    with embedded_by(
+    with hook_token_embeddings(
         model, lambda ids, output: torch.where((ids == token).unsqueeze(-1), vector.to(output.dtype), output)
     ):
         yield

@@ -12,7 +12,7 @@ from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.models.pixel_unet import PixelModel
 from erasediff_kernels import philox_noise
 
-USUAL_GUIDANCE = 1.5
+DEFAULT_GUIDANCE = 1.5
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def sample_images(
     class_labels: Tensor | None,
     count: int | None = None,
     *,
-    guidance_scale: float = USUAL_GUIDANCE,
+    guidance_scale: float = DEFAULT_GUIDANCE,
     num_inference_steps: int = 10,
     seed: int = 0,
     batch_size: int = 256,

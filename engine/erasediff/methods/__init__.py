@@ -10,16 +10,16 @@ from erasediff.methods.inner_solve import InnerSolve
 from erasediff.methods.pruning import PrunedEraseDiff, PrunedESD
 from erasediff.methods.salun import SalUn
 from erasediff.methods.selective_amnesia import SelectiveAmnesia
-from erasediff.methods.spec import Materials, Method, Needs, Recipe
+from erasediff.methods.spec import BuildContext, Method, MethodSpec, Requirements
 
-RECIPES: dict[str, Recipe] = {
+METHOD_SPECS: dict[str, MethodSpec] = {
     recipe.name: recipe
     for recipe in (
-        erasediff.RECIPE,
-        esd.RECIPE,
-        pruning.RECIPE,
-        salun.RECIPE,
-        selective_amnesia.RECIPE,
+        erasediff.SPEC,
+        esd.SPEC,
+        pruning.SPEC,
+        salun.SPEC,
+        selective_amnesia.SPEC,
         baselines.RETRAIN,
         baselines.FINETUNE,
         baselines.NEGGRAD,
@@ -28,22 +28,22 @@ RECIPES: dict[str, Recipe] = {
 
 __all__ = [
     "ESD",
-    "RECIPES",
+    "METHOD_SPECS",
     "Barrier",
+    "BuildContext",
     "Cosine",
     "EraseDiff",
     "FineTune",
     "Fixed",
     "Gap",
     "InnerSolve",
-    "Materials",
     "Method",
-    "Needs",
+    "MethodSpec",
     "NegativeGradient",
     "Norm",
     "PrunedESD",
     "PrunedEraseDiff",
-    "Recipe",
+    "Requirements",
     "Retrain",
     "SalUn",
     "SelectiveAmnesia",

@@ -16,7 +16,7 @@ from erasediff.diffusion.rng import noise_key
 from erasediff.methods.barriers import Barrier, Gap
 from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.full_weights import averaged_weights, full_weights
-from erasediff.parallel.gradient_store import Gradients, Shard
+from erasediff.parallel.gradient_store import GradientStore, Shard
 from erasediff_kernels import constraint_multiplier
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SolverOptions(TypedDict, total=False):
     accumulation_steps: int
     autocast: torch.dtype | None
     seed: int
-    gradients: Gradients | None
+    gradients: GradientStore | None
 
 
 class Solver:
@@ -89,7 +89,9 @@ class Solver:
         self.optimizer = self.gradients.optimizer
         self.device = self.gradients.device
         self.seed = options.pop("seed", 0)
-        self.max_grad_norm: float | None = _agreed("max_grad_norm", options, self.gradients.max_grad_norm, 1.0)
+        self.max_grad_norm: float | None = _option_or_engine_value(
+            "max_grad_norm", options, self.gradients.max_grad_norm, 1.0
+        )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {self.max_grad_norm}")
         self.objective = DenoisingObjective(
@@ -97,7 +99,9 @@ class Solver:
             denoiser=options.pop("denoiser", diffusers_denoiser),
             min_snr_gamma=options.pop("min_snr_gamma", None),
             antithetic=options.pop("antithetic", False),
-            accumulation_steps=_agreed("accumulation_steps", options, self.gradients.accumulation_steps, 1),
+            accumulation_steps=_option_or_engine_value(
+                "accumulation_steps", options, self.gradients.accumulation_steps, 1
+            ),
             autocast=options.pop("autocast", None),
             rank=self.gradients.world.rank,
         )
@@ -113,7 +117,7 @@ class Solver:
         """``loss`` of this process's ``batch``, and its gradient."""
         self.gradients.begin(self.objective.micro_batch_count(batch))
         value = loss(self.gradients.backward)
-        return value, self.gradients.take()
+        return value, self.gradients.pop_grads()
 
     def _update(
         self, retain: list[Tensor], forget: list[Tensor], barrier: Barrier, **losses: Tensor | None
@@ -158,7 +162,7 @@ class Solver:
         return averaged_weights(self.gradients)
 
     def shards(self) -> Iterator[Shard]:
-        """What this process holds of the weights and of all that belongs to them: see ``Gradients.shards``."""
+        """What this process holds of the weights and of all that belongs to them: see ``GradientStore.shards``."""
         return self.gradients.shards()
 
     def own_shards(self) -> Iterator[Shard]:
@@ -188,7 +192,7 @@ class Solver:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _agreed(name: str, options: SolverOptions, engines: T | None, default: T) -> T:
+def _option_or_engine_value(name: str, options: SolverOptions, engines: T | None, default: T) -> T:
     """The option of this name, which must not contradict the engine's own configuration."""
     if engines is None:
         return options.pop(name, default)  # type: ignore[misc, no-any-return]

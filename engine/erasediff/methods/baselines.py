@@ -11,7 +11,7 @@ from erasediff.diffusion.rng import NoiseRole
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, StepReport
-from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
 from erasediff.parallel.unwrap import unwrapped
 
 
@@ -31,11 +31,11 @@ class FineTune(Solver):
         return self._update(gradient, [], Fixed(0.0), retain_loss=loss)
 
 
-def make_finetune(materials: Materials) -> FineTune:
+def make_finetune(materials: BuildContext) -> FineTune:
     return FineTune(materials.network, materials.optimizer, process=materials.process, **materials.options)
 
 
-FINETUNE = Recipe(name=FineTune.name, make=make_finetune, needs=lambda _: Needs(forget=False))
+FINETUNE = MethodSpec(name=FineTune.name, make=make_finetune, needs=lambda _: Requirements(forget=False))
 
 
 class NegativeGradient(Solver):
@@ -51,7 +51,7 @@ class NegativeGradient(Solver):
         """One step on ``forget``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
         loss, gradient = self._gradient(
             forget,
-            lambda backward: self.objective.true_loss(
+            lambda backward: self.objective.denoising_loss_of(
                 self.model,
                 forget,
                 self._key(),
@@ -64,11 +64,11 @@ class NegativeGradient(Solver):
         return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
 
 
-def make_neggrad(materials: Materials) -> NegativeGradient:
+def make_neggrad(materials: BuildContext) -> NegativeGradient:
     return NegativeGradient(materials.network, materials.optimizer, process=materials.process, **materials.options)
 
 
-NEGGRAD = Recipe(name=NegativeGradient.name, make=make_neggrad, needs=lambda _: Needs(retain=False))
+NEGGRAD = MethodSpec(name=NegativeGradient.name, make=make_neggrad, needs=lambda _: Requirements(retain=False))
 
 
 class Retrain(FineTune):
@@ -100,10 +100,10 @@ class Retrain(FineTune):
         self.gradients.refresh()
 
 
-def make_retrain(materials: Materials) -> Retrain:
+def make_retrain(materials: BuildContext) -> Retrain:
     method = Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
     method.draw_weights()
     return method
 
 
-RETRAIN = Recipe(name=Retrain.name, make=make_retrain, needs=lambda _: Needs(forget=False))
+RETRAIN = MethodSpec(name=Retrain.name, make=make_retrain, needs=lambda _: Requirements(forget=False))

@@ -16,7 +16,7 @@ from erasediff.diffusion.targets import DeviationTarget, GaussianNoise, Relabel,
 from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.inner_solve import InnerCopy, InnerSolve
-from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import Shard
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EraseDiff(Solver):
         """
         key = self._key()
         inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
-        with self.gradients.held_weights():
+        with self.gradients.no_reshard():
             retain_loss, retain_gradient = self._gradient(
                 retain, lambda backward: self._retain_loss(retain, key, backward)
             )
@@ -138,7 +138,7 @@ def target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> Deviat
             return relabel()
 
 
-def own_options(materials: Materials) -> dict[str, Any]:
+def own_options(materials: BuildContext) -> dict[str, Any]:
     """The options that only EraseDiff takes."""
     settings = materials.config.unlearn
     return {
@@ -151,7 +151,7 @@ def own_options(materials: Materials) -> dict[str, Any]:
     }
 
 
-def make(materials: Materials) -> EraseDiff:
+def make(materials: BuildContext) -> EraseDiff:
     return EraseDiff(
         materials.network,
         materials.optimizer,
@@ -161,12 +161,12 @@ def make(materials: Materials) -> EraseDiff:
     )
 
 
-def needs(config: Config) -> Needs:
+def needs(config: Config) -> Requirements:
     """What ``own_options`` will ask for."""
     settings = config.unlearn
     relabel = settings.target == "relabel"
     teacher = settings.retain_target == "teacher" or (relabel and settings.teacher == "frozen")
-    return Needs(teacher=teacher, relabel=relabel)
+    return Requirements(teacher=teacher, relabel=relabel)
 
 
-RECIPE = Recipe(name=EraseDiff.name, make=make, needs=needs)
+SPEC = MethodSpec(name=EraseDiff.name, make=make, needs=needs)

@@ -16,7 +16,7 @@ from erasediff.diffusion.trajectories import Trajectories
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Barrier, Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import Materials, Needs, Recipe
+from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import Shard
 
 
@@ -108,7 +108,7 @@ class ESD(Solver):
         )
 
     def _towards_target(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        return self._gradient(batch, lambda backward: self.objective.given_loss(self.model, batch, backward))
+        return self._gradient(batch, lambda backward: self.objective.loss_to_target(self.model, batch, backward))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "trajectories": self.trajectories.sample}
@@ -219,7 +219,7 @@ class ESD(Solver):
         return {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
 
 
-def own_options(materials: Materials) -> dict[str, Any]:
+def own_options(materials: BuildContext) -> dict[str, Any]:
     """The options that only ESD takes. UserError for no prompt to erase."""
     settings = materials.config.esd
     if not materials.prompts:
@@ -238,7 +238,7 @@ def own_options(materials: Materials) -> dict[str, Any]:
     }
 
 
-def make(materials: Materials) -> ESD:
+def make(materials: BuildContext) -> ESD:
     return ESD(
         materials.network,
         materials.optimizer,
@@ -253,4 +253,4 @@ def floats(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in condition.items()}
 
 
-RECIPE = Recipe(name=ESD.name, make=make, needs=lambda _: Needs(retain=False, forget=False, teacher=True))
+SPEC = MethodSpec(name=ESD.name, make=make, needs=lambda _: Requirements(retain=False, forget=False, teacher=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erasediff.parallel.gradient_store import Gradients
+from erasediff.parallel.gradient_store import GradientStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class InnerCopy:
     inner solve reaches the optimizer's moments or the global random state.
     """
 
-    def __init__(self, gradients: Gradients, settings: InnerSolve) -> None:
+    def __init__(self, gradients: GradientStore, settings: InnerSolve) -> None:
         self.settings = settings
         self.gradients = gradients
         self.weights = [weight.clone() for weight in gradients.weights()]
@@ -60,7 +60,7 @@ class InnerCopy:
         for _ in range(self.settings.steps):
             of_phi = gradient()
             torch._foreach_add_(phi, of_phi, alpha=-self.settings.lr)
-            self.gradients.reuse(of_phi)
+            self.gradients.release(of_phi)
             self.gradients.refresh()
 
     @torch.no_grad()

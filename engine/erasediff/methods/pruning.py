@@ -29,7 +29,7 @@ from erasediff.methods.base import Solver, StepReport
 from erasediff.methods.concept_prune import HeldMask
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.spec import Materials, Method, Needs, Recipe
+from erasediff.methods.spec import BuildContext, Method, MethodSpec, Requirements
 from erasediff.models.weight_masks import (
     add_masks,
     limit_masks,
@@ -121,7 +121,7 @@ def trained(config: Config, network: nn.Module, selected: Any) -> list[nn.Parame
     return weights
 
 
-def make(materials: Materials) -> PrunedESD | PrunedEraseDiff | HeldMask:
+def make(materials: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
     settings = materials.config.pruning
     given: dict[str, Any] = {"process": materials.process, **materials.options}
     method: ESD | EraseDiff
@@ -151,7 +151,7 @@ def make(materials: Materials) -> PrunedESD | PrunedEraseDiff | HeldMask:
     )
 
 
-def _of_prompts(materials: Materials, given: dict[str, Any]) -> ESD:
+def _of_prompts(materials: BuildContext, given: dict[str, Any]) -> ESD:
     config, settings = materials.config, materials.config.pruning
     if materials.batch_size % 2:
         raise UserError("Half of what pruning looks at is to stay: give an even unlearn.batch_size.")
@@ -183,10 +183,10 @@ def finish(method: Method, path: Path) -> None:
     save_masks(merge_masks(solver.model), path.with_name(MASK))
 
 
-def needs(config: Config) -> Needs:
+def needs(config: Config) -> Requirements:
     if config.pruning.objective == "erasediff":
-        return Needs(relabel=erasediff.needs(config).relabel)
-    return Needs(retain=False, forget=False)
+        return Requirements(relabel=erasediff.needs(config).relabel)
+    return Requirements(retain=False, forget=False)
 
 
-RECIPE = Recipe(name="pruning", make=make, needs=needs, trained=trained, finish=finish)
+SPEC = MethodSpec(name="pruning", make=make, needs=needs, trained=trained, finish=finish)

@@ -15,8 +15,8 @@ from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver
 from erasediff.methods.erasediff import EraseDiff
-from erasediff.methods.spec import Materials, Needs, Recipe
-from erasediff.parallel.gradient_store import Gradients
+from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
+from erasediff.parallel.gradient_store import GradientStore
 
 HALF_BITS = 16
 """A magnitude's upper half: sign, exponent and seven bits of mantissa, a step of less than 1%."""
@@ -25,7 +25,7 @@ HALF_MASK = (1 << HALF_BITS) - 1
 
 def forget_gradients(
     model: nn.Module,
-    gradients: Gradients,
+    gradients: GradientStore,
     objective: DenoisingObjective,
     batches: Iterable[Batch],
     *,
@@ -40,7 +40,7 @@ def forget_gradients(
     total: list[Tensor] = []
     for step, batch in enumerate(batches):
         gradients.begin(objective.micro_batch_count(batch))
-        objective.true_loss(
+        objective.denoising_loss_of(
             model,
             batch,
             noise_key(seed, step, gradients.device),
@@ -48,10 +48,10 @@ def forget_gradients(
             noise=NoiseRole.FORGET_NOISE,
             timestep=NoiseRole.FORGET_TIMESTEP,
         )
-        taken = gradients.take()
+        taken = gradients.pop_grads()
         if total:
             torch._foreach_add_(total, taken)
-            gradients.reuse(taken)
+            gradients.release(taken)
         else:
             total = taken
     if not total:
@@ -86,7 +86,7 @@ def saliency_threshold(
     return torch.tensor(upper << HALF_BITS | lower, dtype=torch.int32, device=gradients[0].device).view(torch.float32)
 
 
-def set_saliency_mask(gradients: Gradients, values: Sequence[Tensor], *, share: float = 0.5) -> float:
+def set_saliency_mask(gradients: GradientStore, values: Sequence[Tensor], *, share: float = 0.5) -> float:
     """Let the optimizer move only the ``share`` of weights whose entry in ``values`` is largest; returns what moves.
 
     values: as ``forget_gradients`` returns them
@@ -138,10 +138,10 @@ class SalUn(EraseDiff):
     name = "salun"
 
 
-def make(materials: Materials) -> SalUn:
+def make(materials: BuildContext) -> SalUn:
     config, settings = materials.config, materials.config.salun
     if config.unlearn.target not in (None, "relabel"):
-        raise UserError(f"SalUn's target is relabel, not {config.unlearn.target}: leave --target away.")
+        raise UserError(f"SalUn's target is relabel, not {config.unlearn.target}: omit --target.")
     if config.text_to_image.saliency is not None or config.text_to_image.train == "lora":
         raise UserError(
             "SalUn chooses among the model's own weights: set salun.share, not text_to_image.saliency, and no LoRA."
@@ -165,8 +165,8 @@ def keep_to_the_salient(method: Solver, batches: Iterable[Batch], *, share: floa
     set_saliency_mask(method.gradients, values, share=share)
 
 
-RECIPE = Recipe(
+SPEC = MethodSpec(
     name=SalUn.name,
     make=make,
-    needs=lambda config: Needs(teacher=config.unlearn.teacher == "frozen", relabel=True),
+    needs=lambda config: Requirements(teacher=config.unlearn.teacher == "frozen", relabel=True),
 )

@@ -13,7 +13,7 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import Materials, Recipe
+from erasediff.methods.spec import BuildContext, MethodSpec
 from erasediff.parallel.gradient_store import Shard
 from erasediff_kernels import philox_noise
 
@@ -51,13 +51,13 @@ class SelectiveAmnesia(Solver):
             key = noise_key(self.seed, count, self.device)
             _, gradient = self._gradient(
                 batch,
-                lambda backward, batch=batch, key=key: self.objective.true_loss(  # type: ignore[misc]
+                lambda backward, batch=batch, key=key: self.objective.denoising_loss_of(  # type: ignore[misc]
                     self.model, batch, key, backward, noise=NoiseRole.FISHER_NOISE, timestep=NoiseRole.FISHER_TIMESTEP
                 ),
             )
             for fisher, part in zip(self.fisher, gradient, strict=True):
                 fisher.addcmul_(part.float(), part.float())
-            self.gradients.reuse(gradient)
+            self.gradients.release(gradient)
         if not count:
             raise ValueError("the Fisher information needs at least one batch")
         torch._foreach_div_(self.fisher, float(count))
@@ -71,7 +71,7 @@ class SelectiveAmnesia(Solver):
         surrogate = self._surrogate(forget, key)
         forget_loss, of_forget = self._gradient(
             surrogate,
-            lambda backward: self.objective.true_loss(
+            lambda backward: self.objective.denoising_loss_of(
                 self.model,
                 surrogate,
                 key,
@@ -105,7 +105,7 @@ class SelectiveAmnesia(Solver):
         return self.gradients.shards(original=self.original, fisher=self.fisher)
 
 
-def make(materials: Materials) -> SelectiveAmnesia:
+def make(materials: BuildContext) -> SelectiveAmnesia:
     settings = materials.config.selective_amnesia
     method = SelectiveAmnesia(
         materials.network,
@@ -119,4 +119,4 @@ def make(materials: Materials) -> SelectiveAmnesia:
     return method
 
 
-RECIPE = Recipe(name=SelectiveAmnesia.name, make=make)
+SPEC = MethodSpec(name=SelectiveAmnesia.name, make=make)

@@ -17,7 +17,7 @@ from erasediff.methods.base import SolverOptions, StepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class Requirements:
     """What a method looks at, so that a run asks for no more.
 
     retain, forget: batches of that kind; of a method that needs neither, both are empty
@@ -32,7 +32,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Materials:
+class BuildContext:
     """All that a method may be made of. What costs something is a function: it is called by those who need it.
 
     options:        what every method takes: how the model is called, precision, seed, ...
@@ -80,8 +80,8 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a method is made: one in the method's own file, listed in ``RECIPES``, is all that a new method takes.
+class MethodSpec:
+    """How a method is made: one in the method's own file, listed in ``METHOD_SPECS``, is all that a new method takes.
 
     make:    the method that ``materials.config`` describes, about to train ``materials.network``
     needs:   which batches it looks at, as the configuration asks
@@ -90,7 +90,7 @@ class Recipe:
     """
 
     name: str
-    make: Callable[[Materials], Method]
-    needs: Callable[[Config], Needs] = lambda _: Needs()
+    make: Callable[[BuildContext], Method]
+    needs: Callable[[Config], Requirements] = lambda _: Requirements()
     trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
     finish: Callable[[Method, Path], None] | None = None

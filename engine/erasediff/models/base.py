@@ -53,11 +53,11 @@ class TextToImageModel(Protocol):
         ...
 
     @property
-    def denoiser_is_empty(self) -> bool:
+    def denoiser_is_meta(self) -> bool:
         """Whether its weights are on the disk alone, and its parameters on the meta device."""
         ...
 
-    def whole_denoiser(self) -> nn.Module:
+    def materialize_denoiser(self) -> nn.Module:
         """``denoiser_module``, or where that is empty, one with weights that lives as long as the caller holds it."""
         ...
 
@@ -194,7 +194,7 @@ class LatentModel(ABC):
     optional_encoders: ClassVar[tuple[str, ...]] = ()
     pipeline_class: ClassVar[Any]
     flow: ClassVar[bool]
-    usual_guidance: ClassVar[float]
+    default_guidance: ClassVar[float]
 
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, empty: bool = False
@@ -226,7 +226,7 @@ class LatentModel(ABC):
         self._encoders: dict[str, nn.Module] | None = None
         self.denoiser_module = self._empty_denoiser()
         if not empty:
-            self.denoiser_module = self.whole_denoiser()
+            self.denoiser_module = self.materialize_denoiser()
 
     @abstractmethod
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
@@ -243,8 +243,8 @@ class LatentModel(ABC):
         # diffusers' own ``to`` warns of modules kept in float32 even where there are none.
         return nn.Module.to(module, self.dtype).eval()
 
-    def whole_denoiser(self) -> nn.Module:
-        if not self.denoiser_is_empty:
+    def materialize_denoiser(self) -> nn.Module:
+        if not self.denoiser_is_meta:
             return self.denoiser_module
         return load_component(self.checkpoint, self.denoiser_component, self.dtype, self.device)
 
@@ -254,7 +254,7 @@ class LatentModel(ABC):
         return stored_weights(self.checkpoint, self.denoiser_component, module, self.dtype)
 
     @property
-    def denoiser_is_empty(self) -> bool:
+    def denoiser_is_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.denoiser_module.parameters())
 
     @property
@@ -358,7 +358,7 @@ class LatentModel(ABC):
     ) -> Tensor:
         height, width = height or self.default_size[0], width or self.default_size[1]
         shape = self.latent_shape(height, width)
-        denoiser = self.whole_denoiser()
+        denoiser = self.materialize_denoiser()
         pipeline = self._pipeline(denoiser)
         was_training = denoiser.training
         denoiser.eval()
@@ -368,7 +368,7 @@ class LatentModel(ABC):
             noise = philox_noise(ids, noise_key(seed, INITIAL_NOISE, "cpu"), int(NoiseRole.SAMPLING), shape)
             latents = pipeline(
                 prompt=[prompts[i] for i in ids.tolist()],
-                guidance_scale=self.usual_guidance if guidance_scale is None else guidance_scale,
+                guidance_scale=self.default_guidance if guidance_scale is None else guidance_scale,
                 num_inference_steps=num_inference_steps,
                 height=height,
                 width=width,
@@ -416,7 +416,7 @@ class LatentModel(ABC):
                 yield f"{component}.{name}", tensor.load()
 
     def denoiser_hash(self) -> str:
-        weights = self.denoiser_weights if self.denoiser_is_empty else {}
+        weights = self.denoiser_weights if self.denoiser_is_meta else {}
         named = sorted(self.denoiser_module.state_dict().items())
         return fingerprint(
             self.denoiser_component, ((name, weights[name]() if tensor.is_meta else tensor) for name, tensor in named)

@@ -29,7 +29,7 @@ class Flux(LatentModel):
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     pipeline_class = FluxPipeline
     flow = True
-    usual_guidance = 3.5
+    default_guidance = 3.5
     architecture = "flux-1"
 
     @property

@@ -27,7 +27,7 @@ class StableDiffusion3(LatentModel):
     optional_encoders: ClassVar = ("text_encoder_3",)
     pipeline_class = StableDiffusion3Pipeline
     flow = True
-    usual_guidance = 7.0
+    default_guidance = 7.0
     architecture = "stable-diffusion-3"
 
     @property

@@ -22,7 +22,7 @@ class StableDiffusion(LatentModel):
     text_encoders: ClassVar = ("text_encoder",)
     pipeline_class = StableDiffusionPipeline
     flow = False
-    usual_guidance = 7.5
+    default_guidance = 7.5
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         unet, vae, text = self.configs["unet"], self.configs["vae"], self.configs["text_encoder"]
@@ -65,7 +65,7 @@ class StableDiffusionXL(LatentModel):
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     pipeline_class = StableDiffusionXLPipeline
     flow = False
-    usual_guidance = 5.0
+    default_guidance = 5.0
     architecture = "stable-diffusion-xl-v1-base"
     original_layout = "sdxl"
 

@@ -23,7 +23,7 @@ POLL_SECONDS = 0.05
 FAILED, TOLD = "failed", "told"
 
 
-class PeerFailed(Exception):
+class PeerError(Exception):
     """Another rank has ended the run; ``exit_code`` and the message are its own."""
 
     def __init__(self, rank: int, exit_code: int, message: str) -> None:
@@ -32,10 +32,10 @@ class PeerFailed(Exception):
         self.exit_code = exit_code
 
 
-class Peers:
+class ControlPlane:
     """The ranks of this run, of which this is one. All of them must call the same methods in the same order."""
 
-    _current: ClassVar[Peers | None] = None
+    _current: ClassVar[ControlPlane | None] = None
 
     def __init__(self, store: Store | None = None, rank: int = 0, size: int = 1) -> None:
         self.store = store
@@ -45,14 +45,14 @@ class Peers:
         self._count = 0
 
     @classmethod
-    def current(cls) -> Peers:
+    def current(cls) -> ControlPlane:
         """The ranks that ``connect`` found; one alone without."""
         if cls._current is None:
             cls._current = cls()
         return cls._current
 
     @classmethod
-    def connect(cls) -> Peers:
+    def connect(cls) -> ControlPlane:
         """Meet the ranks that a launcher has started: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell where."""
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
         cls._current = cls(PrefixStore("erasediff", store), rank, size)
@@ -63,19 +63,19 @@ class Peers:
         return self.rank == 0
 
     def exchange(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (of JSON), by rank. Raises ``PeerFailed``; UserError where one stays away too long."""
+        """Every rank's ``value`` (of JSON), by rank. Raises ``PeerError``; UserError where one stays away too long."""
         if self.store is None:
             return [value]
         self._count += 1
         self.store.set(f"{self._count}/{self.rank}", json.dumps(value))
         return [json.loads(self._get(f"{self._count}/{rank}", self.seconds)) for rank in range(self.size)]
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The main rank's ``value`` (of JSON)."""
         return self.exchange(value)[0]
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The main rank goes through the block alone, however long it takes, and then the others at once."""
         self._count += 1
         key = f"{self._count}/main"
@@ -90,18 +90,18 @@ class Peers:
         if self.store is not None and not self.store.check([FAILED]):
             self.store.set(FAILED, json.dumps([self.rank, exit_code, message]))
 
-    def failure(self) -> PeerFailed | None:
+    def failure(self) -> PeerError | None:
         """Which rank has ended the run and why, if one has."""
         if self.store is None or not self.store.check([FAILED]):
             return None
-        return PeerFailed(*json.loads(self.store.get(FAILED)))
+        return PeerError(*json.loads(self.store.get(FAILED)))
 
-    def tell(self) -> None:
+    def mark_reported(self) -> None:
         """The main rank has told the person how the run ends: the others may go."""
         if self.store is not None:
             self.store.set(TOLD, "done")
 
-    def was_told(self, seconds: float) -> bool:
+    def wait_reported(self, seconds: float) -> bool:
         """Whether the person has been told, within ``seconds``."""
         deadline = time.monotonic() + seconds
         while self.store is not None and not self.store.check([TOLD]):
@@ -110,7 +110,7 @@ class Peers:
             time.sleep(POLL_SECONDS)
         return True
 
-    def leave(self, seconds: float) -> None:
+    def shutdown(self, seconds: float) -> None:
         """Go, the main rank last but for ``seconds`` at most: the store may be its own, and end with it."""
         if self.store is None:
             return

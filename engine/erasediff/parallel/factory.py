@@ -1,4 +1,4 @@
-"""Which ``Gradients`` a model and an optimizer have."""
+"""Which ``GradientStore`` a model and an optimizer have."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from erasediff.parallel.fsdp import FullyShardedGradients
-from erasediff.parallel.gradient_store import Gradients
-from erasediff.parallel.replicated import DataParallelGradients, LocalGradients
+from erasediff.parallel.fsdp import FSDPGradientStore
+from erasediff.parallel.gradient_store import GradientStore
+from erasediff.parallel.replicated import DataParallelGradientStore, LocalGradientStore
 from erasediff.parallel.world import World
 from erasediff.parallel.zero.engine import is_engine
-from erasediff.parallel.zero.gradients import ZeroGradients
+from erasediff.parallel.zero.gradients import ZeroGradientStore
 
 
-def gradients_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Gradients:
-    """``Gradients`` of a plain module, one in DDP, one after ``fully_shard``, or of a DeepSpeed engine.
+def gradients_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> GradientStore:
+    """``GradientStore`` of a plain module, one in DDP, one after ``fully_shard``, or of a DeepSpeed engine.
 
     optimizer: None for an engine, which has its own; the wrappers of ``accelerate`` are seen through
 
     Raises ``ValueError`` for a combination that cannot train, with what to do about it.
     """
     if is_engine(model):
-        return ZeroGradients(model)
+        return ZeroGradientStore(model)
     optimizer = _inside_of_accelerate(optimizer)
     if optimizer is None:
         raise ValueError("give the optimizer of the model's parameters; only a DeepSpeed engine brings its own")
@@ -34,16 +34,16 @@ def gradients_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     else:
         inside = model
     if isinstance(inside, DistributedDataParallel):
-        return DataParallelGradients(inside, optimizer)
+        return DataParallelGradientStore(inside, optimizer)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return FullyShardedGradients(model, optimizer)
+        return FSDPGradientStore(model, optimizer)
     size = World.current().size
     if size > 1:
         raise ValueError(
             f"there are {size} processes, but this model's gradients would stay in each: wrap it in "
             "torch.nn.parallel.DistributedDataParallel, apply fully_shard to it, or give a DeepSpeed engine"
         )
-    return LocalGradients(model, optimizer)
+    return LocalGradientStore(model, optimizer)
 
 
 def _inside_of_accelerate(optimizer: Any) -> torch.optim.Optimizer | None:

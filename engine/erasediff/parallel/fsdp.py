@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from erasediff.parallel.replicated import LocalGradients
+from erasediff.parallel.replicated import LocalGradientStore
 from erasediff.parallel.world import World
 
 
-class FullyShardedGradients(LocalGradients):
-    """``Gradients`` of a model after ``fully_shard``: each process sees and updates its shard of each parameter.
+class FSDPGradientStore(LocalGradientStore):
+    """``GradientStore`` of a model after ``fully_shard``: each process sees and updates its shard of each parameter.
 
     Raises ``ValueError`` for parameters that are no distributed tensors, that are sharded in another dimension than the
     first, or whose mesh leaves out processes.

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from erasediff.io.atomic import storage_errors
 from erasediff.io.tensor_file import ALIGNMENT, tensor_bytes
-from erasediff.parallel.gradient_store import Gradients
+from erasediff.parallel.gradient_store import GradientStore
 from erasediff.parallel.unwrap import unwrapped
 from erasediff.parallel.world import World
 from erasediff.parallel.zero.engine import gathered
@@ -47,7 +47,7 @@ def _whole(tensor: Tensor, is_main: bool) -> Tensor | None:
 
 
 @contextmanager
-def averaged_weights(gradients: Gradients) -> Iterator[None]:
+def averaged_weights(gradients: GradientStore) -> Iterator[None]:
     """The model holds its averaged weights within the block, for sampling or saving, and its own again after it.
 
     Every process must enter. Weights without an average (``ema_decay`` None) stay. Extra memory: this process's share.
@@ -67,7 +67,7 @@ def averaged_weights(gradients: Gradients) -> Iterator[None]:
         gradients.refresh()
 
 
-def averaged_whole(trained: nn.Module, gradients: Gradients, folder: Path) -> dict[str, Tensor]:
+def gather_ema_weights(trained: nn.Module, gradients: GradientStore, folder: Path) -> dict[str, Tensor]:
     """The averaged weights of ``trained`` by name, on the main rank; nothing on the others.
 
     Every rank must call it. The weights are gathered one at a time, each into a file without a name in ``folder``, and
@@ -91,7 +91,7 @@ def averaged_whole(trained: nn.Module, gradients: Gradients, folder: Path) -> di
     return {name: whole[place].view(dtype).view(shape) for name, (place, dtype, shape) in places.items()}
 
 
-def made_whole(network: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_full_weights_(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put ``weights`` in the place of what ``network`` has of them, which can then be saved, but not trained."""
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")

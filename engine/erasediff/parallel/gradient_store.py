@@ -27,7 +27,7 @@ class Shard(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Gradients(Protocol):
+class GradientStore(Protocol):
     """Two backward passes per step, each taken as a list of tensors, and one update from both.
 
     The lists are this process's share: everything, or its shard. The solver sees only their Gram values.
@@ -53,7 +53,7 @@ class Gradients(Protocol):
         """How many processes hold each element: what their Gram values count several times."""
         ...
 
-    def held_weights(self) -> AbstractContextManager[None]:
+    def no_reshard(self) -> AbstractContextManager[None]:
         """Within the block no weight changes: what one pass has gathered of cut ones may stay for the next.
 
         Gradients taken within are whole when it ends: their reduction may go on beside the next pass.
@@ -68,11 +68,11 @@ class Gradients(Protocol):
         """Adds the gradient of ``loss``, averaged over the processes, to what the next ``take`` returns."""
         ...
 
-    def take(self) -> list[Tensor]:
+    def pop_grads(self) -> list[Tensor]:
         """The gradients accumulated since the last ``take``. The caller's to keep and to write to, until ``update``."""
         ...
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         """The caller needs what ``take`` has returned no more: the next gradients may be written there."""
         ...
 

@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from erasediff.config import DistributedConfig, check_shares
 from erasediff.errors import UserError
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 
 
 class Share(TypedDict):
@@ -24,10 +24,10 @@ class Share(TypedDict):
 
 def check_launch(settings: DistributedConfig) -> None:
     """UserError where a launcher and the configuration disagree on whether there are several processes."""
-    size = Peers.current().size
+    size = ControlPlane.current().size
     if settings.launch == "none" and size > 1:
         raise UserError(f"{size} processes were started: say with --launch ddp, fsdp or zero how they share the work.")
-    if settings.launch != "none" and Peers.current().store is None:
+    if settings.launch != "none" and ControlPlane.current().store is None:
         raise UserError("This command runs in one process: leave distributed.launch at none.")
 
 
@@ -51,7 +51,7 @@ def local_device(name: str, launch: str) -> str:
 
 def join(settings: DistributedConfig, device: torch.device) -> None:
     """Initialise ``torch.distributed`` among the ranks, with the time limit of ``settings``; again is no harm."""
-    peers = Peers.current()
+    peers = ControlPlane.current()
     if settings.launch == "none" or peers.store is None or dist.is_initialized():
         return
     peers.seconds = settings.timeout
@@ -71,6 +71,6 @@ def join(settings: DistributedConfig, device: torch.device) -> None:
 
 def share_of(batch_size: int, setting: str) -> Share:
     """This rank's part of a batch of ``batch_size``. UserError for a batch that cannot be cut evenly."""
-    peers = Peers.current()
+    peers = ControlPlane.current()
     check_shares(batch_size, setting, peers.size)
     return Share(rank=peers.rank, world_size=peers.size)

@@ -17,8 +17,8 @@ from erasediff.parallel.world import World
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
 
 
-class LocalGradients:
-    """``Gradients`` of the parameters that ``optimizer`` updates, all of them in this process.
+class LocalGradientStore:
+    """``GradientStore`` of the parameters that ``optimizer`` updates, all of them in this process.
 
     ``ConstrainedAdamW`` and ``ConstrainedSGD`` read both gradients in one pass. For any other optimizer the combination
     is formed in the retain gradients' own storage; a non-finite step is then skipped on the device where the optimizer
@@ -56,7 +56,7 @@ class LocalGradients:
     def replicas(self) -> int:
         return self.world.size
 
-    def held_weights(self) -> AbstractContextManager[None]:
+    def no_reshard(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def begin(self, calls: int) -> None:
@@ -65,7 +65,7 @@ class LocalGradients:
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
-    def take(self) -> list[Tensor]:
+    def pop_grads(self) -> list[Tensor]:
         taken = []
         for parameter in self.parameters:
             # A parameter that this loss does not reach has gradient zero.
@@ -74,7 +74,7 @@ class LocalGradients:
             parameter.grad = None
         return taken
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         pass
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
@@ -160,8 +160,8 @@ def _step_unless_non_finite(optimizer: Any, finite: Tensor) -> None:
         optimizer.step()
 
 
-class DataParallelGradients(LocalGradients):
-    """``Gradients`` of a model in DDP. Every backward pass but the last of a gradient stays in its process."""
+class DataParallelGradientStore(LocalGradientStore):
+    """``GradientStore`` of a model in DDP. Every backward pass but the last of a gradient stays in its process."""
 
     def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer, World.current())
@@ -178,7 +178,7 @@ class DataParallelGradients(LocalGradients):
         self._calls_left -= 1
         self._ddp.require_backward_grad_sync = self._calls_left <= 1
 
-    def take(self) -> list[Tensor]:
-        taken = super().take()
+    def pop_grads(self) -> list[Tensor]:
+        taken = super().pop_grads()
         # The next backward pass writes to DDP's buckets, which these are views of.
         return [gradient.clone() for gradient in taken] if self._ddp.gradient_as_bucket_view else taken

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from erasediff.config import DistributedConfig, check_offload
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.zero.config import cuts_parameters, zero_config
 from erasediff.parallel.zero.engine import check_engine
 from erasediff.parallel.zero.partition import gather_in_forward, partition
@@ -28,7 +28,7 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], O]
 
 
-def in_parallel(
+def parallelize_network(
     network: nn.Module,
     parameters: Iterable[nn.Parameter],
     make_optimizer: MakeOptimizer[O],
@@ -61,7 +61,7 @@ def in_parallel(
     config = zero_config(
         settings,
         batch_size=batch_size,
-        processes=Peers.current().size,
+        processes=ControlPlane.current().size,
         accumulation_steps=accumulation_steps,
         max_grad_norm=max_grad_norm,
         bf16=any(parameter.dtype == torch.bfloat16 for parameter in network.parameters()),
@@ -76,10 +76,10 @@ def in_parallel(
     return _engine(network, optimizer, config, settings), optimizer
 
 
-def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights: LazyWeights | None) -> nn.Module:
+def parallelize_frozen(teacher: nn.Module, settings: DistributedConfig, weights: LazyWeights | None) -> nn.Module:
     """A frozen copy of the network, spread as the network will be where that is cut into shards (FSDP, ZeRO-3).
 
-    weights: as in ``in_parallel``
+    weights: as in ``parallelize_network``
     """
     if settings.launch == "fsdp":
         _shard(teacher, settings)
@@ -87,8 +87,8 @@ def frozen_in_parallel(teacher: nn.Module, settings: DistributedConfig, weights:
         bf16 = any(parameter.dtype == torch.bfloat16 for parameter in teacher.parameters())
         config = zero_config(
             settings,
-            batch_size=Peers.current().size,
-            processes=Peers.current().size,
+            batch_size=ControlPlane.current().size,
+            processes=ControlPlane.current().size,
             accumulation_steps=1,
             max_grad_norm=None,
             bf16=bf16,
@@ -108,7 +108,7 @@ def _shard(network: nn.Module, settings: DistributedConfig) -> None:
     """FSDP2, block by block: one block's parameters are whole at a time."""
     policy = CPUOffloadPolicy() if settings.offload_params else OffloadPolicy()
     # By default the mesh is one of GPUs wherever there are some, whatever device was asked for.
-    mesh = init_device_mesh(next(network.parameters()).device.type, (Peers.current().size,))
+    mesh = init_device_mesh(next(network.parameters()).device.type, (ControlPlane.current().size,))
     for child in network.children():
         for block in child if isinstance(child, nn.ModuleList) else [child]:
             if any(True for _ in block.parameters()):

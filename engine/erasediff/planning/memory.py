@@ -14,7 +14,7 @@ import torch
 
 from erasediff.errors import UserError
 from erasediff.parallel.zero.config import read_own
-from erasediff.parallel.zero.reduce_scatter import AT_ONCE, LARGEST_BUCKET
+from erasediff.parallel.zero.reduce_scatter import LARGEST_BUCKET, MAX_OPEN_BUCKETS
 from erasediff.parallel.zero.stage0 import BUCKET_NUMEL
 from erasediff.planning.reference_models import Network
 from erasediff.planning.trace import Trace
@@ -208,7 +208,9 @@ def _reduction(layout: Layout, sizes: Sizes) -> int:
     """Elements that are on their way to be averaged, under ZeRO."""
     if layout.offload_optimizer:
         return layout.reduce_bucket_size * (2 if layout.overlap_comm and layout.stage != 3 else 1)
-    ours = min(AT_ONCE * min(layout.reduce_bucket_size, LARGEST_BUCKET), sizes.trained) if layout.ranks > 1 else 0
+    ours = (
+        min(MAX_OPEN_BUCKETS * min(layout.reduce_bucket_size, LARGEST_BUCKET), sizes.trained) if layout.ranks > 1 else 0
+    )
     # ZeRO-3 allocates one bucket at the beginning, which then is ours.
     return max(ours, layout.reduce_bucket_size) if layout.stage == 3 else ours
 

@@ -18,8 +18,8 @@ from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
 from erasediff.io.state_file import load_state, open_state, save_state
 from erasediff.methods import Method
-from erasediff.parallel.control_plane import Peers
-from erasediff.training.resharding import Fragments, Sharded, of_one_process, opened, taken_apart
+from erasediff.parallel.control_plane import ControlPlane
+from erasediff.training.resharding import Fragments, Sharded, from_full_checkpoint, opened, to_shards
 
 PREFIX = "checkpoint-"
 STATE = "state.safetensors"
@@ -58,18 +58,18 @@ class Checkpoint:
             save_state(state, folder / STATE)
             self._write_manifest(folder, {STATE: _checksum(folder / STATE)})
 
-    def save_shared(self, state: Any, peers: Peers) -> None:
+    def save_shared(self, state: Any, peers: ControlPlane) -> None:
         """Write every rank's own ``state`` to its file; the folder appears once all of them are on the disk.
 
         UserError, the same on each rank, if one of them could not write. All ranks see one file system.
         """
-        partial = Path(peers.from_main(str(temporary_sibling(self.path))))
+        partial = Path(peers.broadcast_object(str(temporary_sibling(self.path))))
         try:
             written = peers.exchange(self._write_share(state, partial, peers))
             refusals = [share["error"] for share in written if "error" in share]
             if not refusals and peers.is_main:
                 refusals = self._finish(partial, {share["name"]: share["sha256"] for share in written})
-            refusals = peers.from_main(refusals)
+            refusals = peers.broadcast_object(refusals)
         finally:
             if peers.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +83,7 @@ class Checkpoint:
         return load_state(self.path / STATE, device)
 
     @contextmanager
-    def fragments(self, peers: Peers) -> Iterator[Fragments]:
+    def fragments(self, peers: ControlPlane) -> Iterator[Fragments]:
         """The state, of whatever layout, to be read within the block. Every rank calls it, and checks its share.
 
         UserError, the same on each rank, if any of it is not as it was written.
@@ -94,12 +94,12 @@ class Checkpoint:
         if not all(peers.exchange(self._is_healthy(mine))):
             raise self._damaged()
         if self.is_whole:
-            yield of_one_process(self.path, self.path / STATE)
+            yield from_full_checkpoint(self.path, self.path / STATE)
             return
         with opened(self.path, [self.path / name for name in names]) as fragments:
             yield fragments
 
-    def random_state(self, peers: Peers) -> Any | None:
+    def random_state(self, peers: ControlPlane) -> Any | None:
         """What this rank's file says of its generators; None from a run of another number of ranks."""
         name = shared_state(peers)
         if name not in self._checksums():
@@ -112,7 +112,7 @@ class Checkpoint:
         """Whether it is of one process, which has whole tensors."""
         return STATE in self._checksums()
 
-    def _write_share(self, state: Any, partial: Path, peers: Peers) -> dict[str, str]:
+    def _write_share(self, state: Any, partial: Path, peers: ControlPlane) -> dict[str, str]:
         name = shared_state(peers)
         try:
             with storage_errors(self.path):
@@ -159,7 +159,7 @@ class Checkpoint:
         return f"; continue from the one before it with --resume {older[-1].path}" if older else ""
 
 
-def shared_state(peers: Peers) -> str:
+def shared_state(peers: ControlPlane) -> str:
     """The name of this rank's file in a checkpoint that ranks share."""
     return f"state-{peers.rank}-of-{peers.size}.safetensors"
 
@@ -177,7 +177,7 @@ class Snapshot(Protocol):
     def restore(self, checkpoint: Checkpoint) -> None: ...
 
 
-class WholeSnapshot:
+class FullState:
     """Of one process. Reads checkpoints of any number of ranks."""
 
     def __init__(self, method: Method, model: nn.Module) -> None:
@@ -199,7 +199,7 @@ class WholeSnapshot:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_whole:
-            with checkpoint.fragments(Peers.current()) as fragments:
+            with checkpoint.fragments(ControlPlane.current()) as fragments:
                 fragments.restore(cast(Sharded, self.method))
             return
         state = checkpoint.load(next(self.model.parameters()).device)
@@ -215,7 +215,7 @@ class WholeSnapshot:
 class SharedSnapshot:
     """Of the ranks together: each writes and reads its part. Random states return where the ranks are as many again."""
 
-    def __init__(self, method: Method, peers: Peers, *, replicated: bool, device: torch.device) -> None:
+    def __init__(self, method: Method, peers: ControlPlane, *, replicated: bool, device: torch.device) -> None:
         self.method = cast(Sharded, method)
         self.name = method.name
         self.peers = peers
@@ -223,7 +223,7 @@ class SharedSnapshot:
         self.device = device
 
     def save(self, checkpoint: Checkpoint) -> None:
-        state = taken_apart(self.method, with_shards=self.peers.is_main or not self.replicated)
+        state = to_shards(self.method, with_shards=self.peers.is_main or not self.replicated)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -242,9 +242,9 @@ class SharedSnapshot:
 def snapshot_of(method: Method, model: nn.Module, *, shared: bool) -> Snapshot:
     """``model`` is what the method trains, as it was before anything was put around it."""
     if not shared:
-        return WholeSnapshot(method, model)
+        return FullState(method, model)
     gradients = cast(Any, method).gradients
-    return SharedSnapshot(method, Peers.current(), replicated=gradients.replicated, device=gradients.device)
+    return SharedSnapshot(method, ControlPlane.current(), replicated=gradients.replicated, device=gradients.device)
 
 
 def _frozen(model: nn.Module) -> set[str]:

@@ -13,12 +13,12 @@ from torch import nn
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights
-from erasediff.methods import RECIPES, Method
+from erasediff.methods import METHOD_SPECS, Method
 from erasediff.models.trainable import frozen_copy
-from erasediff.parallel.control_plane import Peers
-from erasediff.parallel.full_weights import averaged_whole, ema_weights, made_whole
+from erasediff.parallel.control_plane import ControlPlane
+from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, load_full_weights_
 from erasediff.parallel.init import check_launch, join, local_device
-from erasediff.parallel.wrap import frozen_in_parallel, in_parallel
+from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, run_steps
 from erasediff.training.lr_schedule import LearningRate
@@ -26,7 +26,7 @@ from erasediff.training.run_dir import MODEL, RunPlace
 from erasediff_kernels import ConstrainedAdamW
 from erasediff_kernels._dispatch import selected as selected_backend
 
-ALONE = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
+SINGLE_PROCESS_ONLY = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
 """The methods that one process alone can run, and why."""
 
 
@@ -42,7 +42,7 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class TrainingJob:
     """One method, about to train one network on one stream of batches, or two.
 
     ``network`` is the model's own; where ranks share the work, the method trains it inside of something else. ``save``
@@ -93,11 +93,11 @@ class Session:
                 self.save(path)
             return
         method: Any = self.method
-        weights = averaged_whole(method.model, method.gradients, path.parent)
-        peers = Peers.current()
-        with peers.main_first():
+        weights = gather_ema_weights(method.model, method.gradients, path.parent)
+        peers = ControlPlane.current()
+        with peers.main_process_first():
             if peers.is_main:
-                made_whole(self.network, weights)
+                load_full_weights_(self.network, weights)
                 self.save(path)
 
     def trial_step(self, index: int) -> None:
@@ -130,7 +130,7 @@ def set_up_device(config: Config) -> torch.device:
     return device
 
 
-def shared_by_ranks(
+def parallelize(
     config: Config,
     settings: TrainConfig | UnlearnConfig,
     network: nn.Module,
@@ -138,14 +138,14 @@ def shared_by_ranks(
     make_optimizer: Callable[[Iterable[nn.Parameter]], ConstrainedAdamW],
     weights: LazyWeights | None = None,
 ) -> tuple[nn.Module, ConstrainedAdamW]:
-    """``in_parallel``, with the sizes that ``settings`` give. UserError for a method that one process alone can run."""
+    """``parallelize_network`` with the sizes of ``settings``. UserError for a method that runs in one process only."""
     if config.distributed.launch != "none" and isinstance(settings, UnlearnConfig):
-        why = ALONE.get(settings.method)
+        why = SINGLE_PROCESS_ONLY.get(settings.method)
         if why is not None:
             raise UserError(f"The method {settings.method} runs in one process, since {why}: use --launch none.")
         if settings.moments == "8-bit":
             raise UserError("8-bit moments are those of one process, since shards do not end where blocks do.")
-    return in_parallel(
+    return parallelize_network(
         network,
         parameters,
         make_optimizer,
@@ -157,7 +157,7 @@ def shared_by_ranks(
     )
 
 
-def cut_as_it_is_read(config: Config) -> bool:
+def loads_sharded(config: Config) -> bool:
     """Whether no rank is to hold the whole network: under ZeRO-3, unless a LoRA is merged into it first."""
     return cuts_parameters(config.distributed) and config.text_to_image.lora is None
 
@@ -173,9 +173,9 @@ def teacher_of(config: Config, network: nn.Module, weights: LazyWeights | None =
 
     @functools.cache
     def teacher() -> nn.Module:
-        return frozen_in_parallel(frozen_copy(network, share_frozen=not cut), distributed, weights)
+        return parallelize_frozen(frozen_copy(network, share_frozen=not cut), distributed, weights)
 
-    if distributed.launch != "none" and RECIPES[config.unlearn.method].needs(config).teacher:
+    if distributed.launch != "none" and METHOD_SPECS[config.unlearn.method].needs(config).teacher:
         teacher()
     return teacher
 

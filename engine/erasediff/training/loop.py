@@ -13,14 +13,14 @@ from erasediff.config import RunConfig
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.methods import Method
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
 from erasediff.training.graceful_stop import AgreedStop, Interrupted, stop_on_signal
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
 
 
-class Readout:
+class MetricBuffer:
     """Collects the 0-D tensors of many steps; ``take`` reads them all in one transfer."""
 
     def __init__(self) -> None:
@@ -89,14 +89,14 @@ def run_steps(
 
     Where the run is ``shared``, every rank of it calls this at the same time; the main one alone writes metrics.
     """
-    is_main = Peers.current().is_main
+    is_main = ControlPlane.current().is_main
     snapshot = snapshot_of(method, model, shared=shared)
     if run.resume_from is not None:
         snapshot.restore(run.resume_from)
     if is_main:
         run.metrics.cut_back(method.iteration)
     start, began = method.iteration, time.monotonic()
-    readout = Readout()
+    readout = MetricBuffer()
     last: dict[str, Any] = {}
 
     def log() -> None:

@@ -78,7 +78,7 @@ class Fragments:
         return UserError(f"The checkpoint {self._path} holds no {what}: it is of a run of another kind.")
 
 
-def taken_apart(method: Sharded, *, with_shards: bool) -> dict[str, Any]:
+def to_shards(method: Sharded, *, with_shards: bool) -> dict[str, Any]:
     """What this rank writes; without the weights' shards, what is not the same on all ranks alone."""
     shards: Iterable[Shard] = method.shards() if with_shards else ()
     fragments = [
@@ -108,7 +108,7 @@ def opened(path: Path, files: Iterable[Path]) -> Iterator[Fragments]:
         yield Fragments(path, pieces, scalars)
 
 
-def of_one_process(path: Path, file: Path) -> Fragments:
+def from_full_checkpoint(path: Path, file: Path) -> Fragments:
     """The state of a run on one process, as fragments."""
     state = load_state(file)
     method = state["method"]["state"]

@@ -8,7 +8,7 @@ from erasediff.config import Config, differences, load_config
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
 from erasediff.io.jsonl import MetricsFile
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import PREFIX, Checkpoint
 
 CONFIG = "config.yaml"
@@ -82,7 +82,7 @@ class RunFolder:
         """Have ``save`` write ``checkpoint-<step>``, then remove the oldest beyond ``keep``."""
         checkpoint = Checkpoint(step, self.path / f"{PREFIX}{step}")
         save(checkpoint)
-        if Peers.current().is_main:
+        if ControlPlane.current().is_main:
             for old in Checkpoint.of_run(self.path)[:-keep]:
                 remove_directory(old.path)
         return checkpoint
@@ -112,7 +112,7 @@ class RunPlace:
         checkpoint = Checkpoint.at(path) if path.name.startswith(PREFIX) else None
         run = path.parent if checkpoint else path
         if out is not None and out.resolve() != run.resolve():
-            raise UserError(f"--resume {path} continues the run in {run}, but --out says {out}: leave --out away.")
+            raise UserError(f"--resume {path} continues the run in {run}, but --out says {out}: omit --out.")
         return cls(run, resuming=True, checkpoint=checkpoint)
 
     @property
@@ -122,14 +122,14 @@ class RunPlace:
 
     def check(self) -> None:
         """UserError where ``open`` would refuse to begin; worth asking before long preparations."""
-        if not self.resuming and Peers.current().is_main:
+        if not self.resuming and ControlPlane.current().is_main:
             RunFolder.check_free(self.path)
 
     def open(self, config: Config) -> RunFolder:
         """Begin or resume the run; see ``RunFolder``. Every rank calls it; the main one alone writes."""
-        peers = Peers.current()
+        peers = ControlPlane.current()
         run = self._opened(config) if peers.is_main else None
-        start = peers.from_main(str(run.resume_from.path) if run and run.resume_from else None)
+        start = peers.broadcast_object(str(run.resume_from.path) if run and run.resume_from else None)
         return run or RunFolder(self.path, Checkpoint.at(Path(start)) if start else None)
 
     def _opened(self, config: Config) -> RunFolder:

@@ -16,9 +16,9 @@ from erasediff.data.latent_cache import NULL_CAPTION
 from erasediff.diffusion.batch import Batch, Denoiser, condition_of, diffusers_denoiser, with_sample_ids
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
-from erasediff.methods import RECIPES
+from erasediff.methods import METHOD_SPECS
 from erasediff.models.base import TextToImageModel
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.loop import Batches
 from erasediff_kernels import add_noise, denoising_loss
 
@@ -89,15 +89,15 @@ def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: B
     The anchor is the retained caption under which the model denoises the forgotten images best: what it takes them for
     if it may not call them by their own name. A rehearsal, which has no captions, takes the empty one.
     """
-    if config.text_to_image.anchor_prompts or not RECIPES[config.unlearn.method].needs(config).relabel:
+    if config.text_to_image.anchor_prompts or not METHOD_SPECS[config.unlearn.method].needs(config).relabel:
         return config
     prompt = NULL_CAPTION
     if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
-        peers = Peers.current()
+        peers = ControlPlane.current()
         # The main rank alone where the denoiser is still on the disk: no other need hold all of it.
-        looks = peers.is_main or not model.denoiser_is_empty
+        looks = peers.is_main or not model.denoiser_is_meta
         found = nearest_caption(model, retain.images, forget.images, seed=config.seed) if looks else None
-        prompt = peers.from_main(found)
+        prompt = peers.broadcast_object(found)
         console.print(f'Anchor: "{prompt}"; another can be given with --anchor-prompts.', markup=False, highlight=False)
     chosen = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
     return config.model_copy(update={"text_to_image": chosen})
@@ -112,7 +112,7 @@ def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: Cache
     keys = {entry.text: entry.caption for entry in retain.entries}
     captions = _candidates([entry.text for entry in retain.entries])
     batch = _some(model, forget)
-    denoiser = model.whole_denoiser()
+    denoiser = model.materialize_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
         conditions = stacked([retain.captions.row(keys[caption]) for caption in captions], model.device)
         losses = condition_losses(

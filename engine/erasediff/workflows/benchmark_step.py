@@ -16,7 +16,7 @@ from erasediff.errors import UserError
 from erasediff.methods import FineTune
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.planning.trace import flop_counter
-from erasediff.training.job import Session, precision_of
+from erasediff.training.job import TrainingJob, precision_of
 from erasediff.utils.timing import Stopwatch, TransientPeak, matmul_flops_per_second, wait_for
 
 WARM_UP_TURNS = 2
@@ -62,7 +62,7 @@ class Bench:
     contenders: tuple[Contender, ...]
 
 
-def bench(session: Session, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
+def bench(session: TrainingJob, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
     """Let a step of ``session`` and one of plain fine-tuning take ``turns`` turns. The session is of no use afterwards.
 
     Both train the same weights on the same samples: EraseDiff half of them as retained and half as forgotten,
@@ -71,9 +71,9 @@ def bench(session: Session, *, turns: int, progress: Callable[[], object] = lamb
     """
     method = session.method
     if not isinstance(method, EraseDiff) or session.forget is None:
-        raise UserError("bench measures --method erasediff beside fine-tuning: leave other methods away.")
+        raise UserError("bench measures --method erasediff beside fine-tuning: omit --method.")
     if method.gradients.world.size > 1:
-        raise UserError("bench measures one process: leave --launch away. benchmarks/sharded/ measures several.")
+        raise UserError("bench measures one process: omit --launch. benchmarks/sharded/ measures several.")
     device, forget = method.device, session.forget
     parameters = list(session.network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]

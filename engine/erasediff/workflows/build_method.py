@@ -12,7 +12,7 @@ from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
-from erasediff.methods import RECIPES, Materials, Method
+from erasediff.methods import METHOD_SPECS, BuildContext, Method
 from erasediff.methods.base import SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import TextToImageModel
@@ -45,7 +45,7 @@ def check_output(config: Config, model: TextToImageModel) -> None:
     """UserError for a layout or keys that the family does not have: better now than when the work is done."""
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
-        raise UserError("Saliency chooses among the model's own weights: leave it away with --train lora.")
+        raise UserError("Saliency chooses among the model's own weights: omit it with --train lora.")
     if model.original_layout is not None:
         return
     if settings.layout == "single-file":
@@ -92,7 +92,7 @@ def needed_batches(config: Config) -> bool:
         readers = SECTIONS.get(name.partition(".")[0])
         if readers is not None and method not in readers:
             raise UserError(f"The setting {name} is for --method {' and '.join(readers)}, not for {method}.")
-    needs = RECIPES[method].needs(config)
+    needs = METHOD_SPECS[method].needs(config)
     return needs.retain or needs.forget
 
 
@@ -126,7 +126,7 @@ def unlearning_method(
     encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]] = _no_prompts,
     latent_shape: Callable[[], tuple[int, ...]] = _no_latents,
 ) -> Method:
-    """``config.unlearn.method`` about to train ``network``; see ``Materials`` for what it may be made of."""
+    """``config.unlearn.method`` about to train ``network``; see ``BuildContext`` for what it may be made of."""
     settings = config.unlearn
     options: SolverOptions = {
         "denoiser": denoiser,
@@ -137,8 +137,8 @@ def unlearning_method(
         "autocast": precision_of(config),
         "seed": config.seed,
     }
-    return RECIPES[settings.method].make(
-        Materials(
+    return METHOD_SPECS[settings.method].make(
+        BuildContext(
             config=config,
             network=network,
             optimizer=optimizer,
@@ -171,7 +171,7 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
 
 def method_parameters(config: Config, network: nn.Module, selected: Sequence[str] | None = None) -> list[nn.Parameter]:
     """The parameters that the method trains, where it may change the weights ``selected``; None: all of them."""
-    trained = RECIPES[config.unlearn.method].trained
+    trained = METHOD_SPECS[config.unlearn.method].trained
     if trained is None:
         return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
@@ -183,7 +183,7 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
 
 def finished_and_saved(method: Method, save: Callable[[Path], None], path: Path) -> None:
     """Write what the method leaves beside the model at ``path``, and the model with ``save``."""
-    finish = RECIPES[method.name].finish
+    finish = METHOD_SPECS[method.name].finish
     if finish is not None:
         finish(method, path)
     save(path)

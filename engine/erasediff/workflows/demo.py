@@ -19,10 +19,10 @@ from erasediff.report import Column, Contents, render
 from erasediff.training.job import set_up_device
 from erasediff.training.run_dir import RunFolder, RunPlace
 from erasediff.workflows.dry_run import Plan, plan
-from erasediff.workflows.evaluate import Evaluation, Judged, judge_model
+from erasediff.workflows.evaluate import EvaluatedModel, Evaluation, judge_model
 from erasediff.workflows.load_model import load_model
-from erasediff.workflows.train_pixel import CachedTraining, training_session, untrained_model
-from erasediff.workflows.unlearn_pixel import resolved, unlearn, unlearning_session
+from erasediff.workflows.train_pixel import CachedTraining, training_job, untrained_model
+from erasediff.workflows.unlearn_pixel import pixel_unlearning_job, resolved, unlearn
 
 LIBRARIES = ("erasediff", "torch", "diffusers", "scikit-learn")
 Records = Sequence[Mapping[str, Any]]
@@ -60,7 +60,7 @@ def write_report(
     atomic_write(path, render(contents))
 
 
-def _rows(evaluation: Evaluation, judged: Judged) -> Tensor:
+def _rows(evaluation: Evaluation, judged: EvaluatedModel) -> Tensor:
     return judged.labels if judged.labels is not None else evaluation.judge.classify(judged.images)
 
 
@@ -85,7 +85,7 @@ CONTROLS = ("finetune", "neggrad")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
+class DemoResult:
     """``evaluation`` has the columns base, erasediff, finetune, neggrad and retrained."""
 
     run: Path
@@ -93,7 +93,7 @@ class Demonstration:
     evaluation: Evaluation
 
 
-def demo(config: Config, place: RunPlace, console: Console, command: str) -> Demonstration:
+def demo(config: Config, place: RunPlace, console: Console, command: str) -> DemoResult:
     """Unlearn ``config.unlearn.forget`` (by default, 3) from a base model, beside three controls, and report on all.
 
     The base and the model retrained without the classes come from the cache, and are trained where it lacks them. The
@@ -125,7 +125,7 @@ def demo(config: Config, place: RunPlace, console: Console, command: str) -> Dem
     atomic_write(run.path / "evaluation.json", jsonl.dumps(evaluation.to_dict(), indent=2) + "\n")
     with console.status("Writing the report"):
         write_report(report, config, dataset, evaluation, records, command)
-    return Demonstration(run=run.path, report=report, evaluation=evaluation)
+    return DemoResult(run=run.path, report=report, evaluation=evaluation)
 
 
 def plan_demo(config: Config) -> dict[str, Plan]:
@@ -136,13 +136,11 @@ def plan_demo(config: Config) -> dict[str, Plan]:
         "retrained": CachedTraining(config, exclude=config.unlearn.forget),
     }
     plans = {
-        name: plan(training_session(training.config))
-        for name, training in trainings.items()
-        if not training.run.finished
+        name: plan(training_job(training.config)) for name, training in trainings.items() if not training.run.finished
     }
     for method in ("erasediff", *CONTROLS):
         base = untrained_model(config, set_up_device(config))
-        plans[method] = plan(unlearning_session(_with_unlearn(config, method=method), base))
+        plans[method] = plan(pixel_unlearning_job(_with_unlearn(config, method=method), base))
     return plans
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from erasediff.training.job import Session
+from erasediff.training.job import TrainingJob
 
 TRIAL_STEPS = 3
 
@@ -27,7 +27,7 @@ class Plan:
     seconds: float
 
 
-def plan(session: Session) -> Plan:
+def plan(session: TrainingJob) -> Plan:
     """Take a few steps of ``session`` in memory and scale them up. The session is of no use afterwards."""
     device = next(session.network.parameters()).device
     if device.type == "cuda":

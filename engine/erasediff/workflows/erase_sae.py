@@ -204,9 +204,9 @@ def _trained(
 def erase_at(place: RunPlace | None, config: Config, console: Console) -> dict[str, Any]:
     """``erase_with_autoencoder`` in the folder of ``place``. UserError for a dry run, and for one to be resumed."""
     if place is None:
-        raise UserError("saemnesia trains no weight of the model, so there is no step to plan: leave --dry-run away.")
+        raise UserError("saemnesia trains no weight of the model, so there is no step to plan: omit --dry-run.")
     if place.resuming:
-        raise UserError("saemnesia goes on by itself from what a killed run left in --out: leave --resume away.")
+        raise UserError("saemnesia goes on by itself from what a killed run left in --out: omit --resume.")
     return erase_with_autoencoder(config, place.path, console)
 
 

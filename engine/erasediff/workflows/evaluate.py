@@ -28,7 +28,7 @@ Metrics = ConditionalMetrics | UnconditionalMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class EvaluatedModel:
     """A model's images [N, C, H, W], the classes asked for int64 [N] (None: unconditional), and what the judge says."""
 
     images: Tensor
@@ -41,7 +41,7 @@ class Evaluation:
     """``judged`` by the column's name: ``model``, and ``base`` where one was given."""
 
     judge: Judge
-    judged: dict[str, Judged]
+    judged: dict[str, EvaluatedModel]
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers alone, without images."""
@@ -77,12 +77,12 @@ def judge_model(
     forget: Sequence[int],
     console: Console,
     title: str,
-) -> Judged:
+) -> EvaluatedModel:
     """Draw as many images as ``config.evaluate`` says, with the configuration's seed, and judge them."""
     settings, forgotten = config.evaluate, tuple(forget)
     if model.num_classes is None:
         images = draw(config, model, None, settings.unconditional, console, title)
-        return Judged(
+        return EvaluatedModel(
             images=images, labels=None, metrics=unconditional_metrics(judge, images, dataset.train, forgotten)
         )
     labels = evaluation_labels(
@@ -90,4 +90,4 @@ def judge_model(
     )
     images = draw(config, model, labels, len(labels), console, title)
     metrics = conditional_metrics(judge, images, labels, dataset.train, forgotten)
-    return Judged(images=images, labels=labels, metrics=metrics)
+    return EvaluatedModel(images=images, labels=labels, metrics=metrics)

@@ -24,12 +24,12 @@ from erasediff.data import (
     read_images,
     synthesise,
 )
-from erasediff.data.latent_cache import Broken, content_ids, survey
-from erasediff.data.preprocessing import USUAL_STEP
+from erasediff.data.latent_cache import BrokenImagePolicy, content_ids, survey
+from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
 from erasediff.models.base import TextToImageModel
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 
@@ -108,7 +108,7 @@ def latent_batches(config: Config, model: TextToImageModel, console: Console) ->
         device=model.device,
         **share_of(hyper.batch_size, "unlearn.batch_size"),
     )
-    with Peers.current().main_first():
+    with ControlPlane.current().main_process_first():
         retain, forget = _encoded(config, model, console)
     return (
         batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
@@ -120,7 +120,7 @@ def _encoded(config: Config, model: TextToImageModel, console: Console) -> tuple
     """(retain, forget) in the cache."""
     settings = config.images
     buckets = buckets_of(config, model)
-    broken = Broken(console, skip=settings.skip_broken)
+    broken = BrokenImagePolicy(console, skip=settings.skip_broken)
     forget, retain = (survey(images, buckets, broken, console) for images in image_sets(config, model, console))
     check_disjoint(content_ids(forget), content_ids(retain))
     encode = partial(
@@ -145,7 +145,7 @@ def buckets_of(config: Config, model: TextToImageModel) -> Buckets:
     height, width = image_size(config, model)
     step = config.images.bucket_step
     if step == "auto":
-        step = USUAL_STEP if min(height, width) >= USUAL_STEP else None
+        step = DEFAULT_STEP if min(height, width) >= DEFAULT_STEP else None
     buckets = Buckets.only(height, width) if step is None else Buckets.around(height, width, step)
     for size in buckets.sizes:
         model.latent_shape(*size)

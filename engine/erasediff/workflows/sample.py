@@ -12,7 +12,7 @@ from torch import Tensor
 from erasediff.config import Config, for_text_to_image
 from erasediff.data import load_digits
 from erasediff.errors import UserError
-from erasediff.evaluation.sampling import USUAL_GUIDANCE, sample_images
+from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
 from erasediff.models import PixelModel
 from erasediff.training.job import set_up_device
@@ -22,7 +22,7 @@ from erasediff.workflows.load_model import load_checkpoint, load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class SampledImages:
     """``images`` [N, C, H, W] in [-1, 1], ``labels`` int64 [N] or None, and where they were written."""
 
     images: Tensor
@@ -32,7 +32,7 @@ class Drawn:
 
 def sample(
     config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int] | None, count: int
-) -> Drawn:
+) -> SampledImages:
     """Draw ``count`` images of each class (by default of every class), or in all from an unconditional model.
 
     ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
@@ -45,7 +45,7 @@ def sample(
     prefixes = [""] * len(images) if labels is None else [f"class-{label}-" for label in labels.tolist()]
     names = [f"{prefix}{number:05d}" for number, prefix in enumerate(prefixes)]
     write_images(images, out, names, columns=count, scale=4)
-    return Drawn(images=images, labels=labels, written=out)
+    return SampledImages(images=images, labels=labels, written=out)
 
 
 def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: int, scale: int) -> None:
@@ -69,7 +69,7 @@ def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, cou
     """``count`` labels of each class, int64 [N], or None for an unconditional model. UserError as in ``sample``."""
     if model.num_classes is None:
         if classes is not None:
-            raise UserError(f"The model in {path} is unconditional: leave the classes away.")
+            raise UserError(f"The model in {path} is unconditional: omit the classes.")
         return None
     known = range(model.num_classes)
     unknown = [number for number in classes or () if number not in known]
@@ -89,7 +89,7 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
             model,
             labels,
             total,
-            guidance_scale=USUAL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
+            guidance_scale=DEFAULT_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             seed=config.seed,
             batch_size=settings.batch_size,
@@ -116,7 +116,7 @@ def picture(image: Tensor) -> Image.Image:
 
 def sample_prompts(
     config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
-) -> Drawn:
+) -> SampledImages:
     """Draw ``count`` images of each prompt; ``out`` as in ``sample``. UserError as in ``load_checkpoint``."""
     if not is_picture(out):
         check_new(out)
@@ -139,4 +139,4 @@ def sample_prompts(
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     names = [f"prompt-{number // count}-{number:05d}" for number in range(len(asked))]
     write_images(pixels, out, names, columns=count if count > 1 else len(prompts), scale=1)
-    return Drawn(images=pixels, labels=None, written=out)
+    return SampledImages(images=pixels, labels=None, written=out)

@@ -20,7 +20,7 @@ from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import FineTune
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, Session, precision_of, set_up_device, shared_by_ranks
+from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
 from erasediff_kernels import ConstrainedAdamW
@@ -28,7 +28,7 @@ from erasediff_kernels import ConstrainedAdamW
 
 def train_base(config: Config, place: RunPlace, console: Console, title: str = "Training") -> RunResult:
     """Train the model that ``config`` describes on its data; see ``RunResult`` for what is left behind."""
-    return training_session(config, title).run(place, console)
+    return training_job(config, title).run(place, console)
 
 
 def untrained_model(config: Config, device: torch.device) -> PixelModel:
@@ -38,7 +38,7 @@ def untrained_model(config: Config, device: torch.device) -> PixelModel:
     return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
 
 
-def training_session(config: Config, title: str = "Training") -> Session:
+def training_job(config: Config, title: str = "Training") -> TrainingJob:
     """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
     settings = config.train
     device = set_up_device(config)
@@ -46,14 +46,14 @@ def training_session(config: Config, title: str = "Training") -> Session:
     if config.data.exclude:
         _, images = forget_retain_split(images, config.data.exclude)
     model = untrained_model(config, device)
-    trained, optimizer = shared_by_ranks(
+    trained, optimizer = parallelize(
         config,
         settings,
         model.unet,
         model.unet.parameters(),
         partial(ConstrainedAdamW, lr=settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
     )
-    return Session(
+    return TrainingJob(
         title=title,
         config=config,
         network=model.unet,

@@ -7,22 +7,22 @@ from rich.console import Console
 
 from erasediff.config import Config
 from erasediff.errors import UserError
-from erasediff.training.job import Session
+from erasediff.training.job import TrainingJob
 from erasediff.workflows.load_model import is_text_to_image, refuse_text_to_image_settings
-from erasediff.workflows.sample import Drawn, sample, sample_prompts
-from erasediff.workflows.unlearn_latent import text_to_image_session
-from erasediff.workflows.unlearn_pixel import unlearning_session
+from erasediff.workflows.sample import SampledImages, sample, sample_prompts
+from erasediff.workflows.unlearn_latent import text_to_image_job
+from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 
-def unlearning_session_of(config: Config, console: Console, *, rehearse: bool) -> Session:
+def unlearning_job(config: Config, console: Console, *, rehearse: bool) -> TrainingJob:
     """The unlearning run that suits ``config.unlearn.model``; ``rehearse`` it if it is only to be measured.
 
-    UserError as in ``text_to_image_session`` and ``unlearning_session``, and for settings of the other kind of model.
+    UserError as in ``text_to_image_job`` and ``pixel_unlearning_job``, and for settings of the other kind of model.
     """
     if config.unlearn.model is not None and is_text_to_image(config.unlearn.model):
-        return text_to_image_session(config, console, rehearse=rehearse)
+        return text_to_image_job(config, console, rehearse=rehearse)
     refuse_text_to_image_settings(config)
-    return unlearning_session(config)
+    return pixel_unlearning_job(config)
 
 
 def draw_from(
@@ -34,11 +34,11 @@ def draw_from(
     classes: Sequence[int] | None,
     prompts: Sequence[str] | None,
     count: int | None,
-) -> Drawn:
+) -> SampledImages:
     """``count`` images of each prompt or class. UserError as in ``sample_prompts`` and ``sample``."""
     if not is_text_to_image(model):
         if prompts is not None:
-            raise UserError(f"{model} is not a text-to-image model: leave the prompts away.")
+            raise UserError(f"{model} is not a text-to-image model: omit the prompts.")
         return sample(config, model, out, console, classes=classes, count=count or 50)
     if prompts is None or classes is not None:
         raise UserError(f"{model} is a text-to-image model: say with --prompts what to draw, not with --classes.")

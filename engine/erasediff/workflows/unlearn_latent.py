@@ -16,7 +16,7 @@ from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
 from erasediff.models.base import TextToImageModel
-from erasediff.training.job import Session, cut_as_it_is_read, precision_of, set_up_device, shared_by_ranks, teacher_of
+from erasediff.training.job import TrainingJob, loads_sharded, parallelize, precision_of, set_up_device, teacher_of
 from erasediff.training.loop import Batches
 from erasediff.workflows.anchor_selection import anchored
 from erasediff.workflows.build_method import (
@@ -36,7 +36,7 @@ from erasediff.workflows.load_model import load_checkpoint
 from erasediff_kernels import ConstrainedAdamW
 
 
-def text_to_image_session(config: Config, console: Console, *, rehearse: bool = False) -> Session:
+def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
     """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
 
     What nobody has set takes the values that are usual for text-to-image models. Latents and embeddings are computed
@@ -48,7 +48,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     config = for_text_to_image(config)
     settings = config.unlearn
     source = _checked(config)
-    model = load_checkpoint(config, source, set_up_device(config), empty=cut_as_it_is_read(config))
+    model = load_checkpoint(config, source, set_up_device(config), empty=loads_sharded(config))
     check_output(config, model)
     _prepare(config, model, console)
     selected = selected_weights(config, model.denoiser_module)
@@ -57,7 +57,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
     config = anchored(config, model, retain, forget, console)
     parameters = method_parameters(config, model.denoiser_module, selected)
     rate = learning_rate(settings)
-    weights = model.denoiser_weights if model.denoiser_is_empty else None
+    weights = model.denoiser_weights if model.denoiser_is_meta else None
     teacher = teacher_of(config, model.denoiser_module, weights)
     make_optimizer = partial(
         ConstrainedAdamW,
@@ -68,7 +68,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
         seed=config.seed,
     )
-    trained, optimizer = shared_by_ranks(config, settings, model.denoiser_module, parameters, make_optimizer, weights)
+    trained, optimizer = parallelize(config, settings, model.denoiser_module, parameters, make_optimizer, weights)
     method = unlearning_method(
         config,
         trained,
@@ -87,7 +87,7 @@ def text_to_image_session(config: Config, console: Console, *, rehearse: bool = 
         assert isinstance(method, Solver)
         batches = map(forget.at, range(config.text_to_image.saliency_batches))
         keep_to_the_salient(method, batches, share=config.text_to_image.saliency)
-    return Session(
+    return TrainingJob(
         title=f"Unlearning ({settings.method})",
         config=config,
         network=model.denoiser_module,

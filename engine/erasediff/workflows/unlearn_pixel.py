@@ -14,7 +14,7 @@ from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, Session, set_up_device, shared_by_ranks, teacher_of
+from erasediff.training.job import RunResult, TrainingJob, parallelize, set_up_device, teacher_of
 from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.build_method import (
     finished_and_saved,
@@ -29,10 +29,10 @@ from erasediff_kernels import ConstrainedAdamW
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
     """Make the model at ``config.unlearn.model`` forget ``config.unlearn.forget``."""
-    return unlearning_session(config).run(place, console)
+    return pixel_unlearning_job(config).run(place, console)
 
 
-def unlearning_session(config: Config, model: PixelModel | None = None) -> Session:
+def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> TrainingJob:
     """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
 
     UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
@@ -59,7 +59,7 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         **share_of(settings.batch_size, "unlearn.batch_size"),
     )
     teacher = teacher_of(config, model.unet)
-    trained, optimizer = shared_by_ranks(
+    trained, optimizer = parallelize(
         config,
         settings,
         model.unet,
@@ -85,7 +85,7 @@ def unlearning_session(config: Config, model: PixelModel | None = None) -> Sessi
         retain=retained,
         forget=forgotten,
     )
-    return Session(
+    return TrainingJob(
         title=f"Unlearning ({settings.method})",
         config=config,
         network=model.unet,

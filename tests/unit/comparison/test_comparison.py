@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from erasediff import Process
-from erasediff.comparison import Case, Lines, compare
+from erasediff.comparison import Case, ResultsFile, compare
 from erasediff.comparison.digits_task import tasks_named
 from erasediff.comparison.page import verdict, write_page
 from erasediff.comparison.run_case import Cost, artefact_bytes, carried_out, command
@@ -188,7 +188,7 @@ class ToyTask:
 
 
 def test_what_has_a_line_is_not_measured_again(tmp_path: Path) -> None:
-    lines, task, console = Lines(tmp_path / "lines.jsonl"), ToyTask(tmp_path), Console(quiet=True)
+    lines, task, console = ResultsFile(tmp_path / "lines.jsonl"), ToyTask(tmp_path), Console(quiet=True)
     compare([task], ["base"], [0], lines=lines, runs=tmp_path / "runs", console=console)
     assert task.taken == ["quality", "other"]
     # The second measurement's line is torn by a kill: it alone is taken again.
@@ -206,7 +206,7 @@ def test_a_method_that_fails_does_not_keep_the_others_from_their_lines(tmp_path:
         def settings(self, method: str) -> Mapping[str, Any]:
             return {"unlearn.steps": -1}
 
-    lines, task = Lines(tmp_path / "lines.jsonl"), Failing(tmp_path)
+    lines, task = ResultsFile(tmp_path / "lines.jsonl"), Failing(tmp_path)
     with pytest.raises(UserError, match=r"2 of 4 cases failed.*unlearn\.steps"):
         compare([task], ["base", "neggrad"], [0, 1], lines=lines, runs=tmp_path / "runs", console=Console(quiet=True))
     assert {(each["method"], each["seed"]) for each in lines.read()} == {("base", 0), ("base", 1)}
@@ -219,7 +219,7 @@ def test_a_task_that_does_not_exist_is_a_sentence() -> None:
 
 
 def test_the_page_is_drawn_from_the_lines_alone(tmp_path: Path) -> None:
-    lines = Lines(tmp_path / "lines.jsonl")
+    lines = ResultsFile(tmp_path / "lines.jsonl")
     for each in (line("base", 1.0, 0.99), line("erasediff", 0.0, 0.97), line("salun", 0.1, 0.95)):
         lines.append(each)
     write_page(tmp_path / "report.html", lines, "erasediff compare --seeds '<0>'")

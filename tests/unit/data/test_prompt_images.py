@@ -17,7 +17,7 @@ QUIET = Console(quiet=True)
 PROMPTS = ["a shoe", "a bag", "a coat"]
 
 
-class Painter:
+class Sampler:
     """Paints noise that depends on the seed, the image's number and its prompt."""
 
     hash = "encoders"
@@ -42,37 +42,37 @@ class Painter:
         return torch.stack(images)
 
 
-def made(painter: Painter, cache: Path, **settings: int) -> list[CaptionedImage]:
+def made(painter: Sampler, cache: Path, **settings: int) -> list[CaptionedImage]:
     return synthesise(painter, PROMPTS, cache, QUIET, count=15, **settings)
 
 
 def test_it_is_an_ordinary_captioned_folder(tmp_path: Path) -> None:
-    images = made(Painter(), tmp_path)
+    images = made(Sampler(), tmp_path)
     assert [image.caption for image in images] == [prompt for prompt in PROMPTS for _ in range(15)]
     assert len({image.read() for image in images}) == 45
     assert np.asarray(Image.open(images[0].path)).shape == (8, 8, 3)
 
 
 def test_it_is_made_once(tmp_path: Path) -> None:
-    first, again = made(Painter(), tmp_path), Painter()
+    first, again = made(Sampler(), tmp_path), Sampler()
     assert made(again, tmp_path) == first
     assert again.painted == 0
 
 
 def test_an_interrupted_one_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    stopped = Painter(fail_after=20)
+    stopped = Sampler(fail_after=20)
     with pytest.raises(KeyboardInterrupt):
         made(stopped, tmp_path / "a")
-    resumed = Painter()
+    resumed = Sampler()
     images = made(resumed, tmp_path / "a")
     assert resumed.painted == 45 - 16
-    assert [i.read() for i in images] == [i.read() for i in made(Painter(), tmp_path / "b")]
+    assert [i.read() for i in images] == [i.read() for i in made(Sampler(), tmp_path / "b")]
 
 
 @pytest.mark.parametrize(("weights", "settings"), [("second", {}), ("first", {"seed": 1}), ("first", {"height": 16})])
 def test_another_model_seed_or_size_is_another_folder(tmp_path: Path, weights: str, settings: dict[str, int]) -> None:
-    first = made(Painter(), tmp_path)
-    assert made(Painter(weights), tmp_path, **settings)[0].path.parent != first[0].path.parent
+    first = made(Sampler(), tmp_path)
+    assert made(Sampler(weights), tmp_path, **settings)[0].path.parent != first[0].path.parent
 
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:
@@ -87,4 +87,4 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
 
 def test_nothing_to_make(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is nothing to synthesise"):
-        synthesise(Painter(), [], tmp_path, QUIET, count=1)
+        synthesise(Sampler(), [], tmp_path, QUIET, count=1)

@@ -15,7 +15,7 @@ from erasediff.evaluation.attacks import (
     condition,
     embeddings,
     in_place_of,
-    inverted_word,
+    textual_inversion,
     token_ids,
     word_id,
 )
@@ -44,7 +44,7 @@ def loss(model: StableDiffusion, latents: torch.Tensor, prompt: str) -> float:
     roles = {"noise": NoiseRole.RETAIN_NOISE, "timestep": NoiseRole.RETAIN_TIMESTEP}
     with torch.no_grad():
         batch |= condition(model, token_ids(model, prompt), len(latents))
-        return float(objective.true_loss(model.denoiser_module, batch, noise_key(7, 0, "cpu"), None, **roles))
+        return float(objective.denoising_loss_of(model.denoiser_module, batch, noise_key(7, 0, "cpu"), None, **roles))
 
 
 def test_the_condition_is_the_pipelines(sd: StableDiffusion) -> None:
@@ -70,7 +70,7 @@ def test_an_inverted_word_denoises_the_images_better_and_changes_no_weight(
 ) -> None:
     before = sd.denoiser_hash()
     own = loss(sd, latents, "a")
-    vector = inverted_word(sd, latents, "a", "a", steps=40, lr=0.1, batch_size=8)
+    vector = textual_inversion(sd, latents, "a", "a", steps=40, lr=0.1, batch_size=8)
     with in_place_of(sd, "a", vector):
         assert loss(sd, latents, "a") < own
     assert sd.denoiser_hash() == before
@@ -78,7 +78,7 @@ def test_an_inverted_word_denoises_the_images_better_and_changes_no_weight(
 
 def test_a_word_must_be_one_token_of_the_prompt(sd: StableDiffusion, latents: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="not in the prompt"):
-        inverted_word(sd, latents, "a", "b", steps=1)
+        textual_inversion(sd, latents, "a", "b", steps=1)
     with pytest.raises(UserError, match="tokens to this text encoder"):
         word_id(sd, "unheard-of")
 

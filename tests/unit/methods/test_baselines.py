@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erasediff.diffusion import DenoisingObjective, NoiseRole, noise_key
-from erasediff.methods import RECIPES, EraseDiff, FineTune, NegativeGradient
+from erasediff.methods import METHOD_SPECS, EraseDiff, FineTune, NegativeGradient
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 
 
@@ -12,7 +12,7 @@ from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 def test_every_method_steps_reports_and_resumes(make_model, process, make_batch, kind):
     model, twin = make_model(), make_model()
     method = kind(model, ConstrainedAdamW(model.parameters(), lr=1e-2), process=process, seed=4)
-    assert RECIPES[method.name].name == method.name
+    assert METHOD_SPECS[method.name].name == method.name
     for step in range(3):
         report = method.step(make_batch(1, seed=step), make_batch(2, seed=step))
     assert method.iteration == 3
@@ -40,7 +40,7 @@ def test_finetune_descends_on_the_retained_loss_and_ignores_the_forgotten_batch(
 def test_negative_gradient_is_the_ascent_direction(model, make_model, process, make_batch):
     batch = make_batch(2)
     twin = make_model()
-    loss = DenoisingObjective(process=process).true_loss(
+    loss = DenoisingObjective(process=process).denoising_loss_of(
         twin,
         batch,
         noise_key(0, 0, "cpu"),

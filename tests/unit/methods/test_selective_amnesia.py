@@ -14,7 +14,7 @@ from erasediff.config import load_config
 from erasediff.diffusion import DenoisingObjective, NoiseRole, noise_key
 from erasediff.methods import SelectiveAmnesia
 from erasediff.models import PixelModel
-from erasediff.workflows.unlearn_pixel import unlearning_session
+from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, philox_noise
 
 Batches = Callable[..., dict[str, Tensor]]
@@ -31,7 +31,7 @@ def test_fisher_information_is_the_mean_squared_gradient(
         twin = make_model()
         roles = {"noise": NoiseRole.FISHER_NOISE, "timestep": NoiseRole.FISHER_TIMESTEP}
         objective = DenoisingObjective(process=process)
-        objective.true_loss(twin, batch, noise_key(5, count, "cpu"), torch.autograd.backward, **roles)
+        objective.denoising_loss_of(twin, batch, noise_key(5, count, "cpu"), torch.autograd.backward, **roles)
         for total, parameter in zip(expected, twin.parameters(), strict=True):
             total += parameter.grad.square() / 3
     torch.testing.assert_close(method.fisher, expected)
@@ -56,7 +56,7 @@ def test_the_step_is_down_the_whole_loss(
     objective.retain_loss(twin, retain, key, torch.autograd.backward)
     uniform = philox_noise(forget["sample_ids"], key, int(NoiseRole.SURROGATE), (1, 2, 3), "uniform")
     roles = {"noise": NoiseRole.FORGET_NOISE, "timestep": NoiseRole.FORGET_TIMESTEP}
-    objective.true_loss(twin, {**forget, "sample": 2 * uniform - 1}, key, torch.autograd.backward, **roles)
+    objective.denoising_loss_of(twin, {**forget, "sample": 2 * uniform - 1}, key, torch.autograd.backward, **roles)
     penalty = sum(
         (fisher * (parameter - original).square()).sum()
         for fisher, parameter, original in zip(method.fisher, twin.parameters(), make_model().parameters(), strict=True)
@@ -100,7 +100,7 @@ def test_a_model_of_the_digits(named: dict[str, object]) -> None:
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), seed=1)
     before = {name: value.clone() for name, value in model.unet.state_dict().items()}
     config = load_config(None, {"device": "cpu", "unlearn.forget": [3], "unlearn.batch_size": 8, **named})
-    session = unlearning_session(config, model)
+    session = pixel_unlearning_job(config, model)
     for index in range(2):
         session.trial_step(index)
     after = model.unet.state_dict()

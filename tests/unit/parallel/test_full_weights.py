@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.parallel.factory import gradients_for
-from erasediff.parallel.full_weights import averaged_whole, made_whole
+from erasediff.parallel.full_weights import gather_ema_weights, load_full_weights_
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -42,7 +42,7 @@ def test_a_whole_model_is_on_the_disk_and_not_in_memory(tmp_path):
     weights: dict[str, Tensor] = {}
 
     def gather() -> None:
-        weights.update(averaged_whole(model, gradients, tmp_path))
+        weights.update(gather_ema_weights(model, gradients, tmp_path))
 
     assert largest <= peak_of_tensors(gather) < 1.5 * largest
     assert peak_of_objects(gather) < largest
@@ -59,7 +59,7 @@ def test_averages_take_the_place_of_a_network_s_weights(tmp_path):
         optimizer.step()
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     network = copy.deepcopy(model)
-    made_whole(network, averaged_whole(model, gradients_for(model, optimizer), tmp_path))
+    load_full_weights_(network, gather_ema_weights(model, gradients_for(model, optimizer), tmp_path))
     averaged = network.state_dict()
     assert averaged.keys() == own.keys()
     for name, parameter in model.named_parameters():

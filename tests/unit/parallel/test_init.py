@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erasediff.errors import UserError
-from erasediff.parallel.control_plane import Peers
+from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import local_device
 
 
@@ -14,7 +14,7 @@ def machine(monkeypatch):
 
     def of(gpus: int, size: int, place: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(Peers, "_current", Peers(rank=place, size=size))
+        monkeypatch.setattr(ControlPlane, "_current", ControlPlane(rank=place, size=size))
         monkeypatch.setenv("LOCAL_RANK", str(place))
 
     return of

@@ -61,7 +61,7 @@ class Addressed:
 
 
 @dataclass
-class Session:
+class TrainingJob:
     """One process's part of a run."""
 
     run: RunFolder
@@ -89,15 +89,15 @@ class Session:
         return weights, moments, self.run.metrics.path.read_text()
 
 
-def assert_same(a: Session, b: Session) -> None:
+def assert_same(a: TrainingJob, b: TrainingJob) -> None:
     for ours, theirs in zip(a.results()[:2], b.results()[:2], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
     assert a.results()[2] == b.results()[2]
 
 
 @pytest.fixture
-def uninterrupted(tmp_path: Path) -> Session:
-    session = Session(RunFolder.create(tmp_path / "whole", Config()))
+def uninterrupted(tmp_path: Path) -> TrainingJob:
+    session = TrainingJob(RunFolder.create(tmp_path / "whole", Config()))
     session.go()
     return session
 
@@ -107,8 +107,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill_after", sorted(random.Random(0).sample(range(1, STEPS + 1), 5)))
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: Session, kill_after: int) -> None:
-    killed = Session(RunFolder.create(tmp_path / "killed", Config()))
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: TrainingJob, kill_after: int) -> None:
+    killed = TrainingJob(RunFolder.create(tmp_path / "killed", Config()))
 
     def kill(iteration: int) -> None:
         if iteration == kill_after:
@@ -118,13 +118,13 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: Se
     with pytest.raises(Killed):
         killed.go()
     torch.manual_seed(random.randrange(1000))
-    resumed = Session(RunFolder.resume(tmp_path / "killed", Config()))
+    resumed = TrainingJob(RunFolder.resume(tmp_path / "killed", Config()))
     resumed.go()
     assert_same(resumed, uninterrupted)
 
 
-def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path: Path, uninterrupted: Session) -> None:
-    stopped = Session(RunFolder.create(tmp_path / "stopped", Config()))
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path: Path, uninterrupted: TrainingJob) -> None:
+    stopped = TrainingJob(RunFolder.create(tmp_path / "stopped", Config()))
     stopped.method.after_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as caught:
@@ -133,13 +133,13 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path: Path, uninte
     assert (caught.value.step, caught.value.exit_code) == (6, 130)
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoint-6"
     assert "Press Ctrl-C again" in stopped.output.getvalue()
-    resumed = Session(RunFolder.resume(tmp_path / "stopped", Config()))
+    resumed = TrainingJob(RunFolder.resume(tmp_path / "stopped", Config()))
     resumed.go()
     assert_same(resumed, uninterrupted)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    stopped = Session(RunFolder.create(tmp_path / "stopped", Config()))
+    stopped = TrainingJob(RunFolder.create(tmp_path / "stopped", Config()))
 
     def press_twice(iteration: int) -> None:
         if iteration == 6:
@@ -152,13 +152,13 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in stopped.run.path.glob("checkpoint-*")) == ["checkpoint-4"]
 
 
-def test_resuming_a_finished_run_changes_nothing(uninterrupted: Session) -> None:
-    again = Session(RunFolder.resume(uninterrupted.run.path, Config()))
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: TrainingJob) -> None:
+    again = TrainingJob(RunFolder.resume(uninterrupted.run.path, Config()))
     assert again.go().steps == 0
     assert_same(again, uninterrupted)
 
 
-def test_there_is_one_record_per_step(uninterrupted: Session) -> None:
+def test_there_is_one_record_per_step(uninterrupted: TrainingJob) -> None:
     records = list(uninterrupted.run.metrics.read())
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert records[0]["finite"] is True
@@ -176,7 +176,7 @@ def test_the_device_is_read_only_when_something_is_logged(tmp_path: Path, monkey
             return _original(tensor, *args)
 
         monkeypatch.setattr(Tensor, name, counted)
-    session = Session(
+    session = TrainingJob(
         RunFolder.create(tmp_path / "run", Config()), RunConfig(checkpoint_every=100, log_every=5, keep_checkpoints=1)
     )
     session.method.optimizer = torch.optim.SGD(session.method.model.parameters(), lr=0.1)  # type: ignore[assignment]
@@ -185,7 +185,7 @@ def test_the_device_is_read_only_when_something_is_logged(tmp_path: Path, monkey
 
 
 def test_running_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
-    session = Session(RunFolder.create(tmp_path / "run", Config()))
+    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
 
     def run_out(iteration: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

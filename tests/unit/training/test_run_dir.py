@@ -126,7 +126,7 @@ def test_what_out_and_resume_mean_together(run: RunFolder, tmp_path: Path) -> No
         (None, None, "--out"),
         (None, "latest", "--out"),
         (None, str(tmp_path / "absent"), "no run to resume"),
-        (tmp_path / "other", str(run.path), "leave --out away"),
+        (tmp_path / "other", str(run.path), "omit --out"),
     ):
         with pytest.raises(UserError, match=said):
             RunPlace.asked_for(out, resume)

@@ -15,7 +15,7 @@ from erasediff.cli.session import instead_of_the_plan
 from erasediff.errors import UserError
 
 if TYPE_CHECKING:
-    from erasediff.training.job import Session
+    from erasediff.training.job import TrainingJob
     from erasediff.workflows.benchmark_step import Bench
 
 OWN = ("out", "resume", "dry_run", "as_json")
@@ -37,7 +37,7 @@ def bench(
     if plot is not None and out is None:
         raise UserError("The plot is drawn from a file of results: say with --out which.")
 
-    def measure(session: "Session") -> None:
+    def measure(session: "TrainingJob") -> None:
         from erasediff.report.figures import draw
         from erasediff.workflows.benchmark_step import bench as measured
 
@@ -68,7 +68,7 @@ def _with_flags_of_unlearn() -> inspect.Signature:
 bench.__signature__ = _with_flags_of_unlearn()  # type: ignore[attr-defined]
 
 
-def _lines(result: "Bench", session: "Session") -> list[dict[str, Any]]:
+def _lines(result: "Bench", session: "TrainingJob") -> list[dict[str, Any]]:
     common = {name: value for name, value in asdict(result).items() if name != "contenders"}
     common |= {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

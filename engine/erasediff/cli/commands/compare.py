@@ -39,12 +39,12 @@ def compare(
     the same command.
     """
     with loading(messages):
-        from erasediff.comparison import Lines
+        from erasediff.comparison import ResultsFile
         from erasediff.comparison import compare as measured
         from erasediff.comparison.digits_task import METHODS, tasks_named
         from erasediff.comparison.page import verdict, write_page
     folder = out or Path("runs", "compare-short" if short else "compare")
-    lines = Lines(folder / "compare.jsonl")
+    lines = ResultsFile(folder / "compare.jsonl")
     measured(
         tasks_named((tasks or ("digits/3" if short else "digits")).split(","), short=short),
         (methods or (SHORT_METHODS if short else ",".join(METHODS))).split(","),

@@ -9,7 +9,7 @@ from rich.console import Group
 
 from erasediff.cli import options
 from erasediff.cli.output import emit, loading, messages, metrics_table, plans_table
-from erasediff.cli.session import place_and_config
+from erasediff.cli.session import resolve_run
 
 
 def demo(
@@ -31,7 +31,7 @@ def demo(
     """
     if out is None and resume in (None, "latest"):
         out = numbered_folder(again=resume is not None)
-    place, full_config = place_and_config(
+    place, full_config = resolve_run(
         out,
         resume,
         config,

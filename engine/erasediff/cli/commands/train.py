@@ -4,7 +4,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.session import carry_out, place_and_config, spread
+from erasediff.cli.session import launch_workers, resolve_run, run_job
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model."""
-    place, full_config = place_and_config(
+    place, full_config = resolve_run(
         out,
         resume,
         config,
@@ -43,7 +43,7 @@ def train(
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
-    spread(full_config, "train")
+    launch_workers(full_config, "train")
     with loading(messages):
-        from erasediff.workflows.train_pixel import training_session
-    carry_out(training_session(full_config), place, as_json=as_json)
+        from erasediff.workflows.train_pixel import training_job
+    run_job(training_job(full_config), place, as_json=as_json)

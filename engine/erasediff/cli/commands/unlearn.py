@@ -5,7 +5,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import emit, loading, messages
-from erasediff.cli.session import carry_out, place_and_config, spread
+from erasediff.cli.session import launch_workers, resolve_run, run_job
 
 
 def unlearn(
@@ -73,7 +73,7 @@ def unlearn(
 
     A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
     """
-    place, full_config = place_and_config(
+    place, full_config = resolve_run(
         out,
         resume,
         config,
@@ -109,9 +109,9 @@ def unlearn(
             from erasediff.workflows.erase_sae import erase_at
         emit(erase_at(place, full_config, messages), as_json=as_json)
         return
-    spread(full_config, "unlearn")
+    launch_workers(full_config, "unlearn")
     with loading(messages):
-        from erasediff.workflows.unlearn import unlearning_session_of
+        from erasediff.workflows.unlearn import unlearning_job
     if place is not None:
         place.check()
-    carry_out(unlearning_session_of(full_config, messages, rehearse=place is None), place, as_json=as_json)
+    run_job(unlearning_job(full_config, messages, rehearse=place is None), place, as_json=as_json)

@@ -10,7 +10,7 @@ from erasediff.config import DistributedConfig
 from erasediff.errors import UserError
 
 AUTO = "auto"
-USUAL_STAGE = 2
+DEFAULT_STAGE = 2
 
 
 def zero_config(
@@ -73,7 +73,7 @@ def zero_stage(settings: DistributedConfig, own: dict[str, Any] | None = None) -
     if own is None:
         path = settings.deepspeed_config
         own = {} if path is None else read_own(path).get("zero_optimization", {})
-    asked = own.get("stage", USUAL_STAGE) if settings.stage is None else settings.stage
+    asked = own.get("stage", DEFAULT_STAGE) if settings.stage is None else settings.stage
     if asked not in (0, 1, 2, 3):
         raise UserError(f"{settings.deepspeed_config} asks for ZeRO stage {asked!r}: there are 0, 1, 2 and 3.")
     return int(asked)
@@ -103,7 +103,7 @@ def read_own(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} sets {section} to {json.dumps(own[section])}: it must be an object of settings.")
     for section in ("optimizer", "scheduler"):
         if section in own:
-            raise UserError(f"{path} has a section {section}: leave it away, the run's own settings say that.")
+            raise UserError(f"{path} has a section {section}: remove it; the run sets it itself.")
     if own.get("fp16", {}).get("enabled", False) not in (False, "false"):
         raise UserError(f"{path} asks for fp16, whose loss scaling unlearning does not support: use bf16.")
     return own

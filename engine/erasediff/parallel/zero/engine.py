@@ -70,7 +70,7 @@ def check_engine(engine: Any) -> None:
             raise ValueError(f"this DeepSpeed engine uses {what}; unlearning does not support that")
 
 
-def take_over_clipping(engine: Any) -> float | None:
+def disable_engine_clipping(engine: Any) -> float | None:
     """The engine's gradient clipping, which it shall leave to the constrained step from now on; None if it has none."""
     asked = float(engine._config.gradient_clipping)
     engine._config.gradient_clipping = 0.0
@@ -79,12 +79,12 @@ def take_over_clipping(engine: Any) -> float | None:
     return asked or None
 
 
-def tell_norm(engine: Any, norm: Tensor) -> None:
+def set_global_grad_norm(engine: Any, norm: Tensor) -> None:
     """What ``engine.get_global_grad_norm`` returns from now on: the engine's own would be the retain gradient's."""
     engine._global_grad_norm = norm
 
 
-def return_boundary(engine: Any) -> None:
+def reset_accumulation_boundary(engine: Any) -> None:
     """The engine counts its accumulation steps itself again, as before ``set_gradient_accumulation_boundary``."""
     engine._is_gradient_accumulation_boundary = None
 

@@ -13,7 +13,12 @@ from erasediff.parallel.gradient_store import Shard
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
 from erasediff.parallel.unwrap import named
 from erasediff.parallel.world import World
-from erasediff.parallel.zero.engine import check_engine, return_boundary, take_over_clipping, tell_norm
+from erasediff.parallel.zero.engine import (
+    check_engine,
+    disable_engine_clipping,
+    reset_accumulation_boundary,
+    set_global_grad_norm,
+)
 from erasediff.parallel.zero.layout import Layout
 from erasediff.parallel.zero.stage0 import WholeMasters, WholeParameters
 from erasediff.parallel.zero.stage1_2 import PartitionedGradients
@@ -40,8 +45,8 @@ def layout_of(engine: Any) -> Layout:
     raise ValueError(f"this DeepSpeed engine's optimizer is a {wrapper}, which is not known here")
 
 
-class ZeroGradients:
-    """``Gradients`` of ``engine``, from ``deepspeed.initialize``: each process sees and updates its partition.
+class ZeroGradientStore:
+    """``GradientStore`` of ``engine``, from ``deepspeed.initialize``: each process sees and updates its partition.
 
     ``engine.step()`` takes every step, so that its schedules and counters go on. With ``ConstrainedAdamW`` or
     ``ConstrainedSGD`` as the engine's client optimizer it reads both gradients in one pass; for any other the
@@ -64,7 +69,7 @@ class ZeroGradients:
         self.counters = Counters(self.optimizer, zip(self.layout.groups, self.layout.flats, strict=True))
         self.world = World.current()
         self.device = torch.device(engine.device)
-        self.max_grad_norm = take_over_clipping(engine)
+        self.max_grad_norm = disable_engine_clipping(engine)
         self.accumulation_steps: int | None = engine.gradient_accumulation_steps()
         parameters = [fragment.parameter for fragment in self.layout.fragments()]
         self.names = dict(zip(parameters, named(engine, parameters), strict=True))
@@ -80,12 +85,12 @@ class ZeroGradients:
         return 1 if self._is_partitioned else self.world.size
 
     @contextmanager
-    def held_weights(self) -> Iterator[None]:
-        self.layout.hold(True)
+    def no_reshard(self) -> Iterator[None]:
+        self.layout.keep_gathered(True)
         try:
             yield
         finally:
-            self.layout.hold(False)
+            self.layout.keep_gathered(False)
 
     def begin(self, calls: int) -> None:
         self._calls_left = calls
@@ -97,11 +102,11 @@ class ZeroGradients:
         self._calls_left -= 1
         self.engine.set_gradient_accumulation_boundary(self._calls_left <= 1)
 
-    def take(self) -> list[Tensor]:
-        return self.layout.take()
+    def pop_grads(self) -> list[Tensor]:
+        return self.layout.pop_grads()
 
-    def reuse(self, gradients: list[Tensor]) -> None:
-        self.layout.reuse(gradients)
+    def release(self, gradients: list[Tensor]) -> None:
+        self.layout.release(gradients)
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
         return masked_gram(self.optimizer, self.layout.flats, retain, forget)
@@ -112,7 +117,7 @@ class ZeroGradients:
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
-            self.layout.put(retain)
+            self.layout.set_grads(retain)
             by_flat = dict(zip(self.layout.flats, forget, strict=True)) if forget else {}
             with self.optimizer.pending(by_flat, constraint):
                 self.engine.step()
@@ -122,12 +127,12 @@ class ZeroGradients:
                 torch._foreach_mul_(forget, multiplier)
                 torch._foreach_add_(retain, forget)
             torch._foreach_mul_(retain, clip_scale)
-            self.layout.put(retain)
+            self.layout.set_grads(retain)
             self.engine.step()
-        self.reuse(retain)
-        self.reuse(forget)
-        tell_norm(self.engine, constraint.norm)
-        return_boundary(self.engine)
+        self.release(retain)
+        self.release(forget)
+        set_global_grad_norm(self.engine, constraint.norm)
+        reset_accumulation_boundary(self.engine)
 
     def weights(self) -> list[Tensor]:
         return [flat.detach() for flat in self.layout.flats]

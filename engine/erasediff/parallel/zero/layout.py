@@ -32,17 +32,17 @@ class Layout(Protocol):
         """Room for a new gradient, where ``take`` handed out what the engine had."""
         ...
 
-    def take(self) -> list[Tensor]: ...
+    def pop_grads(self) -> list[Tensor]: ...
 
-    def put(self, gradients: list[Tensor]) -> None:
+    def set_grads(self, gradients: list[Tensor]) -> None:
         """What the engine's next step finds as its gradients."""
         ...
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         """Nobody needs what ``take`` has returned any more: the next gradient may be written there."""
         ...
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         """Whether weights that a pass has gathered stay for the next one, and what was taken may not be whole yet."""
         ...
 
@@ -53,7 +53,7 @@ class Layout(Protocol):
         ...
 
 
-def more_than_a_mean(optimizer: Any) -> dict[str, bool]:
+def unsupported_reduction(optimizer: Any) -> dict[str, bool]:
     """What either of ZeRO's optimizers may have been told of its gradients."""
     return {
         "scaled": optimizer.postscale_gradients and optimizer.gradient_predivide_factor != 1.0,
@@ -67,7 +67,7 @@ def zeros_on_the_host(like: Tensor, *, pinned: bool) -> Tensor:
     return torch.zeros_like(like, requires_grad=False, pin_memory=pinned and torch.cuda.is_available())
 
 
-class OwnReduction:
+class ReducerOverride:
     """``scatter`` in the place of the optimizer's own reduction, which copies each gradient two or three times more.
 
     add:   takes a parameter whose gradient is there, and what else DeepSpeed says of it
@@ -93,7 +93,7 @@ class OwnReduction:
         for name in self._instead:
             delattr(self.optimizer, name)
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         self._is_held = held
         if not held:
             self.scatter.wait()

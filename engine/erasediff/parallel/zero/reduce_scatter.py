@@ -13,9 +13,9 @@ from torch import Tensor
 
 LARGEST_BUCKET = 1 << 24
 """Elements beyond which a collective is no faster, only later."""
-IN_FLIGHT = 2
+MAX_INFLIGHT_BUCKETS = 2
 """Full buckets under way before the backward pass waits for the oldest; of a longer parameter's, one."""
-AT_ONCE = IN_FLIGHT + 5
+MAX_OPEN_BUCKETS = MAX_INFLIGHT_BUCKETS + 5
 """Buckets in memory: gradients do not come in the order of parameters, and of Stable Diffusion's UNet five are open."""
 
 
@@ -169,7 +169,7 @@ class GradientScatter(ABC):
         for index in bucket.missing:
             self._room(buffer, self._places[index]).zero_()
         numel = sum(bucket.sizes)
-        self._wait_until(IN_FLIGHT * self.full - numel)
+        self._wait_until(MAX_INFLIGHT_BUCKETS * self.full - numel)
         exchange = self._exchange if self._exchanges else self._reduce
         part, adds = self._part(bucket), bucket.is_written
         bucket.is_written = True
@@ -200,7 +200,7 @@ class GradientScatter(ABC):
         return settle
 
 
-class ScatteredParts(GradientScatter):
+class PerParameterReduceScatter(GradientScatter):
     """Each parameter cut among all processes, as under ZeRO-3: parts of one length, the last filled up with zeros.
 
     A process's parts lie end to end in one flat gradient, in the order of ``numels``, the parameters' elements.
@@ -259,7 +259,7 @@ class ScatteredParts(GradientScatter):
         return settle
 
 
-class ScatteredRanges(GradientScatter):
+class FlatReduceScatter(GradientScatter):
     """Parameters end to end in groups that are cut into as many ranges as there are processes, as under ZeRO 1 and 2.
 
     parameters: (group, position within it, elements) of each

@@ -71,7 +71,7 @@ class WholeParameters:
     def renew(self) -> None:
         pass
 
-    def take(self) -> list[Tensor]:
+    def pop_grads(self) -> list[Tensor]:
         for parameter in self.parameters:
             if parameter.grad is None:
                 # No loss has reached it.
@@ -81,14 +81,14 @@ class WholeParameters:
             parameter.grad = None
         return taken
 
-    def put(self, gradients: list[Tensor]) -> None:
+    def set_grads(self, gradients: list[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         pass
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         self._is_held = held
         if not held:
             self._wait()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasediff.parallel.zero.layout import Fragment, OwnReduction, more_than_a_mean, zeros_on_the_host
-from erasediff.parallel.zero.reduce_scatter import ScatteredRanges
+from erasediff.parallel.zero.layout import Fragment, ReducerOverride, unsupported_reduction, zeros_on_the_host
+from erasediff.parallel.zero.reduce_scatter import FlatReduceScatter
 
 
 class PartitionedGradients:
@@ -28,11 +28,11 @@ class PartitionedGradients:
             # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
             optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
 
-    def _reduction_of(self) -> OwnReduction | None:
+    def _reduction_of(self) -> ReducerOverride | None:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         own = {
-            **more_than_a_mean(optimizer),
+            **unsupported_reduction(optimizer),
             "offloaded": optimizer.cpu_offload,
             "no mean": not optimizer.gradient_average,
             "orthogonalized": any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups),
@@ -51,9 +51,9 @@ class PartitionedGradients:
         ranges = [int(optimizer.partition_size[index]) for index in self.groups]
         (dtype,) = optimizer.ipg_buckets
         numel, device = int(optimizer.reduce_bucket_size), torch.device(optimizer.device)
-        scatter = ScatteredRanges(places, ranges, numel, dtype, device, optimizer.dp_process_group)
+        scatter = FlatReduceScatter(places, ranges, numel, dtype, device, optimizer.dp_process_group)
         names = "process_gradients", "reduce_ready_partitions_and_remove_grads"
-        return OwnReduction(optimizer, scatter, self._add, *names)
+        return ReducerOverride(optimizer, scatter, self._add, *names)
 
     def _add(self, parameter: nn.Parameter, group: int) -> None:
         assert self._reduction is not None
@@ -81,7 +81,7 @@ class PartitionedGradients:
             self._room = self._free.pop() if self._free else [torch.empty_like(f, dtype=dtype) for f in self.flats]
             self._reduction.begin(self._room)
 
-    def take(self) -> list[Tensor]:
+    def pop_grads(self) -> list[Tensor]:
         optimizer = self.optimizer
         if optimizer.cpu_offload:
             optimizer._wait_for_offload_copies()
@@ -103,20 +103,20 @@ class PartitionedGradients:
             optimizer.all_grad_tensors[index] = None
         return taken
 
-    def put(self, gradients: list[Tensor]) -> None:
+    def set_grads(self, gradients: list[Tensor]) -> None:
         for index, gradient in zip(self.groups, gradients, strict=True):
             if self.optimizer.cpu_offload:
                 self.flats[index].grad = gradient
             else:
                 self.optimizer.averaged_gradients[index] = [gradient]
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         if gradients and self._reduction is not None:
             self._free.append(gradients)
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         if self._reduction is not None:
-            self._reduction.hold(held)
+            self._reduction.keep_gathered(held)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer

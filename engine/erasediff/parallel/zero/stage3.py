@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasediff.parallel.zero.layout import Fragment, OwnReduction, more_than_a_mean, zeros_on_the_host
-from erasediff.parallel.zero.reduce_scatter import ScatteredParts
+from erasediff.parallel.zero.layout import Fragment, ReducerOverride, unsupported_reduction, zeros_on_the_host
+from erasediff.parallel.zero.reduce_scatter import PerParameterReduceScatter
 from erasediff.parallel.zero.stage3_gather import HeldWeights
 
 
@@ -30,7 +30,7 @@ class PartitionedParameters:
         self._reduction = self._reduction_of(parameters)
         self._weights = HeldWeights(optimizer.parameter_offload)
 
-    def _reduction_of(self, parameters: list[Any]) -> OwnReduction | None:
+    def _reduction_of(self, parameters: list[Any]) -> ReducerOverride | None:
         """None where what the engine was told of its gradients is more than a mean in one precision."""
         optimizer = self.optimizer
         group = optimizer.dp_process_group
@@ -39,7 +39,7 @@ class PartitionedParameters:
         cut_by = {optimizer._get_param_partition_group(parameter) for parameter in parameters}
         ranks = torch.distributed.get_process_group_ranks(group)
         own = {
-            **more_than_a_mean(optimizer),
+            **unsupported_reduction(optimizer),
             "offloaded": bool(optimizer.offload_optimizer),
             "quantized": optimizer.all2all_process_group is not None,
             "orthogonalized": optimizer.use_muon,
@@ -51,12 +51,12 @@ class PartitionedParameters:
         numels = [parameter.ds_numel for parameter in parameters]
         (dtype,) = optimizer.ipg_buckets
         device = torch.device(optimizer.device)
-        scatter = ScatteredParts(numels, int(optimizer.reduce_bucket_size), dtype, device, group)
+        scatter = PerParameterReduceScatter(numels, int(optimizer.reduce_bucket_size), dtype, device, group)
         assert scatter.lengths == [parameter.partition_numel() for parameter in parameters]
         if optimizer.ipg_buckets[dtype].buffer is not None:
             # Nothing else needs it while gradients come in.
             scatter.lend(optimizer.ipg_buckets[dtype].buffer)
-        return OwnReduction(optimizer, scatter, self._add, "reduce_ready_partitions_and_remove_grads")
+        return ReducerOverride(optimizer, scatter, self._add, "reduce_ready_partitions_and_remove_grads")
 
     def _add(self, parameter: Any) -> None:
         assert self._reduction is not None
@@ -100,7 +100,7 @@ class PartitionedParameters:
                 self._partitions[parameter.ds_id] = buffer.narrow(0, offset, length)
                 offset += length
 
-    def take(self) -> list[Tensor]:
+    def pop_grads(self) -> list[Tensor]:
         if self.optimizer.offload_optimizer:
             taken: list[Tensor] = [flat.grad for flat in self.flats]  # type: ignore[misc]
             for flat in self.flats:
@@ -110,22 +110,22 @@ class PartitionedParameters:
             self._reduction.finish()
         return list(torch.split(self._room, [flat.numel() for flat in self.flats]))
 
-    def put(self, gradients: list[Tensor]) -> None:
+    def set_grads(self, gradients: list[Tensor]) -> None:
         for index, gradient in enumerate(gradients):
             if self.optimizer.offload_optimizer:
                 self.flats[index].grad = gradient
             else:
                 self.optimizer.averaged_gradients[index] = [gradient]
 
-    def reuse(self, gradients: list[Tensor]) -> None:
+    def release(self, gradients: list[Tensor]) -> None:
         if gradients and not self.optimizer.offload_optimizer:
             length = sum(gradient.numel() for gradient in gradients)
             self._free.append(gradients[0].as_strided((length,), (1,), 0))
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         if self._reduction is not None:
-            self._reduction.hold(held)
-        self._weights.hold(held)
+            self._reduction.keep_gathered(held)
+        self._weights.keep_gathered(held)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer

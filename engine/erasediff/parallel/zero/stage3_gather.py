@@ -32,11 +32,11 @@ class HeldWeights:
         self._gathering: list[Gathered] = []
         self._waiting: list[RemovableHandle] = []
         self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
-        """What ``_pass_by`` has emptied, and what was there."""
+        """What ``_disable_hooks`` has emptied, and what was there."""
         self._linear: Callable[..., Tensor] | None = None
         """What ``torch.nn.functional.linear`` was before ``_use_torchs_linear``."""
 
-    def hold(self, held: bool) -> None:
+    def keep_gathered(self, held: bool) -> None:
         """Until ``held`` is false, what a pass gathers stays: DeepSpeed cuts a parameter only if no module is at work
         with it, and before an update all."""
         for parameter in self._holdable:
@@ -51,7 +51,7 @@ class HeldWeights:
         if self._holdable:
             self._use_torchs_linear()
         if self._can_gather():
-            self._pass_by()
+            self._disable_hooks()
             self._gather()
 
     def _end(self) -> None:
@@ -97,7 +97,7 @@ class HeldWeights:
             if needed:
                 self._waiting.append(module.register_forward_pre_hook(functools.partial(_wait, needed), prepend=True))
 
-    def _pass_by(self) -> None:
+    def _disable_hooks(self) -> None:
         """DeepSpeed's hooks around modules do not run."""
         offload = self.offload
         emptied = set()
