@@ -1,7 +1,7 @@
 """Compile and link the CUDA extension for sm_80, sm_90 and sm_100, and check what the compiler made of it.
 
-`python csrc/aot.py`; no GPU is needed. A kernel fails that spills registers, uses local memory or a stack, or that does
-not move its data with 128-bit loads and stores.
+`python tools/aot_cuda.py`; no GPU is needed. A kernel fails that spills registers, uses local memory or a stack, or
+that does not move its data with 128-bit loads and stores.
 """
 
 import os
@@ -14,27 +14,11 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from aot_cases import CUDA_WIDE
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "aot"
 ARCHITECTURES = ("8.0", "9.0", "10.0")
-# Which memory instructions of a kernel must have 128 bits.
-WIDE = {
-    "gradient_gram_kernel": ("LDG",),
-    "constrained_update_kernel": ("LDG", "STG"),
-    "constrained_update_codes_kernel": ("LDG", "STG"),
-    "squared_error_kernel": ("LDG", "STG"),
-    "add_noise_kernel": ("LDG", "STG"),
-    "philox_noise_kernel": ("STG",),
-    "philox_bits_kernel": (),
-    "sum_columns": (),
-    "prepare_step": (),
-    "constraint_multiplier_kernel": (),
-    "topk_encode_kernel": (),
-    "sparse_decode_kernel": ("LDG", "STG"),
-    "gather_dot_kernel": ("LDG",),
-    "scatter_pieces_kernel": ("LDG", "STG"),
-    "scatter_seams_kernel": ("LDG", "STG"),
-}
 
 
 def tool(name: str) -> str:
@@ -57,7 +41,13 @@ def build() -> Path:
         "TORCH_CUDA_ARCH_LIST": ";".join(ARCHITECTURES),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
     }
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", BUILD / "lib", "--build-temp", BUILD / "temp"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        f"--build-lib={BUILD / 'lib'}",
+        f"--build-temp={BUILD / 'temp'}",
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(result.stdout + result.stderr)
@@ -106,7 +96,7 @@ def memory_instructions(library: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def short_name(function: str) -> str:
-    for name in WIDE:
+    for name in CUDA_WIDE:
         if name in function:
             return name
     return function
@@ -114,7 +104,7 @@ def short_name(function: str) -> str:
 
 def wide_instructions(function: str) -> tuple[str, ...]:
     """Which of its memory instructions must have 128 bits; none of a kernel's variant for one element at a time."""
-    return () if "kernelILi1E" in function else WIDE.get(short_name(function), ())
+    return () if "kernelILi1E" in function else CUDA_WIDE.get(short_name(function), ())
 
 
 def complaints(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
