@@ -10,7 +10,17 @@ from typing import Any
 
 import triton.language as tl
 
-from erasediff_kernels._triton import constraint, losses, noise, reduction, sparse, topk, update
+from erasediff_kernels._triton import (
+    constrained_adamw,
+    constrained_sgd,
+    constraint,
+    losses,
+    noise,
+    reduction,
+    sparse,
+    topk,
+    update,
+)
 
 # The memory instructions of a CUDA kernel that must have 128 bits.
 CUDA_WIDE = {
@@ -76,7 +86,7 @@ def list_cases() -> Iterator[TritonCase]:
         constants = {**columns, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
         return TritonCase(
             name=f"constrained_adamw_ {name}",
-            kernel=update.constrained_adamw_kernel,
+            kernel=constrained_adamw.constrained_adamw_kernel,
             types={**step, "key_ptr": "*i64"} if rounding else step,
             constants=constants if rounding else {**constants, "key_ptr": None},
             threads=update.THREADS,
@@ -98,7 +108,7 @@ def list_cases() -> Iterator[TritonCase]:
         constants = {**columns, "NESTEROV": False, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
         return TritonCase(
             name=f"constrained_sgd_ {name}",
-            kernel=update.constrained_sgd_kernel,
+            kernel=constrained_sgd.constrained_sgd_kernel,
             types={**step, "key_ptr": "*i64"} if rounding else step,
             constants=constants if rounding else {**constants, "key_ptr": None},
             threads=update.THREADS,
@@ -249,8 +259,8 @@ def scalar_cases() -> Iterator[TritonCase]:
         )
     common = {"out_ptr": "*fp64", "finite_ptr": "*i1", "lr_ptr": "*fp32", "step_ptr": "*fp32"}
     for name, kernel, hyperparameters in (
-        ("adamw", update.adamw_scalars_kernel, ("beta1", "beta2", "eps", "weight_decay", "ema_decay")),
-        ("sgd", update.sgd_scalars_kernel, ("momentum", "weight_decay", "ema_decay")),
+        ("adamw", constrained_adamw.adamw_scalars_kernel, ("beta1", "beta2", "eps", "weight_decay", "ema_decay")),
+        ("sgd", constrained_sgd.sgd_scalars_kernel, ("momentum", "weight_decay", "ema_decay")),
     ):
         yield TritonCase(
             name=f"{name} scalars",

@@ -31,6 +31,6 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_)); }
 
 }  // namespace erasediff::cpu

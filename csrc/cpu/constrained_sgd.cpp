@@ -38,6 +38,6 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_)); }
 
 }  // namespace erasediff::cpu

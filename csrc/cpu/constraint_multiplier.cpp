@@ -31,6 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constraint_multiplier(const Tensor& g
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constraint_multiplier", TORCH_BOX(&constraint_multiplier)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) {
+  m.impl("constraint_multiplier", TORCH_BOX(&constraint_multiplier));
+}
 
 }  // namespace erasediff::cpu

@@ -105,6 +105,6 @@ std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
 
 }  // namespace erasediff::cpu

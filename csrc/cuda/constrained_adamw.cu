@@ -37,7 +37,7 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_));
 }
 

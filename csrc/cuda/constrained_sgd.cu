@@ -49,7 +49,7 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_));
 }
 

@@ -95,6 +95,8 @@ std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("gradient_gram", TORCH_BOX(&gradient_gram));
+}
 
 }  // namespace erasediff::cuda

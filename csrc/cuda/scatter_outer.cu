@@ -144,6 +144,8 @@ Tensor scatter_outer(const Tensor& values_any, const Tensor& rows_any, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("scatter_outer", TORCH_BOX(&scatter_outer)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("scatter_outer", TORCH_BOX(&scatter_outer));
+}
 
 }  // namespace erasediff::cuda

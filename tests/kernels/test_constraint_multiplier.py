@@ -114,6 +114,12 @@ def test_clip_equals_clip_grad_norm(pairs: list[tuple[float, float]], eta: float
     torch.testing.assert_close(delta, p.grad, rtol=1e-4, atol=1e-6 * (1.0 + scale))
 
 
+def test_opcheck(device: str) -> None:
+    gram = as_gram((1.0, 0.5, 2.0), device)
+    for arguments in (("norm", 0.1, None, None), ("gap", 0.1, torch.tensor(1.5, device=device), 2.0)):
+        torch.library.opcheck(torch.ops.erasediff.constraint_multiplier.default, (gram, *arguments))
+
+
 def test_bad_arguments() -> None:
     gram = as_gram((1.0, 0.0, 1.0), "cpu")
     with pytest.raises(ValueError, match="barrier"):

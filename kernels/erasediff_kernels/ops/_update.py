@@ -1,4 +1,4 @@
-"""What `constrained_adamw_` and `constrained_sgd_` share: how they are run, and checks."""
+"""Running and checking of an update, shared by `constrained_adamw_` and `constrained_sgd_`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +19,7 @@ from erasediff_kernels.ops._lists import (
 )
 from erasediff_kernels.reference.moment_codes import BLOCK
 
-# Parameters that moments of 8 bits are for.
+# Parameters that 8-bit moments exist for.
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALARS = (torch.float32, torch.float64)
 
@@ -30,7 +30,8 @@ def run_update(
     states: tuple[Sequence[Tensor], ...],
     retain: Sequence[Tensor],
     forget: Sequence[Tensor],
-    followers: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    shadows: tuple[Sequence[Tensor], Sequence[Tensor]],
+    masks: Sequence[Tensor],
     scalars: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     hyper: tuple[float, ...],
     rounding_key: Tensor | None,
@@ -38,15 +39,18 @@ def run_update(
 ) -> None:
     """One update, in the order of the operators' schemas.
 
-    followers: (ema, copies, masks)
-    scalars: (multiplier, clip_scale, finite, lr, step)
-    check_moments: looks at those states that `check_update` knows nothing of, and returns the others by name
+    Args:
+        op: name of the operator.
+        params, states, retain, forget, masks, hyper, rounding_key: as in its schema.
+        shadows: (ema, copies), which are written after the parameters.
+        scalars: (multiplier, clip_scale, finite, lr, step).
+        check_moments: checks those states that `check_update` does not, and returns the others by name.
     """
-    ema, copies, masks = followers
+    ema, copies = shadows
     multiplier, clip_scale, finite, lr, step = scalars
     rest = (*scalars, *hyper, rounding_key)
-    accepting = _dispatch.accepting(op, params, *states, retain, forget, *followers)
-    if accepting is None or not accepting(params, *states, retain, forget, *followers, *rest):
+    compiled = _dispatch.fast_path(op, params, *states, retain, forget, *shadows, masks)
+    if compiled is None or not compiled(params, *states, retain, forget, *shadows, masks, *rest):
         check_update(
             params,
             check_moments(),
@@ -63,7 +67,8 @@ def run_update(
             *map(list, states),
             in_layout_of(params, retain),
             in_layout_of(params, forget) if forget else [],
-            *map(list, followers),
+            *map(list, shadows),
+            list(masks),
             *rest,
         )
     mark_written(params, *states, ema, copies, (step,))
@@ -73,20 +78,20 @@ def check_update(
     params: Sequence[Tensor],
     moments: Mapping[str, Sequence[Tensor]],
     gradients: Mapping[str, Sequence[Tensor]],
-    followers: Mapping[str, Sequence[Tensor]],
+    shadows: Mapping[str, Sequence[Tensor]],
     masks: Sequence[Tensor],
     scalars: Mapping[str, Tensor],
     finite: Tensor,
     step: Tensor,
     rounding_key: Tensor | None,
 ) -> None:
-    """Everything that the kernels rely on. Empty gradient lists other than "retain", and empty followers, are fine."""
+    """Everything that the kernels rely on. Empty gradient lists other than "retain", and empty shadows, are fine."""
     device = params[0].device if params else finite.device
     check_device("params", params, device)
     check_dtypes("params", params, DATA_DTYPES)
     check_dense("params", params)
-    for name, tensors in (*moments.items(), *followers.items()):
-        if name in followers and not tensors:
+    for name, tensors in (*moments.items(), *shadows.items()):
+        if name in shadows and not tensors:
             continue
         check_shapes(name, tensors, "params", params)
         check_device(name, tensors, device)

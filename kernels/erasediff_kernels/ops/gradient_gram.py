@@ -29,9 +29,9 @@ def gradient_gram(retain: Sequence[Tensor], forget: Sequence[Tensor], masks: Seq
     """
     if not retain:
         raise ValueError("retain is empty: give at least one gradient")
-    accepting = _dispatch.accepting("gradient_gram", retain, forget, masks)
-    if accepting is not None:
-        gram: Tensor | None = accepting(retain, forget, masks)
+    compiled = _dispatch.fast_path("gradient_gram", retain, forget, masks)
+    if compiled is not None:
+        gram: Tensor | None = compiled(retain, forget, masks)
         if gram is not None:
             return gram
     device = retain[0].device
