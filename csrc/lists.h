@@ -140,7 +140,12 @@ struct UpdateArguments {
       return scalar.dim() == 0 && place.holds(scalar) &&
              (scalar.scalar_type() == ScalarType::Float || scalar.scalar_type() == ScalarType::Double);
     };
-    if (!is_scalar(multiplier) || !is_scalar(clip_scale) || !is_scalar(lr)) return false;
+    const auto are_coefficients = [&](const Tensor& both) {
+      return both.dim() == 1 && both.numel() == 2 && both.is_contiguous() && place.holds(both) &&
+             (both.scalar_type() == ScalarType::Float || both.scalar_type() == ScalarType::Double);
+    };
+    if (!is_scalar(multiplier) && !are_coefficients(multiplier)) return false;
+    if (!is_scalar(clip_scale) || !is_scalar(lr)) return false;
     if (finite.dim() != 0 || finite.scalar_type() != ScalarType::Bool) return false;
     if (step.dim() != 0 || step.scalar_type() != ScalarType::Float || !place.holds(step)) return false;
     if (rounding_key && (rounding_key->scalar_type() != ScalarType::Long || rounding_key->dim() != 1 ||

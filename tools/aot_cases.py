@@ -34,6 +34,7 @@ CUDA_WIDE = {
     "sum_columns": (),
     "prepare_step": (),
     "constraint_multiplier_kernel": (),
+    "clip_combination_kernel": (),
     "topk_encode_kernel": (),
     "sparse_decode_kernel": ("LDG", "STG"),
     "gather_dot_kernel": ("LDG",),
@@ -80,10 +81,12 @@ def list_cases() -> Iterator[TritonCase]:
     yield gram_case("bf16", h, h, None, (2, 0))
     yield gram_case("fp32 masked", f, f, u8, (2, 0))
 
-    def adamw_case(name: str, wide: tuple[int, int], rounding: bool = False, **dtypes: Any) -> TritonCase:
+    def adamw_case(
+        name: str, wide: tuple[int, int], rounding: bool = False, both: bool = False, **dtypes: Any
+    ) -> TritonCase:
         absent = dict.fromkeys(("M_ABSMAX", "V_ABSMAX", "EMA", "COPY", "MASK"))
         columns = {"P": f, "M": f, "V": f, "R": f, "G": f, **absent, **dtypes}
-        constants = {**columns, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
+        constants = {**columns, "BOTH": both, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
         return TritonCase(
             name=f"constrained_adamw_ {name}",
             kernel=constrained_adamw.constrained_adamw_kernel,
@@ -96,6 +99,7 @@ def list_cases() -> Iterator[TritonCase]:
 
     yield adamw_case("fp32", (5, 3))
     yield adamw_case("fp32, ema, bf16 copy", (6, 5), EMA=f, COPY=h)
+    yield adamw_case("fp32, two coefficients", (5, 3), both=True)
     yield adamw_case("fp32 masked", (5, 3), MASK=u8)
     yield adamw_case("fp32, bf16 gradients", (5, 3), R=h, G=h)
     yield adamw_case("bf16, stochastic", (5, 3), rounding=True, P=h, R=h, G=h)
@@ -105,7 +109,7 @@ def list_cases() -> Iterator[TritonCase]:
 
     def sgd_case(name: str, wide: tuple[int, int], rounding: bool = False, **dtypes: Any) -> TritonCase:
         columns = {"P": f, "BUFFER": f, "R": f, "G": f, "EMA": None, "COPY": None, "MASK": None, **dtypes}
-        constants = {**columns, "NESTEROV": False, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
+        constants = {**columns, "NESTEROV": False, "BOTH": False, "COMPUTE": f, "ALIGNED": True, "BLOCK": update.BLOCK}
         return TritonCase(
             name=f"constrained_sgd_ {name}",
             kernel=constrained_sgd.constrained_sgd_kernel,
@@ -257,6 +261,13 @@ def scalar_cases() -> Iterator[TritonCase]:
             constants={"BARRIER": barrier, "CLIP": True, **({} if gap else {"gap_ptr": None})},
             threads=1,
         )
+    yield TritonCase(
+        name="clip_combination",
+        kernel=constraint.clip_combination_kernel,
+        types={"gram_ptr": "*fp64", "coefficients_ptr": "*fp64", **outputs, "max_norm_bits": "i64"},
+        constants={"CLIP": True},
+        threads=1,
+    )
     common = {"out_ptr": "*fp64", "finite_ptr": "*i1", "lr_ptr": "*fp32", "step_ptr": "*fp32"}
     for name, kernel, hyperparameters in (
         ("adamw", constrained_adamw.adamw_scalars_kernel, ("beta1", "beta2", "eps", "weight_decay", "ema_decay")),

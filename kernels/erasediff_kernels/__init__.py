@@ -7,6 +7,7 @@ Every operator has an eager reference and, where built or available, compiled (C
 # First: it defines torch.ops.erasediff, on which the modules of ops register autograd.
 from erasediff_kernels._dispatch import available_backends, backend_for, use_backend
 from erasediff_kernels.ops.add_noise import add_noise
+from erasediff_kernels.ops.clip_combination import clip_combination
 from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
 from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
 from erasediff_kernels.ops.constraint_multiplier import Constraint, constraint_multiplier
@@ -31,6 +32,7 @@ __all__ = [
     "add_noise",
     "available_backends",
     "backend_for",
+    "clip_combination",
     "constrained_adamw_",
     "constrained_sgd_",
     "constraint_multiplier",

@@ -68,6 +68,13 @@ def fake_constraint_multiplier(
     return multiplier, clip_scale, norm, gram.new_empty((), dtype=torch.bool)
 
 
+def fake_clip_combination(
+    gram: Tensor, coefficients: Tensor, max_norm: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    clip_scale, norm = (gram.new_empty((), dtype=torch.float32) for _ in range(2))
+    return gram.new_empty((2,), dtype=torch.float32), clip_scale, norm, gram.new_empty((), dtype=torch.bool)
+
+
 def fake_update(*_: Any) -> None:
     """In place: nothing to allocate."""
 
@@ -145,6 +152,15 @@ OPS = {
         ),
         fake=fake_constraint_multiplier,
         file="constraint_multiplier",
+        family="constraint",
+    ),
+    "clip_combination": Operator(
+        schema=(
+            "(Tensor gram, Tensor coefficients, float? max_norm) "
+            "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)"
+        ),
+        fake=fake_clip_combination,
+        file="clip_combination",
         family="constraint",
     ),
     "constrained_adamw_": Operator(

@@ -66,12 +66,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def constrained_step(self, retain: Sequence[Tensor], forget: Sequence[Tensor], constraint: Constraint) -> None:
-        """One update along delta = clip_scale (retain + multiplier forget); none where `constraint.finite` is False.
+        """One update along delta = clip_scale (a retain + b forget); none where `constraint.finite` is False.
 
         Args:
             retain, forget: gradients, one for each of `parameters_in_order()`, any floating dtype and strides; `forget`
                 may be empty.
-            constraint: from `constraint_multiplier`.
+            constraint: from `constraint_multiplier` (a = 1, b = lambda) or `clip_combination` (any a and b).
 
         Raises:
             ValueError: for lists that do not match the parameters.

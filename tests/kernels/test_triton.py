@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 OPERATOR_TESTS = [
     path.name
     for path in sorted(HERE.glob("test_*.py"))
-    if path.name == "test_moment_codes.py" or any(f"erasediff.{op}.default" in path.read_text() for op in OPS)
+    if path.name == "test_moment_codes.py" or any(f"torch.ops.erasediff.{op}.default" in path.read_text() for op in OPS)
 ]
 
 

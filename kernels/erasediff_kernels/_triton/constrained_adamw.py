@@ -16,7 +16,7 @@ from erasediff_kernels._triton.moment_codes import (
     load_absmax,
     scale_blocks,
 )
-from erasediff_kernels._triton.update import BLOCK, WARPS, combine, compute_dtype, write_param
+from erasediff_kernels._triton.update import BLOCK, WARPS, combine, compute_dtype, load_coefficients, write_param
 
 SCALARS = 10
 
@@ -65,8 +65,7 @@ def adamw_block(
     mask_ptr,
     key_ptr,
     scalars,
-    multiplier,
-    clip_scale,
+    coefficients,
     place,
     start,
     end,
@@ -84,7 +83,7 @@ def adamw_block(
     if CODED:
         old_m = decode_signed(old_m, load_absmax(m_absmax_ptr, offsets, inside))
         old_v = decode_unsigned(old_v, load_absmax(v_absmax_ptr, offsets, inside))
-    delta = combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED, COMPUTE)
+    delta = combine(r_ptr, g_ptr, coefficients, offsets, inside, MASKED, COMPUTE)
 
     m = beta1 * old_m.to(COMPUTE) + weight1 * delta
     v = beta2 * old_v.to(COMPUTE) + weight2 * delta * delta
@@ -132,6 +131,7 @@ def constrained_adamw_kernel(
     EMA: tl.constexpr,
     COPY: tl.constexpr,
     MASK: tl.constexpr,
+    BOTH: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -150,7 +150,7 @@ def constrained_adamw_kernel(
     ema_ptr = column(row_ptr, 7, EMA, ALIGNED) if EMA is not None else None
     copy_ptr = column(row_ptr, 8, COPY, ALIGNED) if COPY is not None else None
     mask_ptr = column(row_ptr, 9, MASK, False) if MASK is not None else None
-    multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
+    coefficients = load_coefficients(multiplier_ptr, clip_scale_ptr, BOTH, COMPUTE)
     scalars = (
         tl.load(scalars_ptr).to(COMPUTE),
         tl.load(scalars_ptr + 1).to(COMPUTE),
@@ -167,12 +167,12 @@ def constrained_adamw_kernel(
     for start in range(begin, whole, BLOCK):
         adamw_block(
             p_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr,
-            scalars, multiplier, clip_scale, place, start, end, False, COMPUTE, BLOCK,
+            scalars, coefficients, place, start, end, False, COMPUTE, BLOCK,
         )  # fmt: skip
     if whole < end:
         adamw_block(
             p_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr,
-            scalars, multiplier, clip_scale, place, whole, end, True, COMPUTE, BLOCK,
+            scalars, coefficients, place, whole, end, True, COMPUTE, BLOCK,
         )  # fmt: skip
 
 
@@ -214,6 +214,7 @@ def constrained_adamw_(
             finite,
             rounding_key,
             *launch.dtypes,
+            BOTH=multiplier.dim() == 1,
             COMPUTE=compute_dtype(launch.dtypes[0]),
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erasediff_kernels._triton.language import as_double, double_bits, load_block, mask_bits, narrow, store_block
 from erasediff_kernels._triton.lists import column, find_row, plan
-from erasediff_kernels._triton.update import BLOCK, WARPS, combine, compute_dtype, write_param
+from erasediff_kernels._triton.update import BLOCK, WARPS, combine, compute_dtype, load_coefficients, write_param
 
 SCALARS = 4
 
@@ -34,8 +34,7 @@ def sgd_block(
     mask_ptr,
     key_ptr,
     scalars,
-    multiplier,
-    clip_scale,
+    coefficients,
     place,
     start,
     end,
@@ -48,7 +47,7 @@ def sgd_block(
     offsets = start + tl.arange(0, BLOCK)
     inside = offsets < end
     old_p = load_block(p_ptr, offsets, inside, MASKED)
-    delta = combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED, COMPUTE)
+    delta = combine(r_ptr, g_ptr, coefficients, offsets, inside, MASKED, COMPUTE)
     kept = inside
     FROZEN: tl.constexpr = mask_ptr is not None
     if FROZEN:
@@ -88,6 +87,7 @@ def constrained_sgd_kernel(
     COPY: tl.constexpr,
     MASK: tl.constexpr,
     NESTEROV: tl.constexpr,
+    BOTH: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -103,7 +103,7 @@ def constrained_sgd_kernel(
     ema_ptr = column(row_ptr, 4, EMA, ALIGNED) if EMA is not None else None
     copy_ptr = column(row_ptr, 5, COPY, ALIGNED) if COPY is not None else None
     mask_ptr = column(row_ptr, 6, MASK, False) if MASK is not None else None
-    multiplier, clip_scale = tl.load(multiplier_ptr).to(COMPUTE), tl.load(clip_scale_ptr).to(COMPUTE)
+    coefficients = load_coefficients(multiplier_ptr, clip_scale_ptr, BOTH, COMPUTE)
     scalars = (
         tl.load(scalars_ptr).to(COMPUTE),
         tl.load(scalars_ptr + 1).to(COMPUTE),
@@ -114,12 +114,12 @@ def constrained_sgd_kernel(
     for start in range(begin, whole, BLOCK):
         sgd_block(
             p_ptr, buffer_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
-            multiplier, clip_scale, place, start, end, NESTEROV, False, COMPUTE, BLOCK,
+            coefficients, place, start, end, NESTEROV, False, COMPUTE, BLOCK,
         )  # fmt: skip
     if whole < end:
         sgd_block(
             p_ptr, buffer_ptr, r_ptr, g_ptr, ema_ptr, copy_ptr, mask_ptr, key_ptr, scalars,
-            multiplier, clip_scale, place, whole, end, NESTEROV, True, COMPUTE, BLOCK,
+            coefficients, place, whole, end, NESTEROV, True, COMPUTE, BLOCK,
         )  # fmt: skip
 
 
@@ -157,6 +157,7 @@ def constrained_sgd_(
             rounding_key,
             *launch.dtypes,
             NESTEROV=nesterov,
+            BOTH=multiplier.dim() == 1,
             COMPUTE=compute_dtype(launch.dtypes[0]),
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,

@@ -26,9 +26,23 @@ WARPS = THREADS // LANES
 
 
 @triton.jit
-def combine(r_ptr, g_ptr, multiplier, clip_scale, offsets, inside, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
-    """delta = clip_scale (r + multiplier g)."""
+def load_coefficients(multiplier_ptr, clip_scale_ptr, BOTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """(coefficient of r or None for 1, multiplier of g, clip scale); BOTH: the pointer is to two numbers."""
+    clip_scale = tl.load(clip_scale_ptr).to(COMPUTE)
+    if BOTH:
+        return tl.load(multiplier_ptr).to(COMPUTE), tl.load(multiplier_ptr + 1).to(COMPUTE), clip_scale
+    else:
+        return None, tl.load(multiplier_ptr).to(COMPUTE), clip_scale
+
+
+@triton.jit
+def combine(r_ptr, g_ptr, coefficients, offsets, inside, MASKED: tl.constexpr, COMPUTE: tl.constexpr):
+    """delta = clip_scale (coefficient r + multiplier g)."""
+    coefficient, multiplier, clip_scale = coefficients
     delta = load_block(r_ptr, offsets, inside, MASKED).to(COMPUTE)
+    # Not a product with 1, which could change what the compiler fuses.
+    if coefficient is not None:
+        delta *= coefficient
     if g_ptr is not None:
         delta += multiplier * load_block(g_ptr, offsets, inside, MASKED).to(COMPUTE)
     return delta * clip_scale

@@ -81,6 +81,18 @@ def check_given_or_drawn(
         raise ValueError(f"sample_ids are on {sample_ids.device}, the samples on {data.device}: move one to the other")
 
 
+def check_gram(gram: Tensor) -> None:
+    """float64 [3], as `gradient_gram` returns it."""
+    if gram.shape != (3,) or gram.dtype != torch.float64:
+        raise ValueError(f"gram is {gram.dtype} with shape {tuple(gram.shape)}; pass what gradient_gram returned")
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    """A positive norm, or None for no clipping."""
+    if max_norm is not None and not max_norm > 0.0:
+        raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")

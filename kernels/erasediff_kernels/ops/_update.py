@@ -57,7 +57,8 @@ def run_update(
             {"retain": retain, "forget": forget},
             {"ema": ema, "copies": copies},
             masks,
-            {"multiplier": multiplier, "clip_scale": clip_scale, "lr": lr},
+            multiplier,
+            {"clip_scale": clip_scale, "lr": lr},
             finite,
             step,
             rounding_key,
@@ -80,6 +81,7 @@ def check_update(
     gradients: Mapping[str, Sequence[Tensor]],
     shadows: Mapping[str, Sequence[Tensor]],
     masks: Sequence[Tensor],
+    multiplier: Tensor,
     scalars: Mapping[str, Tensor],
     finite: Tensor,
     step: Tensor,
@@ -113,6 +115,10 @@ def check_update(
         check_dtypes(name, tensors, DATA_DTYPES)
     check_masks(masks, params)
     check_device("masks", masks, device)
+    if multiplier.dim() == 1:
+        check_coefficients(multiplier, device)
+    else:
+        check_scalar("multiplier", multiplier, device, SCALARS)
     for name, scalar in scalars.items():
         check_scalar(name, scalar, device, SCALARS)
     check_scalar("finite", finite, device, (torch.bool,))
@@ -123,6 +129,21 @@ def check_update(
         raise ValueError(
             f"rounding_key is {rounding_key.dtype} with shape {tuple(rounding_key.shape)} on {rounding_key.device}: "
             f"give int64 (seed, step), shape (2,), on {device}"
+        )
+
+
+def check_coefficients(coefficients: Tensor, device: torch.device) -> None:
+    """Both coefficients of the combination, in the place of a multiplier."""
+    if (
+        coefficients.shape != (2,)
+        or coefficients.dtype not in SCALARS
+        or coefficients.device != device
+        or not coefficients.is_contiguous()
+    ):
+        raise ValueError(
+            f"multiplier is {coefficients.dtype} with shape {tuple(coefficients.shape)} and strides "
+            f"{coefficients.stride()} on {coefficients.device}; give a 0-D tensor, or both coefficients as a "
+            f"contiguous [2], of {' or '.join(map(str, SCALARS))} on {device}"
         )
 
 

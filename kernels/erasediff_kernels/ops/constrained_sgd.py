@@ -27,7 +27,7 @@ def constrained_sgd_(
     masks: Sequence[Tensor] = (),
     rounding_key: Tensor | None = None,
 ) -> None:
-    """SGD with momentum and decoupled weight decay on delta = clip_scale (retain + multiplier forget), in place.
+    """SGD with momentum and decoupled weight decay on delta, the combination as in `constrained_adamw_`, in place.
 
     Nothing at all changes where `finite` is False. Otherwise step += 1 and
 

@@ -25,11 +25,15 @@ def combine(
     clip_scale: Tensor,
     dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
-    """delta = clip_scale (retain + multiplier forget)."""
+    """delta = clip_scale (coefficient retain + multiplier forget); the coefficient is 1 where `multiplier` is 0-D."""
+    scaled = flatten(retain, dtypes)
+    if multiplier.dim() == 1:
+        coefficient, multiplier = multiplier.unbind()
+        scaled = list(torch._foreach_mul(scaled, coefficient))
     if not forget:
-        return list(torch._foreach_mul(flatten(retain, dtypes), clip_scale))
+        return list(torch._foreach_mul(scaled, clip_scale))
     delta = torch._foreach_mul(flatten(forget, dtypes), multiplier)
-    torch._foreach_add_(delta, flatten(retain, dtypes))
+    torch._foreach_add_(delta, scaled)
     torch._foreach_mul_(delta, clip_scale)
     return list(delta)
 
