@@ -1,5 +1,6 @@
-// What the kernels rely on in lists of tensors, looked at where it costs nanoseconds. Python looks at the same things
-// to say what is wrong (`ops/_lists.py`, `ops/_update.py`); it is asked to only where a list was not accepted here.
+// Checks of lists of tensors: all that the kernels rely on, in nanoseconds per tensor. `ops/_lists.py` and
+// `ops/_update.py` check the same in Python, to say what is wrong and for the backends that are not compiled; they run
+// where a list was not accepted here. `tests/kernels/test_list_checks.py` holds both to the same verdict.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from erasediff_kernels._storage import has_layout_of
 from erasediff_kernels._triton.language import LANES, as_double, double_bits, load_block, mask_bits
 from erasediff_kernels._triton.lists import column, find_row, plan
 from erasediff_kernels._triton.reduction import sum_partials
@@ -66,7 +67,7 @@ def gradient_gram_kernel(
 
 
 def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor]) -> Tensor:
-    if forget and any(r.stride() != g.stride() for r, g in zip(retain, forget, strict=True)):
+    if forget and not all(map(has_layout_of, forget, retain)):
         retain, forget = [r.contiguous() for r in retain], [g.contiguous() for g in forget]
     launches = plan((retain, forget, masks))
     total = sum(launch.chunks for launch in launches)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from erasediff_kernels._storage import flat, is_dense, unpack_bits
+from erasediff_kernels._storage import flat, has_layout_of, is_dense, unpack_bits
 
 
 def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor]) -> Tensor:
@@ -11,7 +11,7 @@ def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor
     products = []
     for index, r in enumerate(retain):
         pair = [r, forget[index]] if forget else [r]
-        same_layout = is_dense(r) and all(t.stride() == r.stride() for t in pair)
+        same_layout = is_dense(r) and all(has_layout_of(t, r) for t in pair)
         pair = [(flat(t) if same_layout else t.reshape(-1)).double() for t in pair]
         if masks:
             kept = unpack_bits(masks[index], r.numel())
