@@ -207,7 +207,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             device, params_here = bucket.device, local_shards(bucket.params)
             rounding_key = None
             if group["stochastic_rounding"] and bucket.dtype in HALF_DTYPES:
-                rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
+                rounding_key = self._rounding_key(group, group_index, bucket_index, device)
             # The operator advances the step that it is given, and the step of a group advances once.
             is_last = bucket_index == len(buckets) - 1
             counted = step if is_last and step.device == device else step.to(device, copy=True)
@@ -271,11 +271,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         one, zero = self._scalar((1.0, device), 1.0, device), self._scalar((0.0, device), 0.0, device)
         return Constraint(zero, one, zero, one.bool())
 
-    def _rounding_key(self, group: dict[str, Any], place: tuple[int, int], device: torch.device) -> Tensor:
-        """int64 (seed, step); the upper half of the seed keeps groups and buckets from sharing random bits."""
-        upper = (place[0] << 8 | place[1]) & 0x7FFFFFFF
-        seed = torch.full((), upper << 32 | group["seed"] & 0xFFFFFFFF, dtype=torch.int64, device=device)
-        return torch.stack((seed, group["step"].to(device=device, dtype=torch.int64)))
+    def _rounding_key(self, group: dict[str, Any], group_index: int, bucket_index: int, device: torch.device) -> Tensor:
+        """int64 [2] = (seed, step), the address of the random bits; group and bucket change the seed's upper half."""
+        stream = (group_index << 8 | bucket_index) & 0x7FFFFFFF
+        seed = (group["seed"] ^ stream << 32) & 0xFFFFFFFFFFFFFFFF
+        signed = seed - (1 << 64) if seed >> 63 else seed
+        words = torch.full((), signed, dtype=torch.int64, device=device)
+        return torch.stack((words, group["step"].to(device=device, dtype=torch.int64)))
 
 
 def add_coded_moments(p: Tensor, state: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         master_weights: keep fp32 masters of bfloat16 and float16 parameters, which become rounded copies of them.
         stochastic_rounding: round bfloat16 and float16 parameters up or down by chance, so that small updates are not
             lost; no masters needed.
-        seed: of the stochastic rounding.
+        seed: of the stochastic rounding, 64 bits.
         moments: "float" (fp32, fp64 for fp64 parameters) or "8-bit": 2 bytes per parameter rather than 8, in blocks of
             256 elements (2110.02861; kernels/README.md). What else is called AdamW8bit. A group may have its own. Not
             for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.

@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from erasediff_kernels import (
     ConstrainedAdamW,
     ConstrainedSGD,
     Constraint,
+    constrained_sgd_,
     constraint_multiplier,
     gradient_gram,
     pack_mask,
@@ -302,6 +304,33 @@ def test_stochastic_rounding_differs_between_groups(device: str) -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert not torch.equal(params[0], params[1])
+
+
+def test_stochastic_rounding_uses_all_bits_of_the_seed(device: str) -> None:
+    results = []
+    for seed in (5, 5 | 1 << 32, 5 | 1 << 63, 5):
+        params = [torch.nn.Parameter(torch.full((512,), 0.75, device=device, dtype=torch.bfloat16))]
+        optimizer = ConstrainedSGD(params, lr=1e-3, stochastic_rounding=True, seed=seed)
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        results.append(params[0].detach())
+    assert torch.equal(results[0], results[3])
+    assert not any(torch.equal(first, second) for first, second in itertools.combinations(results[:3], 2))
+
+
+def test_the_first_bucket_is_rounded_with_the_seed_itself(device: str) -> None:
+    """Seeds below 2^32 keep their random bits from version to version."""
+    seed, start = 0xFEDCBA98, torch.full((512,), 0.75, device=device, dtype=torch.bfloat16)
+    params = [torch.nn.Parameter(start.clone())]
+    optimizer = ConstrainedSGD(params, lr=1e-3, stochastic_rounding=True, seed=seed)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    scalars = {name: torch.ones((), device=device) for name in ("multiplier", "clip_scale")}
+    scalars |= {"lr": torch.tensor(1e-3, dtype=torch.float64, device=device), "step": torch.zeros((), device=device)}
+    expected, key = [start.clone()], torch.tensor([seed, 0], device=device)
+    finite = torch.tensor(True, device=device)
+    constrained_sgd_(expected, [], [torch.ones_like(start)], [], **scalars, finite=finite, rounding_key=key)
+    same(params, expected)
 
 
 def test_parameters_of_several_dtypes_share_one_step_count(device: str) -> None:
