@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""Kernels that are compiled ahead of time for GPUs that are not here, and what must come out of it.
+"""Kernels to compile ahead of time for GPUs that are not here, and the instructions that they must have.
 
 An operator adds its Triton specialisations to `triton_cases` and its CUDA kernels to `CUDA_WIDE`.
 """
@@ -54,7 +54,7 @@ class TritonCase:
     constants: dict[str, Any]
     threads: int
     fused: bool = True
-    """Whether products and sums may become FMAs; never where noise is drawn."""
+    """Products and sums may become FMAs; never where noise is drawn."""
     wide: tuple[int, int] | None = None
     """The least number of 16-byte loads and stores to global memory."""
 

@@ -103,11 +103,11 @@ def short_name(function: str) -> str:
 
 
 def wide_instructions(function: str) -> tuple[str, ...]:
-    """Which of its memory instructions must have 128 bits; none of a kernel's variant for one element at a time."""
+    """Memory instructions that must have 128 bits; none in a kernel's variant for one element at a time."""
     return () if "kernelILi1E" in function else CUDA_WIDE.get(short_name(function), ())
 
 
-def complaints(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
+def violations(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
     wrong = [f"{name.lower()} of {used[name]} bytes" for name in ("STACK", "LOCAL") if used.get(name)]
     wrong += [f"{instructions[name]} {name}" for name in ("LDL", "STL") if instructions[name]]
     wrong += [f"no 128-bit {name}" for name in wide_instructions(function) if not instructions[f"{name}.128"]]
@@ -127,7 +127,7 @@ def main() -> int:
     table: dict[tuple[str, str], list[tuple[int, Counter[str]]]] = defaultdict(list)
     for (architecture, function), kernel in sorted(used.items()):
         counts = instructions[architecture, function]
-        failures += [f"{architecture} {function}: {wrong}" for wrong in complaints(function, kernel, counts)]
+        failures += [f"{architecture} {function}: {wrong}" for wrong in violations(function, kernel, counts)]
         table[short_name(function), architecture].append((kernel["REG"], counts))
     print(f"{'kernel':30} {'arch':7} {'variants':>8} {'registers':>10} {'LDG.128':>8} {'STG.128':>8} {'local':>6}")
     for (name, architecture), kernels in sorted(table.items()):

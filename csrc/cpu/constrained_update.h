@@ -14,7 +14,7 @@ namespace erasediff::cpu {
 
 constexpr int64_t kRoundingRole = 255;
 
-// What one tensor of the list takes part with; absent streams have null data.
+// The streams of one tensor of the list; absent ones have null data.
 struct Item {
   Flat param, retain, forget, ema, copy;
   Moment states[2];
@@ -105,7 +105,7 @@ ERASEDIFF_FN void update_chunk(const Rule& rule, const Step& step, const Item& i
     if (Rule::kStates > 0) store_moment(item.states[0], first, n, step.dither, state0);
     if (Rule::kStates > 1) store_moment(item.states[1], first, n, step.dither, state1);
 
-    // What follows sees the parameter as it is stored.
+    // EMA and copy follow the parameter as it is stored.
     if (item.ema.data || item.copy.data) p = load(item.param, first, n, p_buffer);
     if (item.ema.data) {
       T* ema = load(item.ema, first, n, ema_buffer);
@@ -135,7 +135,7 @@ void constrained_update(const std::vector<Item>& items, const std::vector<Tensor
   });
 }
 
-// A moment of all parameters: what is stored, and the absmax of blocks where that is codes.
+// A moment of all parameters: values, or codes and the absmax of their blocks.
 struct MomentLists {
   const std::vector<Tensor>& stored;
   const std::vector<Tensor>* absmaxes = nullptr;

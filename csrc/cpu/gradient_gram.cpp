@@ -80,7 +80,7 @@ Gram gram_of_chunk(const Item& item, int64_t first, int64_t size) {
 }
 
 std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
-  if (!gram_is_acceptable(retain, forget, masks)) return std::nullopt;
+  if (!gram_lists_are_valid(retain, forget, masks)) return std::nullopt;
   std::vector<Item> items(retain.size());
   for (size_t i = 0; i < items.size(); ++i) {
     items[i].retain = Flat(retain[i]);

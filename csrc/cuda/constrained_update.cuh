@@ -93,7 +93,7 @@ __device__ __forceinline__ void round_params(const int64_t* key, int64_t place, 
   }
 }
 
-// Rounds and writes n parameters of tensor t, then what follows them and sees them as they are stored.
+// Rounds and writes n parameters of tensor t, then EMA and copy, which follow them as they are stored.
 template <int n, class P, class T, template <class> class Rule>
 __device__ __forceinline__ void write_params(const UpdateBatch& batch, const Step<Rule>& step, const int64_t* key,
                                              int t, int64_t i, const T (&values)[n]) {

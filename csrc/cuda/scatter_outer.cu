@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   finish(latent);
 }
 
-// What no piece could write: latents that reach over several, and those without entries.
+// Rows that no piece could write: latents that reach over several, and those without entries.
 template <int n, class Stored, class T>
 __global__ void __launch_bounds__(kThreads)
     scatter_seams_kernel(const Entries<Stored> entries, const T* sums, Stored* outer, int tiles) {

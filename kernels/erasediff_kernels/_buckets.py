@@ -54,7 +54,7 @@ class BucketCache:
     buckets: list[Bucket]
 
     def is_valid_for(self, params: Sequence[Tensor], all_states: Collection[Any], group: dict[str, Any]) -> bool:
-        """Whether parameters and states are the same objects, whatever they contain, and the key is the same."""
+        """Compare by identity: the same parameters and states, whatever they contain, and an equal key."""
         return (
             len(params) == len(self.params)
             and len(all_states) == len(self.all_states)

@@ -174,7 +174,7 @@ def device_of(args: tuple[Any, ...]) -> torch.device:
 
 
 def has_implementation(op: str, backend: str, device_type: str) -> bool:
-    """Whether the table says that `backend` has `op` for a device type."""
+    """Look up in the table: a backend has an operator for a device type."""
     compiled = {"cpu": "C++", "cuda": "CUDA"}
     language = {"compiled": compiled.get(device_type), "triton": "Triton", "reference": None}[backend]
     return language is None or language in OPS[op].implementations

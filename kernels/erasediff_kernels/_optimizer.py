@@ -94,7 +94,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A plain step from `p.grad`, by the same kernel; parameters without a gradient are skipped."""
+        """A plain step from `p.grad`, by the same kernel; parameters without a gradient are skipped.
+
+        Args:
+            closure: as for any optimizer: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned; None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -143,7 +150,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 yield p, self.state[p]["ema"]
 
     def set_mask(self, param: Tensor, packed: Tensor | None) -> None:
-        """Freeze the elements of `param` whose bit in `packed` (`pack_mask`) is 0; None lifts the mask."""
+        """Freeze elements of a parameter: they keep their value and their moments.
+
+        Args:
+            param: one of the optimizer's parameters.
+            packed: uint8 [ceil(n / 8)] from `pack_mask`, frozen where its bit is 0; None lifts the mask.
+        """
         if packed is None:
             self.state[param].pop("mask", None)
         else:
@@ -234,7 +246,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 step.copy_(counted)
 
     def _buckets(self, group_index: int, params: Sequence[Tensor], group: dict[str, Any]) -> list[Bucket]:
-        """Those of a group, from the step before where nothing changed; a list of thousands is then not looked into."""
+        """Buckets of a group; those of the step before while nothing changed, which spares a look into all tensors."""
         cache = self._bucket_caches.get(group_index)
         if cache is not None and cache.is_valid_for(params, self.state.values(), group):
             return cache.buckets

@@ -21,7 +21,7 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in whatever order."""
+    """Dense layout: the elements fill one block of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -33,7 +33,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_layout_of(tensor: Tensor, like: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same order; dimensions of one have any stride."""
+    """Equal layouts of two tensors of one shape: elements in the same order; dimensions of one have any stride."""
     if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
         return True
     strides = zip(tensor.stride(), like.stride(), tensor.shape, strict=True)

@@ -27,8 +27,11 @@ class ConstrainedAdamW(ConstrainedOptimizer):
             lost; no masters needed.
         seed: of the stochastic rounding, 64 bits.
         moments: "float" (fp32, fp64 for fp64 parameters) or "8-bit": 2 bytes per parameter rather than 8, in blocks of
-            256 elements (2110.02861; kernels/README.md). What else is called AdamW8bit. A group may have its own. Not
-            for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.
+            256 elements (arXiv 2110.02861; kernels/README.md), elsewhere called AdamW8bit. A group may have its own.
+            Not for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.
+
+    Raises:
+        ValueError: for hyperparameters out of range, or masters with stochastic rounding.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,7 +96,11 @@ class ConstrainedSGD(ConstrainedOptimizer):
         momentum: of the buffer b = momentum b + delta; no buffer is kept without.
         nesterov: step along delta + momentum b.
         weight_decay: decoupled, p *= 1 - lr weight_decay, unlike `torch.optim.SGD`.
-        (the others): as there.
+        ema_decay, master_weights, stochastic_rounding, seed: as there.
+
+    Raises:
+        ValueError: for a negative rate, decay or momentum, nesterov without momentum, or masters with stochastic
+            rounding.
     """
 
     def __init__(

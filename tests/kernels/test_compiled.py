@@ -1,4 +1,4 @@
-"""What the compiled backend alone promises: bits that no thread or instruction set changes, no memory, clear errors."""
+"""Properties of the compiled backend: bits that no thread or instruction set changes, no memory, clear errors."""
 
 import importlib.util
 import os

@@ -72,7 +72,7 @@ vectors = st.lists(
 
 
 def is_beyond_fp32(r: Tensor, g: Tensor) -> bool:
-    """Whether g is so small that no fp32 lambda can turn r against it."""
+    """g is so small that no fp32 lambda can turn r against it."""
     squared = float(g.double().dot(g.double()))
     return squared > 0 and -float(r.double().dot(g.double())) / squared > torch.finfo(torch.float32).max
 

@@ -54,7 +54,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def call(backend: str, op: str, reverse: bool, changes: list[tuple[str, int, str]]) -> list[Tensor] | None:
-    """What the operator returns or writes; None where it refuses its arguments."""
+    """Tensors that the operator returns or writes; None where it refuses its arguments."""
     generator = torch.Generator().manual_seed(0)
     arguments: dict[str, Any] = {}
     for name in LISTS[op]:

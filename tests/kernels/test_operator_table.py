@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 
 
 def missing_parts(operators: Mapping[str, Operator]) -> Iterator[str]:
-    """What rows claim and the source tree does not have, one sentence each."""
+    """Parts that rows claim and the source tree does not have, one sentence each."""
     tests = {path.name: path.read_text() for path in TESTS.glob("test_*.py")}
     public = {name for name in erasediff_kernels.__all__ if inspect.isfunction(getattr(erasediff_kernels, name))}
     for op, row in operators.items():

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Triton kernels of `constrained_adamw_`; `update.py` says how they are laid out."""
+"""Triton kernels of `constrained_adamw_`; `update.py` describes their layout."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from erasediff_kernels._triton.update import BLOCK, WARPS, combine, compute_dtyp
 SCALARS = 10
 
 
-# The bits of a double say nothing about divisibility, and a schedule changes them at every step.
+# The bits of a double have no divisibility to specialise on, and a schedule changes them at every step.
 @triton.jit(do_not_specialize=["beta1_bits", "beta2_bits", "eps_bits", "weight_decay_bits", "ema_decay_bits"])
 def adamw_scalars_kernel(
     out_ptr,

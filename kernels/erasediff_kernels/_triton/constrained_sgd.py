@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Triton kernels of `constrained_sgd_`; `update.py` says how they are laid out."""
+"""Triton kernels of `constrained_sgd_`; `update.py` describes their layout."""
 
 import torch
 import triton

@@ -101,7 +101,7 @@ def is_finite(x):
 def clip(rr, rf, ff, a, b, max_norm, CLIP: tl.constexpr):
     """(clip scale, norm, whether all is finite) of a r + b g, for coefficients as fp32 holds them."""
     norm = tl.sqrt(tl.maximum(a * a * rr + 2.0 * a * b * rf + b * b * ff, 0.0))
-    # tl.maximum drops a NaN, so the coefficients are looked at as well.
+    # tl.maximum drops a NaN, so the coefficients are checked as well.
     finite = is_finite(rr) & is_finite(rf) & is_finite(ff) & is_finite(norm) & is_finite(a) & is_finite(b)
     clip_scale = tl.full((), 1.0, tl.float64)
     if CLIP:
@@ -109,7 +109,7 @@ def clip(rr, rf, ff, a, b, max_norm, CLIP: tl.constexpr):
     return clip_scale, norm, finite
 
 
-# The bits of a double say nothing about divisibility, and a schedule changes them at every step.
+# The bits of a double have no divisibility to specialise on, and a schedule changes them at every step.
 @triton.jit(do_not_specialize=["eta_bits", "max_norm_bits"])
 def constraint_multiplier_kernel(
     gram_ptr,

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Each raises ValueError with a sentence that says what to do."""
+"""Argument checks shared by the public functions; each raises ValueError: what is wrong; what to do."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ DATA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_data(name: str, tensor: Tensor) -> None:
-    """A [B, ...] tensor of a supported floating type."""
+    """Check a [B, ...] tensor of a supported floating type."""
     if tensor.dtype not in DATA_DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}: convert it to float32, bfloat16, float16 or float64")
     if tensor.dim() == 0:
@@ -17,7 +17,7 @@ def check_data(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Same shape, dtype and device as another argument."""
+    """Check for the same shape, dtype and device as another argument."""
     if tensor.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, but {like_name} has {tuple(like.shape)}: make them the same"
@@ -41,7 +41,7 @@ def per_sample(name: str, vector: Tensor, data: Tensor) -> Tensor:
 
 
 def sample_weight(weight: Tensor | None, data: Tensor) -> Tensor:
-    """The weights of the samples in a loss; without any, 1/B each, so that the loss is the mean over the batch."""
+    """Weights of the samples in a loss; by default 1/B each, so that the loss is the mean over the batch."""
     if weight is not None:
         return per_sample("weight", weight, data)
     batch = data.shape[0]
@@ -50,7 +50,7 @@ def sample_weight(weight: Tensor | None, data: Tensor) -> Tensor:
 
 
 def check_address(sample_ids: Tensor, key: Tensor, role: int) -> None:
-    """The address of noise: sample_ids int64 [B], key int64 [2] = (seed, step) on the same device, role in 0 .. 255."""
+    """Check the address of noise: sample_ids int64 [B], key int64 [2] = (seed, step) on one device, role 0 .. 255."""
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise ValueError(
             f"sample_ids is {sample_ids.dtype} with shape {tuple(sample_ids.shape)}: give one int64 per sample, (B,)"
@@ -66,7 +66,7 @@ def check_address(sample_ids: Tensor, key: Tensor, role: int) -> None:
 def check_given_or_drawn(
     name: str, given: Tensor | None, sample_ids: Tensor | None, key: Tensor | None, role: int, data: Tensor
 ) -> None:
-    """Either `given` like the data, or an address to draw it from."""
+    """Check that there is either a tensor like the data or an address to draw it from."""
     if given is not None:
         if sample_ids is not None or key is not None:
             raise ValueError(f"both {name} and sample_ids/key are given: leave out one of them")
@@ -82,13 +82,13 @@ def check_given_or_drawn(
 
 
 def check_gram(gram: Tensor) -> None:
-    """float64 [3], as `gradient_gram` returns it."""
+    """Check for float64 [3], as `gradient_gram` returns it."""
     if gram.shape != (3,) or gram.dtype != torch.float64:
         raise ValueError(f"gram is {gram.dtype} with shape {tuple(gram.shape)}; pass what gradient_gram returned")
 
 
 def check_max_norm(max_norm: float | None) -> None:
-    """A positive norm, or None for no clipping."""
+    """Check for a positive norm, or None for no clipping."""
     if max_norm is not None and not max_norm > 0.0:
         raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
 

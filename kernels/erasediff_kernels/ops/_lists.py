@@ -14,7 +14,7 @@ from erasediff_kernels._storage import has_layout_of, is_dense
 
 
 def check_shapes(name: str, tensors: Sequence[Tensor], like_name: str, likes: Sequence[Tensor]) -> None:
-    """As many tensors as `likes`, of the same shapes."""
+    """Check for as many tensors as `likes`, of the same shapes."""
     if len(tensors) != len(likes):
         raise ValueError(f"{name} has {len(tensors)} tensors, but {like_name} has {len(likes)}: give one for each")
     if [t.shape for t in tensors] != [t.shape for t in likes]:
@@ -38,7 +38,7 @@ def check_dtypes(name: str, tensors: Sequence[Tensor], allowed: Sequence[torch.d
 
 
 def check_layout(name: str, tensors: Sequence[Tensor], like_name: str, likes: Sequence[Tensor]) -> None:
-    """The same strides as `likes`, which are dense: what is written to cannot be copied into another layout."""
+    """Check for the layouts of `likes`, which are dense: tensors that are written to cannot be copied into another."""
     if all(map(Tensor.is_contiguous, tensors)) and all(map(Tensor.is_contiguous, likes)):
         return
     for index, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
@@ -61,7 +61,7 @@ def check_dense(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def in_layout_of(likes: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with the strides of `likes`: themselves where they have them, copies elsewhere."""
+    """Convert tensors to the layouts of `likes`: themselves where they have them, copies elsewhere."""
     if all(map(Tensor.is_contiguous, tensors)) and all(map(Tensor.is_contiguous, likes)):
         return list(tensors)
     return [
@@ -71,7 +71,7 @@ def in_layout_of(likes: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Ten
 
 
 def check_masks(masks: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
-    """One packed mask for each tensor, uint8 [ceil(n / 8)]."""
+    """Check for one packed mask per tensor, uint8 [ceil(n / 8)], or none at all."""
     if not masks:
         return
     if len(masks) != len(likes):
@@ -86,7 +86,7 @@ def check_masks(masks: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
 
 
 def check_scalar(name: str, tensor: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    """A 0-D tensor on the device of the lists."""
+    """Check for a 0-D tensor on the device of the lists."""
     if tensor.dim() != 0 or tensor.dtype not in dtypes or tensor.device != device:
         raise ValueError(
             f"{name} is {tensor.dtype} with shape {tuple(tensor.shape)} on {tensor.device}: give a 0-D tensor of "

@@ -87,7 +87,7 @@ def check_update(
     step: Tensor,
     rounding_key: Tensor | None,
 ) -> None:
-    """Everything that the kernels rely on. Empty gradient lists other than "retain", and empty shadows, are fine."""
+    """Check everything that the kernels rely on; `forget` and the shadows may be empty."""
     device = params[0].device if params else finite.device
     check_device("params", params, device)
     check_dtypes("params", params, DATA_DTYPES)
@@ -133,7 +133,7 @@ def check_update(
 
 
 def check_coefficients(coefficients: Tensor, device: torch.device) -> None:
-    """Both coefficients of the combination, in the place of a multiplier."""
+    """Check both coefficients of a combination, given as the multiplier."""
     if (
         coefficients.shape != (2,)
         or coefficients.dtype not in SCALARS
@@ -150,7 +150,7 @@ def check_coefficients(coefficients: Tensor, device: torch.device) -> None:
 def check_codes(
     name: str, codes: Sequence[Tensor], dtype: torch.dtype, absmaxes: Sequence[Tensor], params: Sequence[Tensor]
 ) -> None:
-    """A moment of 8 bits: codes in the layout of the parameters, and the absmax of each block of 256 elements."""
+    """Check a moment of 8 bits: codes in the layout of the parameters, and the absmax of each block of 256 elements."""
     check_shapes(name, codes, "params", params)
     check_dtypes(name, codes, (dtype,))
     check_layout(name, codes, "params", params)
@@ -169,7 +169,7 @@ def check_codes(
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:
-    """Tell autograd that these tensors changed. Under torch.compile the functionalised graph does it."""
+    """Mark tensors as changed for autograd; under torch.compile the functionalised graph does it."""
     if not torch.compiler.is_compiling():
         for tensors in lists:
             torch.autograd.graph.increment_version(tensors)

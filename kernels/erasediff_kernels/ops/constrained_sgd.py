@@ -37,8 +37,13 @@ def constrained_sgd_(
         ema += (1 - ema_decay) (p - ema)
 
     Args:
-        momentum_buffers: b, float32 or the parameter's dtype; empty when `momentum` is 0.
-        (the others): as in `constrained_adamw_`.
+        params, retain, forget: as in `constrained_adamw_`.
+        momentum_buffers: b, float32 or the parameter's dtype, with the parameter's shape and strides; empty when
+            `momentum` is 0.
+        multiplier, clip_scale, finite, lr, step: as in `constrained_adamw_`.
+        momentum, nesterov: as in `torch.optim.SGD`, without dampening.
+        weight_decay: decoupled, unlike `torch.optim.SGD`'s.
+        ema, ema_decay, copies, masks, rounding_key: as in `constrained_adamw_`.
 
     Raises:
         ValueError: for lists, shapes, strides, dtypes or devices that do not match; momentum without buffers, buffers

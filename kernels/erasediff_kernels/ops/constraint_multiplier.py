@@ -51,7 +51,8 @@ def constraint_multiplier(
         max_norm: the largest norm of the step; None leaves it as it is.
 
     Raises:
-        ValueError: for an unknown barrier, a gap missing or not asked for, another shape or dtype of gram.
+        ValueError: for an unknown barrier, a gap where the barrier takes none or the other way round, another shape or
+            dtype of gram.
     """
     check_choice("barrier", barrier, BARRIERS)
     check_gram(gram)

@@ -1,4 +1,4 @@
-"""Eager reference of every operator: torch only, fp32 or fp64 inside, the truth the other implementations answer to."""
+"""Eager reference of every operator: torch only, fp32 or fp64 inside, the specification of the others."""
 
 import importlib
 from collections.abc import Callable
