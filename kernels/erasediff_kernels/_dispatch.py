@@ -129,11 +129,6 @@ def forced() -> str | None:
         return FROM_ENVIRONMENT
 
 
-def selected(device_type: str) -> str:
-    """The backend that operators on `device_type` would use now."""
-    return _backend(None, device_type, forced())
-
-
 def kernel(op: str) -> Callable[..., Any]:
     """The dispatcher entry of `op`: looks at the device of the first tensor and calls the implementation."""
 

@@ -24,8 +24,7 @@ from erasediff.runs.folder import MODEL, RunPlace
 from erasediff.runs.loop import Batches, run_steps
 from erasediff.runs.schedule import LearningRate
 from erasediff.stages.export import averaged_whole, made_whole
-from erasediff_kernels import ConstrainedAdamW
-from erasediff_kernels._dispatch import selected as selected_backend
+from erasediff_kernels import ConstrainedAdamW, backend_for
 
 ALONE = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
 """The methods that one process alone can run, and why."""
@@ -124,7 +123,7 @@ def set_up_device(config: Config) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
     try:
-        selected_backend(device.type)
+        backend_for(device)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     join(config.distributed, device)
