@@ -156,8 +156,12 @@ def test_extension_built_from_other_sources_is_an_error() -> None:
 import erasediff_kernels
 from erasediff_kernels._library import OPS
 OPS["cube"] = OPS["add_noise"]
-import erasediff_kernels._compiled
+for _ in range(2):
+    try:
+        import erasediff_kernels._compiled
+    except ImportError as error:
+        print(error)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "was built from other sources: it has no cube for cpu; build it again" in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("was built from other sources: it has no cube for cpu; build it again") == 2
