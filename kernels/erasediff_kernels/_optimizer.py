@@ -36,14 +36,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if defaults["master_weights"] and defaults["stochastic_rounding"]:
-            raise ValueError("master_weights and stochastic_rounding make each other needless: choose one")
+            raise ValueError("master_weights and stochastic_rounding make each other needless; choose one")
         ema_decay = defaults["ema_decay"]
         if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"ema_decay is {ema_decay}: it must lie in [0, 1], or be None for no average")
+            raise ValueError(f"ema_decay is {ema_decay}; it must lie in [0, 1], or be None for no average")
         if defaults["weight_decay"] < 0.0:
-            raise ValueError(f"weight_decay is {defaults['weight_decay']}: it cannot be negative")
+            raise ValueError(f"weight_decay is {defaults['weight_decay']}; it cannot be negative")
         if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0.0:
-            raise ValueError(f"lr is {defaults['lr']}: it cannot be negative")
+            raise ValueError(f"lr is {defaults['lr']}; it cannot be negative")
         self._scalars: dict[Any, tuple[float, Tensor]] = {}
         self._bucket_caches: dict[int, BucketCache] = {}
         self._pending: Pending | None = None
@@ -81,7 +81,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         for name, gradients in (("retain", retain), ("forget", forget)):
             if len(gradients) != count and (gradients or name == "retain"):
                 raise ValueError(
-                    f"{name} has {len(gradients)} gradients for {count} parameters: give one for each of "
+                    f"{name} has {len(gradients)} gradients for {count} parameters; give one for each of "
                     "parameters_in_order()"
                 )
         # Torch's learning rate schedulers warn of a missing step without it.

@@ -51,11 +51,11 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         moments: Literal["float", "8-bit"] = "float",
     ) -> None:
         if moments not in ("float", "8-bit"):
-            raise ValueError(f"moments is {moments!r}: choose 'float' or '8-bit'")
+            raise ValueError(f"moments is {moments!r}; choose 'float' or '8-bit'")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas are {betas}: both must lie in [0, 1)")
+            raise ValueError(f"betas are {betas}; both must lie in [0, 1)")
         if eps < 0.0:
-            raise ValueError(f"eps is {eps}: it cannot be negative")
+            raise ValueError(f"eps is {eps}; it cannot be negative")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -117,7 +117,7 @@ class ConstrainedSGD(ConstrainedOptimizer):
         seed: int = 0,
     ) -> None:
         if momentum < 0.0:
-            raise ValueError(f"momentum is {momentum}: it cannot be negative")
+            raise ValueError(f"momentum is {momentum}; it cannot be negative")
         if nesterov and momentum == 0.0:
             raise ValueError("nesterov=True needs momentum > 0")
         defaults = {

@@ -16,25 +16,25 @@ from erasediff_kernels._storage import has_layout_of, is_dense
 def check_shapes(name: str, tensors: Sequence[Tensor], like_name: str, likes: Sequence[Tensor]) -> None:
     """Check for as many tensors as `likes`, of the same shapes."""
     if len(tensors) != len(likes):
-        raise ValueError(f"{name} has {len(tensors)} tensors, but {like_name} has {len(likes)}: give one for each")
+        raise ValueError(f"{name} has {len(tensors)} tensors, but {like_name} has {len(likes)}; give one for each")
     if [t.shape for t in tensors] != [t.shape for t in likes]:
         index = next(i for i, (t, like) in enumerate(zip(tensors, likes, strict=True)) if t.shape != like.shape)
         raise ValueError(
             f"{name}[{index}] has shape {tuple(tensors[index].shape)}, but {like_name}[{index}] has "
-            f"{tuple(likes[index].shape)}: make them the same"
+            f"{tuple(likes[index].shape)}; make them the same"
         )
 
 
 def check_device(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
     others = {t.device for t in tensors} - {device}
     if others:
-        raise ValueError(f"{name} has a tensor on {others.pop()}, but others are on {device}: move it there")
+        raise ValueError(f"{name} has a tensor on {others.pop()}, but others are on {device}; move it there")
 
 
 def check_dtypes(name: str, tensors: Sequence[Tensor], allowed: Sequence[torch.dtype]) -> None:
     others = {t.dtype for t in tensors}.difference(allowed)
     if others:
-        raise ValueError(f"{name} has a tensor of {others.pop()}: supported are {', '.join(map(str, allowed))}")
+        raise ValueError(f"{name} has a tensor of {others.pop()}; supported are {', '.join(map(str, allowed))}")
 
 
 def check_layout(name: str, tensors: Sequence[Tensor], like_name: str, likes: Sequence[Tensor]) -> None:
@@ -44,7 +44,7 @@ def check_layout(name: str, tensors: Sequence[Tensor], like_name: str, likes: Se
     for index, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
         if not has_layout_of(tensor, like):
             raise ValueError(
-                f"{name}[{index}] has strides {tensor.stride()}, but {like_name}[{index}] has {like.stride()}: "
+                f"{name}[{index}] has strides {tensor.stride()}, but {like_name}[{index}] has {like.stride()}; "
                 "make it with torch.empty_like, which keeps the strides"
             )
 
@@ -56,7 +56,7 @@ def check_dense(name: str, tensors: Sequence[Tensor]) -> None:
         if not is_dense(tensor):
             raise ValueError(
                 f"{name}[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}, which leaves gaps in "
-                "memory or overlaps: make it contiguous"
+                "memory or overlaps; make it contiguous"
             )
 
 
@@ -75,13 +75,13 @@ def check_masks(masks: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
     if not masks:
         return
     if len(masks) != len(likes):
-        raise ValueError(f"masks has {len(masks)} tensors for {len(likes)} parameters: give one for each, or none")
+        raise ValueError(f"masks has {len(masks)} tensors for {len(likes)} parameters; give one for each, or none")
     for index, (mask, like) in enumerate(zip(masks, likes, strict=True)):
         expected = (like.numel() + 7) // 8
         if mask.dtype != torch.uint8 or mask.shape != (expected,) or not mask.is_contiguous():
             raise ValueError(
                 f"masks[{index}] is {mask.dtype} with shape {tuple(mask.shape)}, but {like.numel()} elements need "
-                f"uint8 ({expected},): make it with pack_mask"
+                f"uint8 ({expected},); make it with pack_mask"
             )
 
 
@@ -89,6 +89,6 @@ def check_scalar(name: str, tensor: Tensor, device: torch.device, dtypes: Sequen
     """Check for a 0-D tensor on the device of the lists."""
     if tensor.dim() != 0 or tensor.dtype not in dtypes or tensor.device != device:
         raise ValueError(
-            f"{name} is {tensor.dtype} with shape {tuple(tensor.shape)} on {tensor.device}: give a 0-D tensor of "
+            f"{name} is {tensor.dtype} with shape {tuple(tensor.shape)} on {tensor.device}; give a 0-D tensor of "
             f"{' or '.join(map(str, dtypes))} on {device}"
         )

@@ -105,7 +105,7 @@ def check_update(
         for index, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
             if tensor.dtype is not torch.float32 and tensor.dtype is not p.dtype:
                 raise ValueError(
-                    f"{name}[{index}] is {tensor.dtype} for a {p.dtype} parameter: use float32 or {p.dtype}"
+                    f"{name}[{index}] is {tensor.dtype} for a {p.dtype} parameter; use float32 or {p.dtype}"
                 )
     for name, tensors in gradients.items():
         if name == "forget" and not tensors:
@@ -127,7 +127,7 @@ def check_update(
         rounding_key.dtype != torch.int64 or rounding_key.shape != (2,) or rounding_key.device != device
     ):
         raise ValueError(
-            f"rounding_key is {rounding_key.dtype} with shape {tuple(rounding_key.shape)} on {rounding_key.device}: "
+            f"rounding_key is {rounding_key.dtype} with shape {tuple(rounding_key.shape)} on {rounding_key.device}; "
             f"give int64 (seed, step), shape (2,), on {device}"
         )
 
@@ -156,16 +156,16 @@ def check_codes(
     check_layout(name, codes, "params", params)
     check_dtypes("params", params, CODED_DTYPES)
     if len(absmaxes) != len(codes):
-        raise ValueError(f"{len(absmaxes)} absmaxes for {len(codes)} {name}: give one for each")
+        raise ValueError(f"{len(absmaxes)} absmaxes for {len(codes)} {name}; give one for each")
     for index, (code, absmax) in enumerate(zip(codes, absmaxes, strict=True)):
         blocks = (code.numel() + BLOCK - 1) // BLOCK
         if absmax.dtype is not torch.float32 or absmax.shape != (blocks,) or not absmax.is_contiguous():
             raise ValueError(
                 f"the absmax of {name}[{index}] is {absmax.dtype} with shape {tuple(absmax.shape)}, but "
-                f"{code.numel()} elements need float32 ({blocks},): make it with torch.zeros"
+                f"{code.numel()} elements need float32 ({blocks},); make it with torch.zeros"
             )
         if code.device != params[index].device or absmax.device != params[index].device:
-            raise ValueError(f"{name}[{index}] or its absmax is on another device than the parameter: move it there")
+            raise ValueError(f"{name}[{index}] or its absmax is on another device than the parameter; move it there")
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:

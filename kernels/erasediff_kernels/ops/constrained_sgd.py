@@ -51,7 +51,7 @@ def constrained_sgd_(
     """
     if params and bool(momentum_buffers) != (momentum != 0.0):
         raise ValueError(
-            f"momentum is {momentum} and there are {len(momentum_buffers)} momentum_buffers: give one per parameter "
+            f"momentum is {momentum} and there are {len(momentum_buffers)} momentum_buffers; give one per parameter "
             "with momentum, and none without"
         )
     if nesterov and momentum == 0.0:

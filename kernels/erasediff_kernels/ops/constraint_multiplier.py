@@ -60,7 +60,7 @@ def constraint_multiplier(
         raise ValueError("barrier 'gap' needs gap=L_f(theta) - L_f(phi_K), and the other barriers take none")
     if gap is not None and (gap.dim() != 0 or not gap.dtype.is_floating_point or gap.device != gram.device):
         raise ValueError(
-            f"gap is {gap.dtype} with shape {tuple(gap.shape)} on {gap.device}: give a 0-D floating tensor on "
+            f"gap is {gap.dtype} with shape {tuple(gap.shape)} on {gap.device}; give a 0-D floating tensor on "
             f"{gram.device}"
         )
     check_max_norm(max_norm)

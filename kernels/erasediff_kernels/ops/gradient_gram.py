@@ -28,7 +28,7 @@ def gradient_gram(retain: Sequence[Tensor], forget: Sequence[Tensor], masks: Seq
         ValueError: for lists that do not match, or an empty `retain`.
     """
     if not retain:
-        raise ValueError("retain is empty: give at least one gradient")
+        raise ValueError("retain is empty; give at least one gradient")
     compiled = _dispatch.fast_path("gradient_gram", retain, forget, masks)
     if compiled is not None:
         gram: Tensor | None = compiled(retain, forget, masks)

@@ -25,10 +25,10 @@ def pack_mask(mask: Tensor) -> Tensor:
         ValueError: if the mask is not boolean, or has gaps in memory.
     """
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}: compare it with something first, it must be torch.bool")
+        raise ValueError(f"mask is {mask.dtype}; compare it with something first, it must be torch.bool")
     if not is_dense(mask):
         raise ValueError(
-            f"mask has strides {mask.stride()}, which leaves gaps in memory or overlaps: make it contiguous"
+            f"mask has strides {mask.stride()}, which leaves gaps in memory or overlaps; make it contiguous"
         )
     return pack_bits(flat(mask))
 
