@@ -53,8 +53,8 @@ bench: install
 
 # What compilers make of the GPU kernels, on a machine without a GPU: no spills, no local memory, 128-bit accesses.
 kernels-aot: install
-	$(BIN)/python -m erasediff_kernels._triton.aot
-	$(BIN)/python csrc/aot.py
+	$(BIN)/python tools/aot_triton.py
+	$(BIN)/python tools/aot_cuda.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info engine/*.egg-info

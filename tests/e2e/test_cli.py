@@ -224,6 +224,7 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         (("train", "--out", "out", "--exclude", "12"), "no class 12"),
         (("train", "--out", "out", "--exclude", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
         (("train", "--out", "out", "--device", "abacus"), 'no device "abacus"'),
+        (("train", "--out", "out", "--device", "meta"), "no operator has kernels for meta devices; use cpu or cuda"),
         (("train",), "--out"),
         (("train", "--out", "base"), "is not empty"),
         (("train", "--out", "tiny.yaml/deeper", "--config", "tiny.yaml"), "Cannot write"),

@@ -1,7 +1,7 @@
 """The CUDA sources, compiled as C++ with the emulator and put through all tests of the operators on the CPU.
 
 It shows that what each thread reads, computes and writes is right. Registers and instructions are the matter of
-`csrc/aot.py`; speed needs a GPU.
+`tools/aot_cuda.py`; speed needs a GPU.
 """
 
 import os

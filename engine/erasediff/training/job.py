@@ -23,8 +23,7 @@ from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import MODEL, RunPlace
-from erasediff_kernels import ConstrainedAdamW
-from erasediff_kernels._dispatch import selected as selected_backend
+from erasediff_kernels import ConstrainedAdamW, backend_for
 
 SINGLE_PROCESS_ONLY = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
 """The methods that one process alone can run, and why."""
@@ -123,7 +122,7 @@ def set_up_device(config: Config) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
     try:
-        selected_backend(device.type)
+        backend_for(device)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     join(config.distributed, device)

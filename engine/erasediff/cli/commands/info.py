@@ -25,12 +25,12 @@ def info(
         import torch
 
         from erasediff.io.cache_dir import cache_folder
-        from erasediff_kernels._dispatch import available
+        from erasediff_kernels import available_backends
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found: dict[str, Any] = {"python": platform.python_version()}
     found |= {library: version(library) for library in LIBRARIES}
     found["threads"] = torch.get_num_threads()
     found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found["operators"] = {device: list(available(device)) for device in devices}
+    found["operators"] = {device: list(available_backends(device)) for device in devices}
     found["cache"] = str(cache_folder())
     emit(found, as_json=as_json)
