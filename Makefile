@@ -11,6 +11,9 @@ TESTS := test-processes test-others lane-interpreter lane-emulator
 # What runs only where its inputs differ from those that it passed with, see tools/lanes.py.
 LANE_TESTS := tests/kernels/test_compiled_cuda.py tests/kernels/test_triton_interpreted.py
 
+# Processes that tests start would compile every module of the project again.
+export PYTHONDONTWRITEBYTECODE :=
+
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: install demo test test-processes test-others lanes ci lint format type bench kernels-aot clean

@@ -20,7 +20,7 @@ import traceback
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +48,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = _context(variables) if self.kind == "CPU" else multiprocessing.get_context("spawn")
+        context = preloaded_context(variables) if self.kind == "CPU" else multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -103,7 +103,7 @@ class Group:
             pipe.close()
 
 
-def _context(variables: dict[str, str]) -> BaseContext:
+def preloaded_context(variables: dict[str, str]) -> ForkServerContext:
     """Processes that are forked from one which has imported ``PRELOADED``, with ``variables`` in its environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
