@@ -1,5 +1,7 @@
 """The flags that commands share, and how they become a configuration."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +70,34 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
         if is_idle and name in given:
             raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
     return config
+
+
+def given(settings: list[str] | None, **flags: Any) -> list[str]:
+    """Dotted names of the settings that ``--set`` and flags give, the latter as in ``configure``."""
+    named = [name.replace("__", ".") for name, value in flags.items() if value is not None]
+    return [*parse_assignments(settings or []), *named]
+
+
+def signature(command: Callable[..., Any], shared: Callable[..., Any], first: str | None = None) -> inspect.Signature:
+    """The signature that typer reads: the flags of ``shared``, and around them those of ``command`` itself.
+
+    Args:
+        command: has keyword parameters of its own, and ``**flags`` for the others.
+        shared: has the other parameters; those without an annotation of typer's are left out.
+        first: the parameter of ``command`` that comes first; all others come last.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    others = [
+        parameter
+        for parameter in inspect.signature(shared).parameters.values()
+        if hasattr(parameter.annotation, "__metadata__")
+    ]
+    ordered = [
+        *(parameter for parameter in own if parameter.name == first),
+        *others,
+        *(parameter for parameter in own if parameter.name != first),
+    ]
+    return inspect.Signature(ordered, return_annotation=None)
 
 
 def prompts(text: str | None) -> list[str] | None:

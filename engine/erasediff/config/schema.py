@@ -1,14 +1,16 @@
 """The settings of training, unlearning, sampling and judging."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
-from erasediff.config.methods import EsdConfig, PruningConfig, SaemnesiaConfig, SalunConfig, SelectiveAmnesiaConfig
+from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section, Share
+from erasediff.config.method_index import method_index
 from erasediff.errors import UserError
 
 
@@ -46,6 +48,20 @@ class TrainConfig(Section):
     accumulation_steps: Count = 1
 
 
+def _existing_method(name: str) -> str:
+    names = [f"'{method}'" for method in method_index()]
+    if name not in method_index():
+        raise PydanticCustomError("unknown_method", "Input should be {names}", {"names": or_list(names)})
+    return name
+
+
+def or_list(items: Sequence[str]) -> str:
+    """The items of an enumeration in words, such as "a, b or c"."""
+    return " or ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+MethodName = Annotated[str, AfterValidator(_existing_method)]
+
 BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
 NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
 """Of the barrier "norm", by target."""
@@ -70,9 +86,7 @@ class UnlearnConfig(Section):
     model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
-    method: Literal[
-        "erasediff", "esd", "pruning", "saemnesia", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"
-    ] = "erasediff"
+    method: MethodName = "erasediff"
     steps: Count | None = None
     batch_size: Count = 64
     lr: Positive | None = None
@@ -100,8 +114,15 @@ class UnlearnConfig(Section):
     inner_refresh_every: Count = 1
     antithetic: bool = False
 
-    def resolved(self, *, conditional: bool, retained: Sequence[int]) -> Self:
-        """These settings with each None filled in; ``retained`` are the classes to retain.
+    def resolved(
+        self, *, conditional: bool, retained: Sequence[int], method_defaults: Mapping[str, Any] | None = None
+    ) -> Self:
+        """These settings with each None filled in, by the method's own defaults where it has some.
+
+        Args:
+            conditional: whether the model has class labels.
+            retained: the classes to retain.
+            method_defaults: see ``MethodSpec.defaults``.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
         mean over several that the loss settles for is a blur. The null label is left out of it (no label dropout of
@@ -114,7 +135,7 @@ class UnlearnConfig(Section):
         target = self.target or ("relabel" if conditional else "gaussian")
         first = self.forget[0] if self.forget else 0
         following = min(retained, key=lambda label: (label < first, label))
-        suited = {
+        defaults = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
             "retain_target": "teacher" if conditional else "true",
@@ -122,10 +143,8 @@ class UnlearnConfig(Section):
             "steps": 100 if conditional else 200,
             "lr": 2e-4 if conditional else 3e-4,
         }
-        if self.method == "retrain":
-            # As long as the base model was trained.
-            suited |= {"steps": TrainConfig().steps, "lr": TrainConfig().lr}
-        return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
+        defaults |= method_defaults or {}
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 def default_eta(barrier: str, target: str) -> float:
@@ -159,9 +178,6 @@ class RunConfig(Section):
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     log_every: Count = 20
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImagesConfig(Section):
@@ -276,8 +292,14 @@ def check_shares(batch_size: int, setting: str, processes: int) -> None:
         raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
 
 
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 class Config(Section):
     """All settings.
+
+    Each method's own settings are a further section, which ``erasediff.methods`` registers when it is imported;
+    ``load_config`` sees to that.
 
     ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
     (None: one per core): the digits' convolutions are too small for more than one, and sums in another number of
@@ -299,12 +321,22 @@ class Config(Section):
     text_to_image: TextToImageConfig = TextToImageConfig()
     output: OutputConfig = OutputConfig()
     distributed: DistributedConfig = DistributedConfig()
-    esd: EsdConfig = EsdConfig()
-    pruning: PruningConfig = PruningConfig()
-    salun: SalunConfig = SalunConfig()
-    selective_amnesia: SelectiveAmnesiaConfig = SelectiveAmnesiaConfig()
-    saemnesia: SaemnesiaConfig = SaemnesiaConfig()
+
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """The settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
+        return next(value for value in vars(self).values() if type(value) is kind)
 
     def to_yaml(self) -> str:
         """This configuration as YAML that ``load_config`` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+BASE_FIELDS = frozenset(Config.model_fields)
+"""The settings and sections that no method adds."""
+
+
+def register_sections(sections: Mapping[str, type[Section]]) -> None:
+    """Add sections to ``Config``, by their keys: the settings of the methods."""
+    for name, section in sections.items():
+        Config.model_fields[name] = FieldInfo.from_annotated_attribute(section, section())
+    Config.model_rebuild(force=True)

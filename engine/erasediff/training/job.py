@@ -12,6 +12,7 @@ from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Method
 from erasediff.models.trainable import frozen_copy
@@ -22,12 +23,9 @@ from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, run_steps
 from erasediff.training.lr_schedule import LearningRate
-from erasediff.training.run_dir import MODEL, RunPlace
+from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
 from erasediff_kernels import ConstrainedAdamW
 from erasediff_kernels._dispatch import selected as selected_backend
-
-SINGLE_PROCESS_ONLY = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
-"""The methods that one process alone can run, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +104,28 @@ class TrainingJob:
         self.method.step(self.retain.at(index), self.forget.at(index) if self.forget is not None else {})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandaloneJob:
+    """A method without optimizer steps, built but not begun: ``procedure`` writes to a folder and returns a report."""
+
+    config: Config
+    procedure: Callable[[Path, Console], dict[str, Any]]
+
+    def run(self, place: RunPlace, console: Console) -> dict[str, Any]:
+        """Run the method in the folder of ``place``, and leave the configuration there."""
+        report = self.procedure(place.path, console)
+        atomic_write(place.path / CONFIG, self.config.to_yaml())
+        return report
+
+
+def check_single_process(config: Config) -> None:
+    """UserError for several processes and a method that runs in one only."""
+    method, launch = config.unlearn.method, config.distributed.launch
+    reason = METHOD_SPECS[method].single_process_reason
+    if launch != "none" and reason is not None:
+        raise UserError(f"The method {method} runs in one process, since {reason}: use --launch none.")
+
+
 def set_up_device(config: Config) -> torch.device:
     """The device that ``config`` means, set up for use.
 
@@ -140,9 +160,7 @@ def parallelize(
 ) -> tuple[nn.Module, ConstrainedAdamW]:
     """``parallelize_network`` with the sizes of ``settings``. UserError for a method that runs in one process only."""
     if config.distributed.launch != "none" and isinstance(settings, UnlearnConfig):
-        why = SINGLE_PROCESS_ONLY.get(settings.method)
-        if why is not None:
-            raise UserError(f"The method {settings.method} runs in one process, since {why}: use --launch none.")
+        check_single_process(config)
         if settings.moments == "8-bit":
             raise UserError("8-bit moments are those of one process, since shards do not end where blocks do.")
     return parallelize_network(

@@ -1,6 +1,7 @@
 """Draw images from a model, and write them as one grid or as single files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from erasediff.data import load_digits
 from erasediff.errors import UserError
 from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
+from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
 from erasediff.models import PixelModel
+from erasediff.models.base import TextToImageModel
+from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device
 from erasediff.utils.progress import progress_bar
-from erasediff.workflows.erase_sae import erasing
 from erasediff.workflows.load_model import load_checkpoint, load_model
 
 
@@ -140,3 +143,14 @@ def sample_prompts(
     names = [f"prompt-{number // count}-{number:05d}" for number in range(len(asked))]
     write_images(pixels, out, names, columns=count if count > 1 else len(prompts), scale=1)
     return SampledImages(images=pixels, labels=None, written=out)
+
+
+@contextmanager
+def erasing(config: Config, model: TextToImageModel) -> Iterator[None]:
+    """Attach the eraser ``saemnesia.eraser`` to ``model`` within the block, where there is one."""
+    eraser = config.section(SaemnesiaConfig).eraser
+    if eraser is None:
+        yield
+        return
+    with ConceptEraser.load(eraser).attached(model.denoiser_module):
+        yield

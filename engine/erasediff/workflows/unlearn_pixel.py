@@ -9,22 +9,17 @@ from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.diffusion.batch import diffusers_denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
+from erasediff.methods import METHOD_SPECS
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, TrainingJob, parallelize, set_up_device, teacher_of
+from erasediff.training.job import RunResult, TrainingJob, set_up_device
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.build_method import (
-    finished_and_saved,
-    learning_rate,
-    method_parameters,
-    needed_batches,
-    unlearning_method,
-)
+from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
 from erasediff.workflows.load_model import load_model
-from erasediff_kernels import ConstrainedAdamW
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
@@ -49,7 +44,6 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
     settings = config.unlearn
     if not needed_batches(config):
         raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
-    rate = learning_rate(settings)
     batches = partial(
         GlobalBatches,
         batch_size=settings.batch_size,
@@ -58,54 +52,26 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
         null_label=model.null_label,
         **share_of(settings.batch_size, "unlearn.batch_size"),
     )
-    teacher = teacher_of(config, model.unet)
-    trained, optimizer = parallelize(
+    return build_training_job(
         config,
-        settings,
-        model.unet,
-        method_parameters(config, model.unet),
-        partial(
-            ConstrainedAdamW,
-            lr=rate.peak,
-            weight_decay=settings.weight_decay,
-            ema_decay=settings.ema_decay,
-            moments=settings.moments,
+        UnlearningModel(
+            network=model.unet,
+            process=Process.from_scheduler(model.scheduler),
+            predict=diffusers_denoiser,
+            save=partial(model.save, replace=True),
+            relabel=partial(relabelling, settings, model),
         ),
-    )
-
-    retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
-    forgotten = batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
-    method = unlearning_method(
-        config,
-        trained,
-        optimizer,
-        process=Process.from_scheduler(model.scheduler),
-        relabel=partial(relabelling, settings, model, teacher),
-        teacher=teacher,
-        retain=retained,
-        forget=forgotten,
-    )
-    return TrainingJob(
-        title=f"Unlearning ({settings.method})",
-        config=config,
-        network=model.unet,
-        save=partial(finished_and_saved, method, partial(model.save, replace=True)),
-        optimizer=optimizer,
-        method=method,
-        rate=rate,
-        retain=retained,
-        forget=forgotten,
+        method_parameters(config, model.unet),
+        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
+        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
 
 
 def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
-    """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
+    """``config`` with the defaults of the kind of model in ``unlearn``, wherever nothing was set."""
     retained = sorted(set(retain.class_labels.tolist()))
-    settings = config.unlearn.resolved(conditional=conditional, retained=retained)
-    if settings.method == "pruning":
-        usual = config.pruning.usual().items()
-        own = {name: value for name, value in usual if getattr(config.unlearn, name) is None}
-        settings = settings.model_copy(update=own)
+    defaults = METHOD_SPECS[config.unlearn.method].defaults(config, "pixel")
+    settings = config.unlearn.resolved(conditional=conditional, retained=retained, method_defaults=defaults)
     unknown = set(settings.relabel_to or ()) - set(retained)
     if unknown:
         raise UserError(
