@@ -1,4 +1,4 @@
-"""The flags that commands share, and how they become a configuration."""
+"""Flags that commands share, and the configuration made of them."""
 
 import inspect
 from collections.abc import Callable
@@ -10,14 +10,16 @@ import typer
 from erasediff.config import Config, load_config, parse_assignments
 from erasediff.errors import UserError
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win over it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in --set train.ema_decay=0.99.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, measured on two trial steps; write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print time and memory, measured on trial steps; write nothing.")
+]
 Resume = Annotated[
     str | None, typer.Option(metavar="latest|PATH", help="Continue the run at --out, or the run or checkpoint at PATH.")
 ]
@@ -28,13 +30,16 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning 
 Lora = Annotated[Path | None, typer.Option(help="Text-to-image: a LoRA to merge into the model first.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
 
-Launch = Annotated[str | None, typer.Option(help="none, ddp, fsdp or zero: how processes share the work.")]
-Stage = Annotated[int | None, typer.Option(min=0, max=3, help="Of ZeRO, with --launch zero.")]
-Processes = Annotated[int | None, typer.Option(min=1, help="How many --launch starts on this machine.")]
-Offload = Annotated[
-    str | None, typer.Option(metavar="optimizer|params", help="What rests on the CPU; params means both.")
+Launch = Annotated[str | None, typer.Option(help="Parallelism: none, ddp, fsdp (FSDP2) or zero (DeepSpeed).")]
+Stage = Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage (with --launch zero).")]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes on this machine; by default one per GPU, or 1 on a CPU."),
 ]
-DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed-config", help="A DeepSpeed JSON of your own.")]
+Offload = Annotated[
+    str | None, typer.Option(metavar="optimizer|params", help="Offload optimizer state to the CPU, or parameters too.")
+]
+DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed-config", help="DeepSpeed configuration (JSON).")]
 
 
 def distributed(

@@ -38,23 +38,37 @@ def resolve_run(
 
 
 def launch_workers(config: Config, section: Literal["train", "unlearn"]) -> None:
-    """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
+    """Where ``config`` asks for several processes and none has started them yet, start them, and exit as they do.
 
-    UserError for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch size
-    of ``section`` that they could not share, if it is set: the usual one depends on the model.
+    Without ``distributed.processes``, as many as there are GPUs, or one on a CPU.
+
+    Raises:
+        UserError: for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch
+            size of ``section`` that they could not share, if it is set: its default depends on the model.
     """
     check_offload(config.distributed)
     if config.distributed.launch == "none" or is_rank():
         return
-    asked = getattr(config, section)
-    if "batch_size" in asked.model_fields_set:
-        check_shares(asked.batch_size, f"{section}.batch_size", config.distributed.processes)
     with loading(messages):
         from erasediff.parallel.launch import launch
         from erasediff.parallel.zero.config import zero_stage
+    processes, arguments = config.distributed.processes, sys.argv[1:]
+    if "processes" not in config.distributed.model_fields_set:
+        processes = _gpu_count(config.device) or processes
+        arguments = [*arguments, "--processes", str(processes)]
+    settings = getattr(config, section)
+    if "batch_size" in settings.model_fields_set:
+        check_shares(settings.batch_size, f"{section}.batch_size", processes)
     if config.distributed.launch == "zero":
         zero_stage(config.distributed)
-    raise SystemExit(launch(sys.argv[1:], config.distributed.processes))
+    raise SystemExit(launch(arguments, processes))
+
+
+def _gpu_count(device: str) -> int:
+    """The GPUs that ranks on ``device`` can share: none for a CPU."""
+    import torch
+
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
 def run_job(job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from erasediff.config.fields import Section
 from erasediff.config.method_index import import_methods, method_index
-from erasediff.config.schema import BASE_FIELDS, Config, SectionT, default_eta
+from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, SectionT, default_eta
 from erasediff.errors import UserError
 
 
@@ -86,11 +86,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as train: and unlearn:, not a {type(values).__name__}.")
+    for alias, name in SECTION_ALIASES.items():
+        if alias in values and name in values:
+            raise UserError(f"{path} has both {alias} and {name}, which are one section: keep one of them.")
+        if alias in values:
+            values[name] = values.pop(alias)
     return values
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
+    if sections:
+        sections[0] = SECTION_ALIASES.get(sections[0], sections[0])
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -154,6 +161,12 @@ def for_text_to_image(config: Config, method_defaults: Mapping[str, Any] | None 
         },
         "sample": {"num_inference_steps": 30, "batch_size": 4},
     }
+    if config.precision == "bf16-true":
+        if "weights" in config.text_to_image.model_fields_set and config.text_to_image.weights != "bfloat16":
+            raise UserError(
+                "precision bf16-true has bfloat16 weights: omit text_to_image.weights, or choose bf16-mixed."
+            )
+        defaults["text_to_image"] = {"weights": "bfloat16"}
     return _unless_set(config, defaults)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -218,7 +218,8 @@ class TextToImageConfig(Section):
 
     config, prediction_type: for a single file that does not tell them; see ``load_text_to_image``
     lora:                    a LoRA that is merged into the model first
-    weights:                 their dtype in memory; bfloat16 is rounded stochastically
+    weights:                 their dtype in memory; bfloat16 is rounded stochastically, and the default of precision
+                             bf16-true
     train:                   a selection of ``models.selection.select``, or "lora"
     lora_rank, lora_alpha:   of the LoRA to train, on the layers that the selection ``lora_targets`` names
     saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
@@ -259,7 +260,8 @@ class DistributedConfig(Section):
                        gradients and optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``
     stage:             of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is
                        that of ``deepspeed_config``, or 2
-    processes:         on this machine; under torchrun, deepspeed or accelerate launch, what they started
+    processes:         on this machine; where it is not set and there are GPUs, one for each of them; under torchrun,
+                       deepspeed or accelerate launch, what they started
     offload_optimizer: its state and its step live on the CPU
     offload_params:    parameters rest on the CPU (ZeRO 3 and FSDP)
     deepspeed_config:  a DeepSpeed JSON of one's own; what it leaves open, or to "auto", is as for the other settings
@@ -292,6 +294,18 @@ def check_shares(batch_size: int, setting: str, processes: int) -> None:
         raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
 
 
+SECTION_ALIASES = {"pixel_model": "model", "dataset": "data"}
+"""Names that a file or ``--set`` may use for a section of ``Config``."""
+
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16-mixed"}
+"""Earlier names of precisions. Runs still write them, so that caches and stored configurations stay valid."""
+
+Precision = Annotated[
+    Literal["fp32", "bf16-mixed", "bf16-true"],
+    BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: {new: old for old, new in PRECISION_ALIASES.items()}.get(value, value), str),
+]
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -301,15 +315,18 @@ class Config(Section):
     Each method's own settings are a further section, which ``erasediff.methods`` registers when it is imported;
     ``load_config`` sees to that.
 
-    ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
-    (None: one per core): the digits' convolutions are too small for more than one, and sums in another number of
-    threads round differently. ``images``, ``text_to_image`` and ``output`` are for text-to-image models alone.
+    ``precision`` is "fp32", "bf16-mixed" (autocast to bfloat16 on float32 weights) or "bf16-true" (bfloat16 weights as
+    well, of text-to-image models). ``threads`` are those of a CPU (None: one per core): the digits' convolutions are
+    too small for more than one, and sums in another number of threads round differently. ``images``, ``text_to_image``
+    and ``output`` are for text-to-image models alone.
+
+    A file may call ``model`` ``pixel_model``, and ``data`` ``dataset``: see ``SECTION_ALIASES``.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     threads: Count | None = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "fp32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

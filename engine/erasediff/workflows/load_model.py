@@ -13,7 +13,7 @@ from erasediff.models import PixelModel, lora
 from erasediff.models.base import TextToImageModel
 from erasediff.models.load import load_text_to_image
 from erasediff.models.weight_masks import apply_masks, load_masks
-from erasediff.training.job import set_up_device
+from erasediff.training.job import set_up_device, thread_scope
 
 
 def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
@@ -75,6 +75,12 @@ def refuse_text_to_image_settings(config: Config) -> None:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
 
 
+def check_pixel_precision(config: Config) -> None:
+    """UserError for a precision that pixel-space models are not trained in."""
+    if config.precision == "bf16-true":
+        raise UserError("Pixel-space models keep float32 weights: set precision to bf16-mixed or fp32.")
+
+
 def _unet_class(folder: Path) -> str | None:
     try:
         _, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["unet"]
@@ -83,6 +89,7 @@ def _unet_class(folder: Path) -> str | None:
     return str(name)
 
 
+@thread_scope()
 def mask_model(config: Config, source: Path, mask: Path, out: Path, restore_from: Path | None) -> None:
     """Write ``source`` to ``out`` as a diffusers folder, pruned, or with the weights of ``restore_from`` put back.
 

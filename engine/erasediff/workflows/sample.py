@@ -19,7 +19,7 @@ from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
 from erasediff.models import PixelModel
 from erasediff.models.base import TextToImageModel
 from erasediff.sae import ConceptEraser
-from erasediff.training.job import set_up_device
+from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
 from erasediff.workflows.load_model import load_checkpoint, load_model
 
@@ -33,6 +33,7 @@ class SampledImages:
     written: Path
 
 
+@thread_scope()
 def sample(
     config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int] | None, count: int
 ) -> SampledImages:
@@ -117,6 +118,7 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
 
+@thread_scope()
 def sample_prompts(
     config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
 ) -> SampledImages:

@@ -17,7 +17,7 @@ from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
 from erasediff.models.base import TextToImageModel
-from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device
+from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.workflows.anchor_selection import anchored
 from erasediff.workflows.build_method import (
@@ -35,6 +35,7 @@ from erasediff.workflows.latent_data import image_size, latent_batches, rehearsa
 from erasediff.workflows.load_model import load_checkpoint
 
 
+@thread_scope()
 def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
     """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
 

@@ -16,10 +16,10 @@ from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, TrainingJob, set_up_device
+from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
 from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
-from erasediff.workflows.load_model import load_model
+from erasediff.workflows.load_model import check_pixel_precision, load_model
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
@@ -27,11 +27,13 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
     return pixel_unlearning_job(config).run(place, console)
 
 
+@thread_scope()
 def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> TrainingJob:
     """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
 
     UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
     """
+    check_pixel_precision(config)
     device = set_up_device(config)
     dataset = load_digits()
     forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)

@@ -39,7 +39,7 @@ def bench(
     from erasediff.workflows.benchmark_step import bench as measure
 
     assert isinstance(job, TrainingJob)
-    with messages.status("Warming up") as status:
+    with job.thread_scope(), messages.status("Warming up") as status:
         done = iter(range(1, turns + 3))
         result = measure(job, turns=turns, progress=lambda: status.update(f"Turn {next(done)} of {turns + 2}"))
     if out is not None:

@@ -18,7 +18,7 @@ def build_job(
     *,
     out: Path | None = None,
     model: Annotated[
-        Path | None, typer.Option(help="What to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
+        Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
     ] = None,
     forget: Annotated[str | None, typer.Option(help="Digits: classes to forget, such as 3 or 3,5.")] = None,
     retain: Annotated[str | None, typer.Option(help="Digits: classes to retain; by default all others.")] = None,
@@ -34,30 +34,30 @@ def build_job(
     forget_files: Annotated[Path | None, typer.Option(help="Forget the images of --data in this list.")] = None,
     forget_data: Annotated[str | None, typer.Option(help="Forget all images of another folder or data set.")] = None,
     forget_prompts: Annotated[
-        str | None, typer.Option(help="Forget what the model makes of prompts: 'a;b', or a .txt file.")
+        str | None, typer.Option(help="Forget the images that the model generates for prompts: 'a;b', or a .txt file.")
     ] = None,
     retain_prompts: Annotated[
-        str | None, typer.Option(help="Retain what the model makes of prompts: 'a;b', or a .txt file.")
+        str | None, typer.Option(help="Retain the images that the model generates for prompts: 'a;b', or a .txt file.")
     ] = None,
     anchor_prompts: Annotated[
         str | None,
-        typer.Option(help="What --target relabel puts in the place; by default chosen among what is retained."),
+        typer.Option(
+            help="Prompts to relabel the forgotten concept to; by default chosen among the retained captions."
+        ),
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(help="full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
+        typer.Option(help="Weights to train: full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
     ] = None,
     lora: options.Lora = None,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Name broken images and go on without them.")
-    ] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Report broken images and skip them.")] = False,
     method: Annotated[
         str | None,
         typer.Option(help=f"{or_list(list(method_index()))}; `erasediff info --methods` describes them."),
     ] = None,
-    barrier: Annotated[str | None, typer.Option(help="norm, gap, fixed or cosine.")] = None,
-    eta: Annotated[float | None, typer.Option(help="The barrier's strength (fixed: the multiplier itself).")] = None,
-    target: Annotated[str | None, typer.Option(help="uniform, gaussian or relabel.")] = None,
+    barrier: Annotated[str | None, typer.Option(help="Barrier: norm, gap, fixed or cosine.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Strength of the barrier (fixed: the multiplier itself).")] = None,
+    target: Annotated[str | None, typer.Option(help="Forget target: uniform, gaussian or relabel.")] = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
