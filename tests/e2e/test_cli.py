@@ -236,7 +236,7 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         (UNLEARN, "Nothing to forget"),
         ((*UNLEARN, "--forget", "3", "--retain", "2,3"), "The forget set and the retain set share"),
         ((*UNLEARN, "--forget", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
-        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'finetune' or 'neggrad'"),
+        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'salun' or 'selective-amnesia'"),
         # Before any of the processes is started.
         ((*UNLEARN, *IN_TWO, "--batch-size", "5"), "unlearn.batch_size is 5, which 2 processes cannot share"),
         ((*UNLEARN, *IN_TWO, "--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),

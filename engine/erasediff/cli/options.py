@@ -47,7 +47,7 @@ def distributed(
 ) -> dict[str, Any]:
     """The flags of running in several processes, as settings for ``configure``. UserError for an unknown offload."""
     if offload not in (None, "none", "optimizer", "params"):
-        raise UserError(f'Offload the optimizer or the params, not "{offload}".')
+        raise UserError(f'There is no offloading of "{offload}"; use --offload optimizer or params.')
     return {
         "distributed__launch": launch,
         "distributed__stage": stage,
@@ -91,16 +91,16 @@ def signature(command: Callable[..., Any], shared: Callable[..., Any], first: st
         shared: has the other parameters; those without an annotation of typer's are left out.
         first: the parameter of ``command`` that comes first; all others come last.
     """
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     others = [
         parameter
         for parameter in inspect.signature(shared).parameters.values()
         if hasattr(parameter.annotation, "__metadata__")
     ]
     ordered = [
-        *(parameter for parameter in own if parameter.name == first),
+        *(parameter for parameter in parameters if parameter.name == first),
         *others,
-        *(parameter for parameter in own if parameter.name != first),
+        *(parameter for parameter in parameters if parameter.name != first),
     ]
     return inspect.Signature(ordered, return_annotation=None)
 

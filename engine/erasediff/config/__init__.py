@@ -1,4 +1,4 @@
-"""Every setting of every command, typed and validated: a YAML file overridden by flags."""
+"""Configuration of all commands, typed and validated: a YAML file overridden by flags."""
 
 from erasediff.config.parsing import differences, for_text_to_image, given_settings, load_config, parse_assignments
 from erasediff.config.schema import (

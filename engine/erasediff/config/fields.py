@@ -1,4 +1,4 @@
-"""The types of settings, and the groups that they come in."""
+"""Field types and the base class of configuration sections."""
 
 from typing import Annotated
 

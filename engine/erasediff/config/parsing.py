@@ -1,4 +1,4 @@
-"""From a YAML file, flags and assignments to settings, and what a mistake in them is told."""
+"""Configuration parsing: YAML files, flags and assignments, and the error messages for mistakes in them."""
 
 import difflib
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def _validate(values: dict[str, Any], path: Path | None) -> Config:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Turn ``["train.lr=1e-3"]`` into ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
+    """``["train.lr=1e-3"]`` as ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
     overrides = {}
     for assignment in assignments:
         name, separator, value = assignment.partition("=")

@@ -1,4 +1,4 @@
-"""The settings of training, unlearning, sampling and judging."""
+"""Configuration schema: models, data, training, unlearning, sampling, evaluation, parallelism."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,9 +153,13 @@ def default_eta(barrier: str, target: str) -> float:
 
 
 class SampleConfig(Section):
-    """How images are drawn from a model.
+    """Sampling of images.
 
-    ``guidance_scale`` None is the model's usual one; ``negative_prompt`` is for text-to-image models.
+    Attributes:
+        guidance_scale: of classifier-free guidance; None is the model's default.
+        negative_prompt: for text-to-image models.
+        num_inference_steps: steps of the sampler.
+        batch_size: images at once.
     """
 
     guidance_scale: NonNegative | None = None
@@ -165,7 +169,7 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How many images the judge sees: per class, and in all from an unconditional model."""
+    """Images to evaluate: per class, and in all from an unconditional model."""
 
     per_class: Count = 100
     forgotten: Count = 400
@@ -173,7 +177,7 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    """What a run leaves behind while it goes on."""
+    """Checkpoints and metrics of a run."""
 
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
@@ -214,19 +218,24 @@ class ImagesConfig(Section):
 
 
 class TextToImageConfig(Section):
-    """How a checkpoint is read, and which of its denoiser's weights are trained.
+    """Loading of a checkpoint, and the selection of its denoiser's weights to train.
 
-    config, prediction_type: for a single file that does not tell them; see ``load_text_to_image``
-    lora:                    a LoRA that is merged into the model first
-    weights:                 their dtype in memory; bfloat16 is rounded stochastically, and the default of precision
-                             bf16-true
-    train:                   a selection of ``models.selection.select``, or "lora"
-    lora_rank, lora_alpha:   of the LoRA to train, on the layers that the selection ``lora_targets`` names
-    saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
-    saliency_batches:        forgotten batches that saliency is measured on
-    anchor_prompts:          what the target "relabel" puts in the place of what is forgotten; without any, the retained
-                             caption under which the model denoises the forgotten images best; and what saemnesia's
-                             "move" makes of it: one of the retained prompts, without any the nearest
+    Attributes:
+        config: for a single file whose architecture is unknown: see ``load_text_to_image``.
+        prediction_type: likewise.
+        lora: a LoRA that is merged into the model first.
+        weights: their dtype in memory; bfloat16 is rounded stochastically, and the default of precision bf16-true.
+        train: a selection of ``models.trainable.select``, or "lora".
+        lora_rank: of the LoRA to train.
+        lora_alpha: of the LoRA to train; None is the rank.
+        lora_targets: the selection of layers that the LoRA adapts.
+        saliency: share of weights, the most salient to what is forgotten, that is trained; None for all.
+        saliency_batches: forgotten batches that saliency is measured on.
+        anchor_prompts: prompts that the target "relabel" maps the forgotten concept to, by default the retained caption
+            under which the model denoises the forgotten images best; and those that saemnesia's "move" maps it to, by
+            default the nearest of the retained prompts.
+        attention: backend of attention.
+        gradient_checkpointing: recompute activations in the backward pass.
     """
 
     config: Path | None = None
@@ -245,7 +254,14 @@ class TextToImageConfig(Section):
 
 
 class OutputConfig(Section):
-    """How an unlearned text-to-image model is written; ``dtype`` None keeps that of each stored tensor."""
+    """Format of an unlearned text-to-image model.
+
+    Attributes:
+        layout: a diffusers folder, or one file in the family's original layout.
+        dtype: of the tensors in the file; None keeps that of each stored tensor.
+        max_shard_bytes: size of a file, beyond which weights are split.
+        lora_keys: naming of the tensors in a LoRA's file.
+    """
 
     layout: Literal["diffusers", "single-file"] = "diffusers"
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -254,18 +270,19 @@ class OutputConfig(Section):
 
 
 class DistributedConfig(Section):
-    """One process per device, each with its slice of every batch: the result is that of one process.
+    """Parallelism: one process per device, each with its slice of every batch; the result is that of one process.
 
-    launch:            "none" is one process; "ddp" has the whole state on every rank; "fsdp" shards parameters,
-                       gradients and optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``
-    stage:             of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is
-                       that of ``deepspeed_config``, or 2
-    processes:         on this machine; where it is not set and there are GPUs, one for each of them; under torchrun,
-                       deepspeed or accelerate launch, what they started
-    offload_optimizer: its state and its step live on the CPU
-    offload_params:    parameters rest on the CPU (ZeRO 3 and FSDP)
-    deepspeed_config:  a DeepSpeed JSON of one's own; what it leaves open, or to "auto", is as for the other settings
-    timeout:           seconds that ranks wait for one another before the run ends with an error
+    Attributes:
+        launch: "none" is one process; "ddp" replicates the whole state; "fsdp" shards parameters, gradients and
+            optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``.
+        stage: of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is that of
+            ``deepspeed_config``, or 2.
+        processes: on this machine; where it is not set and there are GPUs, one for each of them. Under torchrun,
+            deepspeed or accelerate launch, as many as these started.
+        offload_optimizer: keep the optimizer's state, and take its step, on the CPU.
+        offload_params: keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
+        deepspeed_config: a DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
+        timeout: seconds that ranks wait for one another before the run ends with an error.
     """
 
     launch: Literal["none", "ddp", "fsdp", "zero"] = "none"

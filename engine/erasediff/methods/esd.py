@@ -245,7 +245,7 @@ def esd_options(context: BuildContext) -> dict[str, Any]:
     """Keywords of ``ESD`` alone. UserError without a prompt to erase."""
     settings = context.config.section(EsdConfig)
     if not context.prompts:
-        raise UserError("ESD erases what prompts mean: say which with --forget-prompts.")
+        raise UserError("ESD erases a concept by its prompts, and there are none; give --forget-prompts.")
     erase_from = None if settings.erase_from is None else floats(context.encode_prompts([settings.erase_from]))
     return {
         "concepts": floats(context.encode_prompts(context.prompts)),

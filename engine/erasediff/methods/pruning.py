@@ -195,7 +195,7 @@ def _of_prompts(context: BuildContext, given: dict[str, Any]) -> ESD:
     settings = config.section(PruningConfig)
     erase_from = config.section(esd.EsdConfig).erase_from
     if context.batch_size % 2:
-        raise UserError("Half of what pruning looks at is to stay: give an even unlearn.batch_size.")
+        raise UserError("Half of a batch of pruning is of prompts to retain; give an even unlearn.batch_size.")
     others = config.images.retain_prompts or (() if erase_from is None else (erase_from,))
     options = esd.esd_options(context) | {
         "references": esd.floats(context.encode_prompts([*others, ""])),

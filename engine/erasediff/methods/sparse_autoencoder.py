@@ -131,7 +131,7 @@ def _prompts(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(prompts to forget, prompts to retain). UserError without them, unless an eraser knows its concepts already."""
     forgotten, retained = config.images.forget_prompts, config.images.retain_prompts
     if config.section(SaemnesiaConfig).eraser is None and not (forgotten and retained):
-        raise UserError("saemnesia tells concepts apart: give --forget-prompts and --retain-prompts.")
+        raise UserError("saemnesia learns to tell concepts apart; give both --forget-prompts and --retain-prompts.")
     return forgotten, retained
 
 
@@ -158,7 +158,7 @@ def _made(
     # In an order that does not depend on which are forgotten: their activations then serve for others, too.
     concepts = tuple(sorted({*forgotten, *retained}))
     if settings.crossed and config.images.encode_batch_size == 1:
-        raise UserError("Prompts change places within a batch: set images.encode_batch_size to 2 or more.")
+        raise UserError("saemnesia.crossed swaps prompts within a batch; set images.encode_batch_size to 2 or more.")
     cache = _activations(config, model, concepts, settings.images_per_prompt, config.seed, console)
     held_out = _activations(config, model, concepts, settings.held_out, config.seed + HELD_OUT, console)
     autoencoder, measured = _trained(config, cache, len(concepts), model.device, out, console)

@@ -48,7 +48,9 @@ def check_output(config: Config, model: TextToImageModel) -> None:
     """UserError for a layout or keys that the family does not have: better now than when the work is done."""
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
-        raise UserError("Saliency chooses among the model's own weights: omit it with --train lora.")
+        raise UserError(
+            "Saliency selects among the model's own weights; omit text_to_image.saliency with --train lora."
+        )
     if model.original_layout is not None:
         return
     if settings.layout == "single-file":
@@ -60,7 +62,7 @@ def check_output(config: Config, model: TextToImageModel) -> None:
 
 
 def output_name(config: Config) -> str:
-    """What the model is called in the run's folder."""
+    """The model's name in the run's folder."""
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
@@ -100,8 +102,8 @@ def check_settings(config: Config, names: Collection[str] | None = None) -> None
 
 def _readable(spec: MethodSpec, keys: Collection[str], sections: Collection[str]) -> str:
     existing = sorted(other.section for other in METHOD_SPECS.values() if other.config is not None)
-    own = [f"all of {section}" for section in existing if section in sections]
-    return " and ".join([f"unlearn.{{{', '.join(sorted(keys))}}}", *own])
+    whole_sections = [f"all of {section}" for section in existing if section in sections]
+    return " and ".join([f"unlearn.{{{', '.join(sorted(keys))}}}", *whole_sections])
 
 
 def needed_batches(config: Config) -> bool:
@@ -112,7 +114,7 @@ def needed_batches(config: Config) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class NoBatches:
-    """What a method that needs no images is given."""
+    """Empty batches, for a method that does not look at one kind of data."""
 
     def at(self, step: int) -> Batch:
         return {}
@@ -243,7 +245,7 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
         return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
-            f"The method {config.unlearn.method} has parameters of its own: choose weights with --train, not lora."
+            f"The method {config.unlearn.method} has parameters of its own, beside which no LoRA is trained; choose weights with --train."
         )
     return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 

@@ -1,4 +1,4 @@
-"""The main job, end to end: a base model, unlearning, the controls, and one judge for all of them."""
+"""End-to-end demo on the digits: base model, unlearning, controls, retrained model, evaluation and report."""
 
 import platform
 from collections.abc import Mapping, Sequence

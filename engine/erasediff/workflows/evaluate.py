@@ -1,4 +1,4 @@
-"""Judge a model, alone or against the model that it was unlearned from."""
+"""Evaluate a pixel-space model with a classifier, alone or against the model that it was unlearned from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Models from disk: one for the digits, checked against them, or a text-to-image checkpoint with what goes on top."""
+"""Load models: pixel-space models of the digits, text-to-image checkpoints with a LoRA, pruning masks."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def is_text_to_image(source: Path) -> bool:
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
-    """UserError for settings that the digits' models have no use for."""
+    """UserError for settings of text-to-image models, given for a pixel-space model."""
     foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
     if foreign:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")

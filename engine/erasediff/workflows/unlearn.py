@@ -59,7 +59,7 @@ def _standalone_job(
     if place.resuming:
         raise UserError(f"The method {method} continues by itself from what is in --out: omit --resume.")
     if source is None:
-        raise UserError("Say with --model which model to unlearn from.")
+        raise UserError("There is no model to unlearn from; name one with --model.")
     config = with_latent_defaults(config)
 
     def procedure(out: Path, console: Console) -> dict[str, Any]:
@@ -82,8 +82,10 @@ def draw_from(
     """``count`` images of each prompt or class. UserError as in ``sample_prompts`` and ``sample``."""
     if not is_text_to_image(model):
         if prompts is not None:
-            raise UserError(f"{model} is not a text-to-image model: omit the prompts.")
+            raise UserError(f"{model} is not a text-to-image model; omit --prompts.")
         return sample(config, model, out, console, classes=classes, count=count or 50)
     if prompts is None or classes is not None:
-        raise UserError(f"{model} is a text-to-image model: say with --prompts what to draw, not with --classes.")
+        raise UserError(
+            f"{model} is a text-to-image model, which draws prompts; use --prompts in the place of --classes."
+        )
     return sample_prompts(config, model, out, console, prompts=prompts, count=count or 1)

@@ -93,7 +93,7 @@ def _checked(config: Config) -> Path:
     """The checkpoint to unlearn from. UserError for what needs no checkpoint to be seen."""
     settings = config.unlearn
     if settings.model is None:
-        raise UserError("Say with --model which model to unlearn from.")
+        raise UserError("There is no model to unlearn from; name one with --model.")
     if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
     return settings.model

@@ -39,14 +39,16 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
     forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     if model is None:
         if config.unlearn.model is None:
-            raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
+            raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
         model = load_model(config.unlearn.model, dataset, device)
     model = model.to(device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
     needs = METHOD_SPECS[settings.method].needs(config)
     if not (needs.retain or needs.forget):
-        raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
+        raise UserError(
+            f"The method {settings.method} needs prompts, which a model of the digits does not have; choose another --method."
+        )
     batches = partial(
         GlobalBatches,
         batch_size=settings.batch_size,
@@ -82,7 +84,7 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     unknown = set(settings.relabel_to or ()) - set(retained)
     if unknown:
         raise UserError(
-            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained one."
+            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained class."
         )
     return config.model_copy(update={"unlearn": settings})
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def bench(
     *,
-    turns: Annotated[int, typer.Option(min=2, help="Steps of each contender that count.")] = 20,
+    turns: Annotated[int, typer.Option(min=2, help="Timed steps of each contender.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Append a JSON line for each contender to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the lines of --out, as .svg, .png or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the results in --out, as .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     **flags: Any,
 ) -> None:
@@ -31,7 +31,7 @@ def bench(
     The settings are those of `erasediff unlearn`; samples are noise of the images' size, and nothing is saved.
     """
     if plot is not None and out is None:
-        raise UserError("The plot is drawn from a file of results: say with --out which.")
+        raise UserError("The plot is drawn from a file of results; name one with --out.")
 
     _, job = build_job(**flags, dry_run=True)
     from erasediff.report.figures import draw

@@ -34,13 +34,13 @@ def info(
         from erasediff.io.cache_dir import cache_folder
         from erasediff_kernels._dispatch import available
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found: dict[str, Any] = {"python": platform.python_version()}
-    found |= {library: version(library) for library in LIBRARIES}
-    found["threads"] = torch.get_num_threads()
-    found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found["operators"] = {device: list(available(device)) for device in devices}
-    found["cache"] = str(cache_folder())
-    emit(found, as_json=as_json)
+    facts: dict[str, Any] = {"python": platform.python_version()}
+    facts |= {library: version(library) for library in LIBRARIES}
+    facts["threads"] = torch.get_num_threads()
+    facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts["operators"] = {device: list(available(device)) for device in devices}
+    facts["cache"] = str(cache_folder())
+    emit(facts, as_json=as_json)
 
 
 def _print_methods(as_json: bool) -> None:
