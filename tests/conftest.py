@@ -12,8 +12,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A slow machine is no failure.
+settings.register_profile("erasediff", deadline=None)
+settings.load_profile("erasediff")
 
 
 @pytest.fixture(scope="session")
