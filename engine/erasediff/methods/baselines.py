@@ -23,6 +23,9 @@ from erasediff.methods.spec import (
 )
 from erasediff.parallel.unwrap import unwrapped
 
+CONTROL_KEYS = SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS
+"""Both kinds of batches are made for a control, though it looks at one: it shares the settings of what it controls."""
+
 
 class FineTune(Solver):
     """Descent on the denoising loss of the retained batch; the forgotten one is not looked at.
@@ -47,7 +50,7 @@ def build_finetune(context: BuildContext) -> FineTune:
 FINETUNE = MethodSpec(
     name="finetune",
     summary="fine-tuning on retained data (a control)",
-    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS,
+    reads=lambda _: CONTROL_KEYS,
     needs=lambda _: Requirements(forget=False),
     build=build_finetune,
 )
@@ -86,7 +89,7 @@ def build_neggrad(context: BuildContext) -> NegativeGradient:
 NEGGRAD = MethodSpec(
     name="neggrad",
     summary="gradient ascent on forgotten data (a control)",
-    reads=lambda _: SOLVER_KEYS | FORGET_KEYS,
+    reads=lambda _: CONTROL_KEYS,
     needs=lambda _: Requirements(retain=False),
     build=build_neggrad,
 )
@@ -135,7 +138,7 @@ def retrain_defaults(_config: Config, space: Space) -> dict[str, Any]:
 RETRAIN = MethodSpec(
     name="retrain",
     summary="training anew on retained data (exact unlearning)",
-    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS,
+    reads=lambda _: CONTROL_KEYS,
     defaults=retrain_defaults,
     needs=lambda _: Requirements(forget=False),
     build=build_retrain,

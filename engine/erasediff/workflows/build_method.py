@@ -245,7 +245,7 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
         return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
-            f"The method {config.unlearn.method} has parameters of its own, beside which no LoRA is trained; choose weights with --train."
+            f"The method {config.unlearn.method} trains parameters of its own; choose weights with --train, not lora."
         )
     return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 

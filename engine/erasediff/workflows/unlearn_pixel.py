@@ -18,7 +18,7 @@ from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
 from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.build_method import NoBatches, UnlearningModel, build_training_job, method_parameters
+from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
 from erasediff.workflows.load_model import check_pixel_precision, load_model
 
 
@@ -44,10 +44,9 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
     model = model.to(device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
-    needs = METHOD_SPECS[settings.method].needs(config)
-    if not (needs.retain or needs.forget):
+    if not needed_batches(config):
         raise UserError(
-            f"The method {settings.method} needs prompts, which a model of the digits does not have; choose another --method."
+            f"The method {settings.method} needs prompts, which no model of the digits has; choose another --method."
         )
     batches = partial(
         GlobalBatches,
@@ -67,12 +66,8 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
             relabel=partial(relabelling, settings, model),
         ),
         method_parameters(config, model.unet),
-        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
-        if needs.retain
-        else NoBatches(),
-        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
-        if needs.forget
-        else NoBatches(),
+        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
+        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
 
 
