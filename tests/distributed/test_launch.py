@@ -162,7 +162,7 @@ def test_a_crash_is_told_by_the_rank_that_crashed(home: Path, tmp_path: Path) ->
     script = tmp_path / "crashing.py"
     script.write_text(
         "import os\n"
-        "from erasediff.solver import EraseDiff\n"
+        "from erasediff.methods import EraseDiff\n"
         "step = EraseDiff.step\n"
         "def crash(self, retain, forget):\n"
         "    if os.environ['RANK'] == '1' and self.iteration == 5:\n"

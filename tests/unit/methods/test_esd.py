@@ -205,7 +205,7 @@ def test_resumed_from_a_checkpoint_ends_with_the_same_files(
     ("flags", "said"),
     [
         (("--method", "esd"), "--forget-prompts"),
-        (("--method", "finetune", "--set", "esd.eta=2"), "esd.eta is for --method esd"),
+        (("--method", "finetune", "--set", "esd.eta=2"), "The method finetune does not read esd.eta, a setting of esd"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(
