@@ -99,7 +99,7 @@ def metrics_table(columns: Mapping[str, Metrics]) -> Table:
 
 
 def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One column per plan (see ``erasediff.workflows.dry_run.Plan``)."""
+    """One column per plan (see ``erasediff.workflows.dry_run.DryRun``)."""
     table = Table("", *plans)
     for name in next(iter(plans.values())):
         table.add_row(readable_name(name), *(readable(name, plan[name]) for plan in plans.values()))

@@ -69,11 +69,11 @@ def run_job(session: TrainingJob, place: RunPlace | None, *, as_json: bool) -> N
         instead(session)
         return
     if place is None:
-        from erasediff.workflows.dry_run import plan
+        from erasediff.workflows.dry_run import dry_run
 
         with messages.status("Measuring trial steps"):
-            planned = plan(session)
-        emit(asdict(planned), as_json=as_json)
+            measured = dry_run(session)
+        emit(asdict(measured), as_json=as_json)
         return
     result = session.run(place, messages)
     emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)
