@@ -21,7 +21,7 @@ Draw = Callable[[Axes, Table, Mapping[str, Any]], None]
 METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
 """In the lines' colours; every other method is grey, told apart by its marker."""
 
-MARKERS = "osDv^<>Pph"
+MARKERS = "osDv^<>PX*"
 MIN_SHOWN_RETENTION = 0.5
 """Retain accuracy below which a method is named under the plot instead of drawn."""
 
@@ -37,7 +37,7 @@ def save(table: Table, draw: Draw, path: Path) -> None:
 
 
 def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
-    """A point per method: unlearning improves to the left, retention upwards.
+    """A point per method: unlearning accuracy to the right, retain accuracy upwards.
 
     A method that ruined the model is named below: its point would press all others into one corner.
     """
@@ -47,13 +47,13 @@ def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
         if forgotten is None or retained is None:
             continue
         if retained < MIN_SHOWN_RETENTION:
-            ruined.append(f"{row.method} ({100 * forgotten:.0f}, {100 * retained:.1f})")
+            ruined.append(f"{row.method} ({100 - 100 * forgotten:.0f}, {100 * retained:.1f})")
             continue
         marker = MARKERS[number % len(MARKERS)]
         colour = _colour(row.method, style)
-        axes.plot(100 * forgotten, 100 * retained, marker, color=colour, label=row.method)
+        axes.plot(100 - 100 * forgotten, 100 * retained, marker, color=colour, label=row.method)
     below = f"\nfar below: {', '.join(ruined)}" if ruined else ""
-    axes.set_xlabel(f"forgotten class recognised (100 - UA), %{below}", color=style["text"], fontsize=9)
+    axes.set_xlabel(f"unlearning accuracy (UA), %{below}", color=style["text"], fontsize=9)
     axes.set_ylabel("retain accuracy (RA), %", color=style["text"], fontsize=9)
 
 

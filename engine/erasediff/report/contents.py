@@ -107,7 +107,7 @@ def _conditional_rows(metrics: list[ConditionalMetrics]) -> list[Row]:
         ),
         row("… 95% lower bound", "Wilson interval for the number of images", lambda m: percent(1 - m.forgotten_bound)),
         row("… without “none”", "the classifier has to choose a class", lambda m: percent(1 - m.forgotten_nearest)),
-        row("… of these, no class", "share of images like no class", lambda m: percent(m.forgotten_none)),
+        row("… no class", "share of these images that resemble no class", lambda m: percent(m.forgotten_none)),
         row("Retain accuracy (RA)", "mean over the retained classes", lambda m: percent(m.retained_mean)),
         row("… worst class", "lowest of the retained classes", lambda m: percent(m.retained_worst)),
         row(
