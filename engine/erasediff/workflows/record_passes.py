@@ -7,7 +7,7 @@ by one of four weights, which costs milliseconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from diffusers import DDPMScheduler
@@ -67,17 +67,21 @@ class PassRecorder:
         self.trained = trained
         self.passes: list[Pass] = []
         self._graph_alive = False
+        self._data: Literal["retain", "forget"] = "retain"
 
     def __call__(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         gradient = torch.is_grad_enabled() and model is self.trained
-        is_forget = bool((condition[CONDITION] == FORGET).any())
+        nested = self._graph_alive and not gradient
+        # A relabelled target has another condition than the batch that it is for.
+        if not nested:
+            self._data = "forget" if bool((condition[CONDITION] == FORGET).any()) else "retain"
         self.passes.append(
             Pass(
                 network="model" if model is self.trained else "teacher",
                 gradient=gradient,
-                data="forget" if is_forget else "retain",
+                data=self._data,
                 rows=noisy_sample.shape[0],
-                nested=self._graph_alive and not gradient,
+                nested=nested,
             )
         )
         prediction: Tensor = model(noisy_sample)

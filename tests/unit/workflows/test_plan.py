@@ -92,6 +92,7 @@ def test_the_default_run_has_two_teacher_passes() -> None:
     step = step_plan(for_text_to_image(load_config()))
     assert step.samples(network="model", gradient=True) == 2 * step.batch_size == 8
     assert step.samples(network="teacher") == 2 * step.batch_size
+    assert step.samples(network="teacher", data="forget") == step.batch_size
     assert step.teacher
     assert step.rows(nested=True) == step.batch_size, "the relabelled target is predicted beside the model's graph"
 
