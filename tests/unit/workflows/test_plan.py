@@ -36,9 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "relabel by the current model": {"unlearn.teacher": "current", "unlearn.retain_target": "true"},
     "relabel by the frozen model": {"unlearn.teacher": "frozen", "unlearn.retain_target": "true"},
     "preserve": {"unlearn.target": "gaussian", "unlearn.retain_target": "teacher"},
-    "full": {"text_to_image.train": "full"},
     "lora": {"text_to_image.train": "lora", "text_to_image.lora_rank": 2},
-    "esd": {"unlearn.method": "esd", "esd.num_inference_steps": 4},
     "esd as in the paper": {
         "unlearn.method": "esd",
         "esd.num_inference_steps": 4,
@@ -48,11 +46,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inner solve": {"unlearn.barrier": "gap", "unlearn.inner_steps": 2, "unlearn.inner_refresh_every": 1},
     "accumulation": {"unlearn.accumulation_steps": 2},
     "gradient checkpointing": {"text_to_image.gradient_checkpointing": True},
-    "finetune": {"unlearn.method": "finetune"},
-    "neggrad": {"unlearn.method": "neggrad"},
-    "salun": {"unlearn.method": "salun", "salun.batches": 1},
-    "selective amnesia": {"unlearn.method": "selective-amnesia", "selective_amnesia.fisher_batches": 1},
-    "learned pruning": {"unlearn.method": "pruning", "pruning.observations": 1, "esd.num_inference_steps": 4},
     "training-free pruning": {
         "unlearn.method": "pruning",
         "pruning.variant": "training-free",
