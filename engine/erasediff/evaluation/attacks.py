@@ -1,4 +1,4 @@
-"""Words that bring back what a model has forgotten: a search over prompts (after UnlearnDiffAtk, arXiv 2310.11868)."""
+"""Attacks on unlearned models: prompt search (UnlearnDiffAtk, arXiv 2310.11868), textual inversion, relearning."""
 
 from __future__ import annotations
 
