@@ -123,10 +123,10 @@ class Reader:
         found: dict[str, float] = {}
         for name, texts in captions.items():
             losses = image_losses(
-                model.denoiser_module,
+                model.denoiser,
                 {"sample": latents, **model.encode_prompts(texts)},
                 process=model.process,
-                denoiser=model.denoiser,
+                denoiser=model.predict,
                 draws=TIMESTEP_DRAWS,
                 seed=self.seed,
             )

@@ -34,7 +34,7 @@ class TextToImageModel(Protocol):
     """A latent diffusion model with its text encoders, VAE and scheduler. One file per family implements it.
 
     family:          "sd" (1.x and 2.x), "sdxl", "sd3" or "flux"
-    denoiser_module: the UNet or transformer, the only part that is trained
+    denoiser: the UNet or transformer, the only part that is trained
     process:         of the checkpoint's own scheduler, prediction type included
     latent_scale:    pixels per latent along one side
     size_multiple:   both sides of an image must be multiples of it
@@ -44,7 +44,7 @@ class TextToImageModel(Protocol):
     @property
     def family(self) -> str: ...
     @property
-    def denoiser_module(self) -> nn.Module: ...
+    def denoiser(self) -> nn.Module: ...
     @property
     def process(self) -> Process: ...
     @property
@@ -58,7 +58,7 @@ class TextToImageModel(Protocol):
         ...
 
     def materialize_denoiser(self) -> nn.Module:
-        """``denoiser_module``, or where that is empty, one with weights that lives as long as the caller holds it."""
+        """``denoiser``, or where that is empty, one with weights that lives as long as the caller holds it."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class TextToImageModel(Protocol):
         """(C, h, w) of an image's latent. UserError unless both sides are multiples of ``size_multiple``."""
         ...
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         """An ``objectives.Denoiser``: the prediction [B, C, h, w] in the dtype of ``model``.
 
         The condition is what ``encode_prompts`` and ``size_condition`` return; everything else that the network takes,
@@ -224,16 +224,16 @@ class LatentModel(ABC):
             for name in (encoder.replace("text_encoder", "tokenizer") for encoder in self.encoder_names)
         }
         self._encoders: dict[str, nn.Module] | None = None
-        self.denoiser_module = self._empty_denoiser()
+        self.denoiser = self._empty_denoiser()
         if not empty:
-            self.denoiser_module = self.materialize_denoiser()
+            self.denoiser = self.materialize_denoiser()
 
     @abstractmethod
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         """(what, its size, of whom, its size) that must agree between components for them to be one model."""
 
     @abstractmethod
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor: ...
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor: ...
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]: ...
@@ -245,7 +245,7 @@ class LatentModel(ABC):
 
     def materialize_denoiser(self) -> nn.Module:
         if not self.denoiser_is_meta:
-            return self.denoiser_module
+            return self.denoiser
         return load_component(self.checkpoint, self.denoiser_component, self.dtype, self.device)
 
     @property
@@ -255,7 +255,7 @@ class LatentModel(ABC):
 
     @property
     def denoiser_is_meta(self) -> bool:
-        return any(parameter.is_meta for parameter in self.denoiser_module.parameters())
+        return any(parameter.is_meta for parameter in self.denoiser.parameters())
 
     @property
     def latent_scale(self) -> int:
@@ -332,7 +332,7 @@ class LatentModel(ABC):
             **dict.fromkeys(name.replace("text_encoder", "tokenizer") for name in self.optional_encoders),
             **self.encoders,
             **self.tokenizers,
-            self.denoiser_component: self.denoiser_module if denoiser is None else denoiser,
+            self.denoiser_component: self.denoiser if denoiser is None else denoiser,
             "scheduler": type(self.scheduler).from_config(self.scheduler.config),
         }
         parameters = signature(self.pipeline_class.__init__).parameters
@@ -417,7 +417,7 @@ class LatentModel(ABC):
 
     def denoiser_hash(self) -> str:
         weights = self.denoiser_weights if self.denoiser_is_meta else {}
-        named = sorted(self.denoiser_module.state_dict().items())
+        named = sorted(self.denoiser.state_dict().items())
         return fingerprint(
             self.denoiser_component, ((name, weights[name]() if tensor.is_meta else tensor) for name, tensor in named)
         )
@@ -440,7 +440,7 @@ class LatentModel(ABC):
             prediction_type=self.process.prediction_type,
             size=self.default_size,
         )
-        trained = {self.denoiser_component: self.denoiser_module.state_dict()}
+        trained = {self.denoiser_component: self.denoiser.state_dict()}
         if layout == "diffusers":
             save_folder(
                 self.checkpoint,

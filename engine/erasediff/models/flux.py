@@ -49,7 +49,7 @@ class Flux(LatentModel):
         yield "the transformer's pooled_projection_dim", transformer.pooled_projection_dim, "CLIP's", clip.hidden_size
         yield "the transformer's joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = {name: condition[name].to(dtype) for name in ("encoder_hidden_states", "pooled_projections")}
         _, _, height, width = noisy_sample.shape

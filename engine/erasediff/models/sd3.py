@@ -48,7 +48,7 @@ class StableDiffusion3(LatentModel):
         if t5 := self.configs.get("text_encoder_3"):
             yield "the transformer's joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = {name: condition[name].to(dtype) for name in ("encoder_hidden_states", "pooled_projections")}
         prediction: Tensor = model(noisy_sample.to(dtype), timestep=timesteps, **text, return_dict=False)[0]

@@ -34,7 +34,7 @@ class StableDiffusion(LatentModel):
             text.hidden_size,
         )
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = condition["encoder_hidden_states"].to(dtype)
         prediction: Tensor = model(noisy_sample.to(dtype), timesteps, text, return_dict=False)[0]
@@ -87,7 +87,7 @@ class StableDiffusionXL(LatentModel):
             added,
         )
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = condition["encoder_hidden_states"].to(dtype)
         added = {name: condition[name].to(dtype) for name in ("text_embeds", "time_ids")}

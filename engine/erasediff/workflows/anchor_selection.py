@@ -120,7 +120,7 @@ def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: Cache
             batch,
             conditions,
             process=model.process,
-            denoiser=model.denoiser,
+            denoiser=model.predict,
             draws=draws,
             seed=seed,
         )

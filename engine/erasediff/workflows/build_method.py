@@ -65,8 +65,8 @@ def save_unlearned(config: Config, model: TextToImageModel, path: Path) -> None:
     """Write the model to ``path``; a LoRA also as a file of its own beside it, and merged into the model."""
     settings = config.output
     if config.text_to_image.train == "lora":
-        lora.save(model.denoiser_module, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
-        lora.merge(model.denoiser_module)
+        lora.save(model.denoiser, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
+        lora.merge(model.denoiser)
     model.save(
         path,
         layout=settings.layout,

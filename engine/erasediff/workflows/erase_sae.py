@@ -87,7 +87,7 @@ def _made(
     settings = config.saemnesia
     assert config.unlearn.model is not None
     model = load_checkpoint(config, config.unlearn.model, set_up_device(config))
-    block_of(model.denoiser_module, settings.block)
+    block_of(model.denoiser, settings.block)
     # In an order that does not depend on which are forgotten: their activations then serve for others, too.
     concepts = tuple(sorted({*forgotten, *retained}))
     if settings.crossed and config.images.encode_batch_size == 1:
@@ -216,5 +216,5 @@ def erasing(config: Config, model: TextToImageModel) -> Iterator[None]:
     if config.saemnesia.eraser is None:
         yield
         return
-    with ConceptEraser.load(config.saemnesia.eraser).attached(model.denoiser_module):
+    with ConceptEraser.load(config.saemnesia.eraser).attached(model.denoiser):
         yield

@@ -45,8 +45,8 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
         empty=empty,
     )
     if settings.lora is not None:
-        lora.load(model.denoiser_module, settings.lora, family=model.family)
-        lora.merge(model.denoiser_module)
+        lora.load(model.denoiser, settings.lora, family=model.family)
+        lora.merge(model.denoiser)
     return model
 
 
@@ -93,6 +93,6 @@ def mask_model(config: Config, source: Path, mask: Path, out: Path, restore_from
     device = set_up_device(config)
     masks = load_masks(mask)
     model = load_checkpoint(config, source, device)
-    original = None if restore_from is None else load_checkpoint(config, restore_from, device).denoiser_module
-    apply_masks(model.denoiser_module, masks, original)
+    original = None if restore_from is None else load_checkpoint(config, restore_from, device).denoiser
+    apply_masks(model.denoiser, masks, original)
     model.save(out)

@@ -51,14 +51,14 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     model = load_checkpoint(config, source, set_up_device(config), empty=loads_sharded(config))
     check_output(config, model)
     _prepare(config, model, console)
-    selected = selected_weights(config, model.denoiser_module)
+    selected = selected_weights(config, model.denoiser)
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = _batches(config, model, console, rehearse=rehearse)
     config = anchored(config, model, retain, forget, console)
-    parameters = method_parameters(config, model.denoiser_module, selected)
+    parameters = method_parameters(config, model.denoiser, selected)
     rate = learning_rate(settings)
     weights = model.denoiser_weights if model.denoiser_is_meta else None
-    teacher = teacher_of(config, model.denoiser_module, weights)
+    teacher = teacher_of(config, model.denoiser, weights)
     make_optimizer = partial(
         ConstrainedAdamW,
         lr=rate.peak,
@@ -68,13 +68,13 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
         stochastic_rounding=config.text_to_image.weights == "bfloat16",
         seed=config.seed,
     )
-    trained, optimizer = parallelize(config, settings, model.denoiser_module, parameters, make_optimizer, weights)
+    trained, optimizer = parallelize(config, settings, model.denoiser, parameters, make_optimizer, weights)
     method = unlearning_method(
         config,
         trained,
         optimizer,
         process=model.process,
-        denoiser=model.denoiser,
+        denoiser=model.predict,
         relabel=partial(relabelling, config, model, teacher),
         teacher=teacher,
         retain=retain,
@@ -90,7 +90,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     return TrainingJob(
         title=f"Unlearning ({settings.method})",
         config=config,
-        network=model.denoiser_module,
+        network=model.denoiser,
         save=partial(finished_and_saved, method, partial(save_unlearned, config, model)),
         saved_as=output_name(config),
         optimizer=optimizer,
@@ -127,7 +127,7 @@ def prompt_condition(config: Config, model: TextToImageModel, prompts: Sequence[
 def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
     """Attention and memory as asked. UserError for an attention that cannot run here."""
     settings = config.text_to_image
-    network: Any = model.denoiser_module
+    network: Any = model.denoiser
     chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
     console.print(f"Attention: {chosen.backend}.")
     if settings.gradient_checkpointing:

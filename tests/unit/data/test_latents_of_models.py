@@ -47,8 +47,8 @@ def test_unlearning_from_the_cache(
     model.encode_images = model.encode_prompts = lambda *arguments: pytest.fail("the encoders had left")
     assert cache.fill(made, model, Buckets.only(SIZE, SIZE), QUIET).entries == retain.entries
 
-    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), lr=1e-4)
-    unlearner = EraseDiff(model.denoiser_module, optimizer, process=model.process, denoiser=model.denoiser)
+    optimizer = ConstrainedAdamW(model.denoiser.parameters(), lr=1e-4)
+    unlearner = EraseDiff(model.denoiser, optimizer, process=model.process, denoiser=model.predict)
     batches = {
         Stream.RETAIN: CachedBatches(retain, 4, seed=0, caption_dropout=0.5),
         Stream.FORGET: CachedBatches(forget, 4, seed=0, stream=Stream.FORGET),

@@ -44,7 +44,7 @@ def test_dispatched_attention_predicts_the_same(
     model: Any = load_text_to_image(nano_folder(name))
     given = inputs(model, nano.SIZE)
     with Counted() as counted:
-        expected = model.denoiser(model.denoiser_module, *given)
+        expected = model.predict(model.denoiser, *given)
     backends: list[Any] = []
 
     def dispatch(*args: Any, backend: Any, **kwargs: Any) -> Tensor:
@@ -54,8 +54,8 @@ def test_dispatched_attention_predicts_the_same(
 
     monkeypatch.setattr(attention, "dispatch_attention_fn", dispatch)
     monkeypatch.setattr("diffusers.models.transformers.transformer_flux.dispatch_attention_fn", dispatch)
-    use_backend(model.denoiser_module, "_native_math")
-    torch.testing.assert_close(model.denoiser(model.denoiser_module, *given), expected, rtol=1e-4, atol=1e-5)
+    use_backend(model.denoiser, "_native_math")
+    torch.testing.assert_close(model.predict(model.denoiser, *given), expected, rtol=1e-4, atol=1e-5)
     assert counted.calls == len(backends) > 0
     assert set(backends) == {AttentionBackendName._NATIVE_MATH}
 
@@ -63,12 +63,12 @@ def test_dispatched_attention_predicts_the_same(
 def test_auto_says_what_it_took_and_why_not_the_others(nano: Any, nano_folder: Folder) -> None:
     model: Any = load_text_to_image(nano_folder("sd"))
     given = inputs(model, nano.SIZE)
-    expected = model.denoiser(model.denoiser_module, *given)
-    choice = set_attention(model.denoiser_module, "auto")
+    expected = model.predict(model.denoiser, *given)
+    choice = set_attention(model.denoiser, "auto")
     assert choice.backend == "native"
     assert list(choice.refused) == ["flash", "xformers"]
     assert all(choice.refused.values())
-    assert torch.equal(model.denoiser(model.denoiser_module, *given), expected)
+    assert torch.equal(model.predict(model.denoiser, *given), expected)
 
 
 @pytest.mark.parametrize("choice", ["flash", "xformers"])

@@ -222,7 +222,7 @@ def draw(model: TextToImageModel, eraser: ConceptEraser | None = None, **options
     arguments = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 2, **options}
     if eraser is None:
         return model.sample(PROMPTS[:2], **arguments)
-    with eraser.attached(model.denoiser_module):
+    with eraser.attached(model.denoiser):
         return model.sample(PROMPTS[:2], **arguments)
 
 
@@ -232,7 +232,7 @@ def test_attaching_erases_and_detaching_restores(model: TextToImageModel, eraser
     assert not torch.equal(draw(model, steered), before)
     assert torch.equal(draw(model), before)
     assert torch.equal(draw(model, eraser.erasing([])), before)
-    handle = steered.attach(model.denoiser_module)
+    handle = steered.attach(model.denoiser)
     assert not torch.equal(draw(model), before)
     handle.close()
     assert torch.equal(draw(model), before)
