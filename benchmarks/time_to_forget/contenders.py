@@ -19,7 +19,7 @@ from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, St
 from erasediff.diffusion import Relabel
 from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import EraseDiff, Norm
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.load import load_text_to_image
 from erasediff.parallel.full_weights import ema_weights
 from erasediff_kernels import ConstrainedAdamW
@@ -33,7 +33,7 @@ class Contender:
     """
 
     name: str
-    model: TextToImageModel
+    model: LatentModel
     step: Callable[[], None]
     result: Callable[[], AbstractContextManager[None]] = nullcontext
     steps: int = 0

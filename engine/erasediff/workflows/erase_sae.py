@@ -17,7 +17,7 @@ from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, check_new
 from erasediff.io.cache_dir import cache_folder
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.sae import (
     ActivationCache,
     ConceptEraser,
@@ -131,7 +131,7 @@ def _supervising(config: Config, cache: ActivationCache) -> ActivationCache:
 
 
 def _activations(
-    config: Config, model: TextToImageModel, concepts: Sequence[str], images: int, seed: int, console: Console
+    config: Config, model: LatentModel, concepts: Sequence[str], images: int, seed: int, console: Console
 ) -> ActivationCache:
     settings = config.saemnesia
     with progress_bar(console, "Activations", len(concepts) * images) as bar:
@@ -211,7 +211,7 @@ def erase_at(place: RunPlace | None, config: Config, console: Console) -> dict[s
 
 
 @contextmanager
-def erasing(config: Config, model: TextToImageModel) -> Iterator[None]:
+def erasing(config: Config, model: LatentModel) -> Iterator[None]:
     """Within the block ``model`` samples without the concepts of ``config.saemnesia.eraser``, where there is one."""
     if config.saemnesia.eraser is None:
         yield

@@ -15,7 +15,7 @@ from erasediff.errors import UserError
 from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.training.job import TrainingJob, loads_sharded, parallelize, precision_of, set_up_device, teacher_of
 from erasediff.training.loop import Batches
 from erasediff.workflows.anchor_selection import anchored
@@ -111,20 +111,20 @@ def _checked(config: Config) -> Path:
     return settings.model
 
 
-def _batches(config: Config, model: TextToImageModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
+def _batches(config: Config, model: LatentModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
     """(retain, forget), both empty for a method that looks at no images."""
     if not needed_batches(config):
         return NoBatches(), NoBatches()
     return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
 
 
-def prompt_condition(config: Config, model: TextToImageModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+def prompt_condition(config: Config, model: LatentModel, prompts: Sequence[str]) -> dict[str, Tensor]:
     """The condition of each prompt for an image of the configuration's size."""
     size = image_size(config, model)
     return model.encode_prompts(prompts) | model.size_condition(size, (0, 0), size, len(prompts))
 
 
-def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
+def _prepare(config: Config, model: LatentModel, console: Console) -> None:
     """Attention and memory as asked. UserError for an attention that cannot run here."""
     settings = config.text_to_image
     network: Any = model.denoiser
@@ -134,7 +134,7 @@ def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
         network.enable_gradient_checkpointing()
 
 
-def relabelling(config: Config, model: TextToImageModel, teacher: Callable[[], nn.Module]) -> Relabel:
+def relabelling(config: Config, model: LatentModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """The target that asks for the anchor prompts."""
     anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}

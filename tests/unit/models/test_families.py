@@ -109,15 +109,15 @@ def test_pipelines_own_prediction_is_what_is_trained(name: str, nano: Any, nano_
         width=size,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
-        **model._text_length(),
+        **model.text_length(),
     )
     args, kwargs, prediction = calls[0]
     sample = args[0] if args else kwargs["hidden_states"]
     timestep = args[1] if len(args) > 1 else kwargs["timestep"]
     timestep = timestep.reshape(-1)[:1].float() * (1000 if name == "flux" else 1)
-    latents = model._unpacked(sample, model.latent_shape(size, size))
+    latents = model.unpacked(sample, model.latent_shape(size, size))
     own = model.predict(model.denoiser, latents, timestep, condition(model, ["a cat"], size))
-    torch.testing.assert_close(own, model._unpacked(prediction, model.latent_shape(size, size)))
+    torch.testing.assert_close(own, model.unpacked(prediction, model.latent_shape(size, size)))
 
 
 @every_family

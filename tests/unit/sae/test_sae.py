@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from erasediff.errors import UserError
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.load import load_text_to_image
 from erasediff.sae import (
     ActivationCache,
@@ -175,12 +175,12 @@ def test_small_mathematics() -> None:
 
 
 @pytest.fixture
-def model(nano_folder: Callable[[str], Path]) -> TextToImageModel:
+def model(nano_folder: Callable[[str], Path]) -> LatentModel:
     return load_text_to_image(nano_folder("sd"))
 
 
 def cache_of(
-    model: TextToImageModel, folder: Path, guidance: float = 3.0, batch_size: int = 4, crossed: bool = False
+    model: LatentModel, folder: Path, guidance: float = 3.0, batch_size: int = 4, crossed: bool = False
 ) -> ActivationCache:
     return collect_activations(
         model,
@@ -195,7 +195,7 @@ def cache_of(
     )
 
 
-def test_cache_is_made_once_for_a_model_and_its_prompts(model: TextToImageModel, tmp_path: Path) -> None:
+def test_cache_is_made_once_for_a_model_and_its_prompts(model: LatentModel, tmp_path: Path) -> None:
     first = cache_of(model, tmp_path)
     bits = [shard.read_bytes() for shard in first.shards]
     first.shards[0].unlink()
@@ -213,12 +213,12 @@ def test_cache_is_made_once_for_a_model_and_its_prompts(model: TextToImageModel,
 
 
 @pytest.fixture
-def eraser(model: TextToImageModel, tmp_path: Path) -> ConceptEraser:
+def eraser(model: LatentModel, tmp_path: Path) -> ConceptEraser:
     cache = cache_of(model, tmp_path / "cache")
     return eraser_of(trained(cache, 1), cache)
 
 
-def draw(model: TextToImageModel, eraser: ConceptEraser | None = None, **options: int | float) -> Tensor:
+def draw(model: LatentModel, eraser: ConceptEraser | None = None, **options: int | float) -> Tensor:
     arguments = {"num_inference_steps": 3, "guidance_scale": 3.0, "batch_size": 2, **options}
     if eraser is None:
         return model.sample(PROMPTS[:2], **arguments)
@@ -226,7 +226,7 @@ def draw(model: TextToImageModel, eraser: ConceptEraser | None = None, **options
         return model.sample(PROMPTS[:2], **arguments)
 
 
-def test_attaching_erases_and_detaching_restores(model: TextToImageModel, eraser: ConceptEraser) -> None:
+def test_attaching_erases_and_detaching_restores(model: LatentModel, eraser: ConceptEraser) -> None:
     before = draw(model)
     steered = dataclasses.replace(eraser, intervention="steer", strength=-20.0)
     assert not torch.equal(draw(model, steered), before)
@@ -241,7 +241,7 @@ def test_attaching_erases_and_detaching_restores(model: TextToImageModel, eraser
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_any_scheduler_any_guidance_any_size(
-    model: TextToImageModel, eraser: ConceptEraser, scheduler: type, guidance: float
+    model: LatentModel, eraser: ConceptEraser, scheduler: type, guidance: float
 ) -> None:
     model.scheduler = scheduler.from_config(model.scheduler.config)
     assert draw(model, eraser, guidance_scale=guidance, num_inference_steps=4, height=32, width=48).shape[1:3] == (
@@ -439,7 +439,7 @@ def test_patches_come_with_the_mean_of_their_image(planted: ActivationCache) -> 
         assert {(*x, *mean) for x, mean in zip(batch.x.tolist(), batch.whole.tolist(), strict=True)} <= pairs
 
 
-def test_crossed_activations_are_those_of_the_other_prompt(model: TextToImageModel, tmp_path: Path) -> None:
+def test_crossed_activations_are_those_of_the_other_prompt(model: LatentModel, tmp_path: Path) -> None:
     """A first step from the same noise: crossed, each image has what its noise gives under another image's prompt."""
     drawn = cache_of(model, tmp_path, crossed=True, batch_size=3)
     x, concept, _, _ = drawn.images(0)
@@ -468,7 +468,7 @@ def test_crossed_activations_are_those_of_the_other_prompt(model: TextToImageMod
         cache_of(model, tmp_path, crossed=True, batch_size=1)
 
 
-def test_batches_hold_all_concepts_whatever_a_shard_holds(model: TextToImageModel, tmp_path: Path) -> None:
+def test_batches_hold_all_concepts_whatever_a_shard_holds(model: LatentModel, tmp_path: Path) -> None:
     cache = cache_of(model, tmp_path, batch_size=1)
     assert all(len(cache.images(shard).concept) == 1 for shard in range(len(cache.shards)))
     batches = list(cache.batches(64, 0, 2))
@@ -540,6 +540,6 @@ def test_saved_and_loaded(planted: ActivationCache, planted_eraser: ConceptErase
         ConceptEraser.load(tmp_path / "eraser")
 
 
-def test_a_block_that_is_not_there(model: TextToImageModel, eraser: ConceptEraser) -> None:
+def test_a_block_that_is_not_there(model: LatentModel, eraser: ConceptEraser) -> None:
     with pytest.raises(UserError, match="no block"):
         draw(model, dataclasses.replace(eraser, block="up_blocks.7"))

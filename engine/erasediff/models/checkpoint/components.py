@@ -90,16 +90,22 @@ def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dt
     }
 
 
+def fill_component(module: nn.Module, weights: LazyWeights, device: torch.device | str) -> nn.Module:
+    """``module``, empty until now, with its own copy of ``weights`` on ``device``, in evaluation mode."""
+    filled: Any = module
+    filled.load_state_dict(
+        {name: load().to(device, copy=True) for name, load in weights.items()}, strict=False, assign=True
+    )
+    if hasattr(filled, "tie_weights"):
+        filled.tie_weights()
+    loaded: nn.Module = filled.to(device).eval()
+    return loaded
+
+
 def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
-    module: Any = check_component(checkpoint, component)
-    weights = stored_weights(checkpoint, component, module, dtype)
-    state = {name: load().to(device, copy=True) for name, load in weights.items()}
-    module.load_state_dict(state, strict=False, assign=True)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
-    loaded: nn.Module = module.to(device).eval()
-    return loaded
+    module = check_component(checkpoint, component)
+    return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
 
 MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
