@@ -129,7 +129,7 @@ def _prepare(config: Config, model: LatentModel, console: Console) -> None:
     settings = config.text_to_image
     network: Any = model.denoiser
     chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
-    console.print(f"Attention: {chosen.backend}.")
+    console.print(f"Attention: {chosen}.")
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 

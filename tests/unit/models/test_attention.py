@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -68,6 +69,9 @@ def test_auto_says_what_it_took_and_why_not_the_others(nano: Any, nano_folder: F
     assert choice.backend == "native"
     assert list(choice.refused) == ["flash", "xformers"]
     assert all(choice.refused.values())
+    assert str(choice).startswith("native (flash cannot run: ")
+    assert "; xformers cannot run: " in str(choice)
+    assert str(attention.AttentionChoice("flash")) == "flash"
     assert torch.equal(model.predict(model.denoiser, *given), expected)
 
 
@@ -76,6 +80,20 @@ def test_choice_that_cannot_run_is_an_error(choice: str, nano: Any) -> None:
     module = nano.sd().unet
     with pytest.raises(UserError, match=f"cannot run this way on cpu: {choice}: "):
         set_attention(module, choice)
+    assert set_attention(module, "native").backend == "native"
+
+
+def test_processor_that_ignores_a_backend_is_told(nano: Any) -> None:
+    module = nano.sd().unet
+    layer = next(part for part in module.modules() if hasattr(part, "processor"))
+    layer.set_processor(AttnProcessor())
+    for chosen in (lambda: set_attention(module, "native"), lambda: use_backend(module, "native")):
+        with pytest.raises(UserError, match="runs by AttnProcessor, which takes no backend"):
+            chosen()
+    # Nothing is set by half.
+    processors = [part.processor for part in module.modules() if hasattr(part, "processor")]
+    assert not any("_attention_backend" in vars(processor) for processor in processors)
+    layer.set_processor(AttnProcessor2_0())
     assert set_attention(module, "native").backend == "native"
 
 
