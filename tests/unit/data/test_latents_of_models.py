@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nano import NANO
 from PIL import Image
 from rich.console import Console
 
@@ -29,7 +30,7 @@ def forget_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", list(NANO))
 def test_unlearning_from_the_cache(
     name: str, nano_folder: Callable[[str], Path], forget_folder: Path, tmp_path: Path
 ) -> None:

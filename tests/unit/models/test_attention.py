@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from nano import NANO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -38,7 +39,7 @@ class Counted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", list(NANO))
 def test_dispatched_attention_predicts_the_same(
     name: str, nano: Any, nano_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler, DiffusionPipeline
+from nano import NANO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff_kernels import ConstrainedAdamW
 
-FAMILIES = ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"]
+FAMILIES = list(NANO)
 COUNT = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
