@@ -4,9 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+PYTEST = $(BIN)/pytest --durations=40
+# Two at a time, the longest first: whichever ends takes up the next.
+TWO := $(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target
+TESTS := test-processes test-others lane-interpreter lane-emulator
+# What runs only where its inputs differ from those that it passed with, see tools/lanes.py.
+LANE_TESTS := tests/kernels/test_compiled_cuda.py tests/kernels/test_triton_interpreted.py
+
+# Processes that tests start would compile every module of the project again.
+export PYTHONDONTWRITEBYTECODE :=
+
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: install demo test test-processes test-others lint format type bench kernels-aot clean
+.PHONY: install demo test test-processes test-others lanes ci lint format type bench kernels-aot clean
 
 install: $(VENV)/.installed
 
@@ -22,24 +32,33 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 demo: install
 	$(BIN)/erasediff demo $(ARGS)
 
-# Those that start processes spend much of their time waiting: the others run beside them, and then AFTER, if given.
 test: install
 ifeq ($(ARGS),)
-	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-processes test-others
+	$(TWO) $(TESTS)
 else
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 endif
 
 test-processes:
-	$(BIN)/pytest tests/distributed
+	$(PYTEST) tests/distributed
 
 test-others:
-	$(BIN)/pytest tests/unit tests/e2e tests/kernels
-	$(if $(AFTER),$(MAKE) --no-print-directory $(AFTER))
+	$(PYTEST) tests --ignore=tests/distributed $(addprefix --ignore=,$(LANE_TESTS))
+
+# Left out, with a line that says so, where .ci/green has its inputs; CI_FULL=1 runs it.
+lane-%:
+	MAKEFLAGS= $(BIN)/python tools/lanes.py $*
+
+lanes: install
+	$(TWO) lane-aot lane-interpreter lane-emulator
+
+ci: install
+	$(TWO) $(TESTS) lane-aot type lint
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -53,8 +72,8 @@ bench: install
 
 # What compilers make of the GPU kernels, on a machine without a GPU: no spills, no local memory, 128-bit accesses.
 kernels-aot: install
-	$(BIN)/python -m erasediff_kernels._triton.aot
-	$(BIN)/python csrc/aot.py
+	$(BIN)/python tools/aot_triton.py
+	$(BIN)/python tools/aot_cuda.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info engine/*.egg-info

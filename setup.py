@@ -33,7 +33,7 @@ NVCC_FLAGS = ["-O3", "--fmad=false", "--threads=2", "-diag-suppress=177"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
 
-def tell(message: str) -> None:
+def log(message: str) -> None:
     print(f"erasediff: {message}", file=sys.stderr)
 
 
@@ -68,7 +68,7 @@ def why_not_cpu() -> str | None:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, or where nvcc really is, since a link or a wrapper on PATH says nothing about it."""
+    """Folder of the CUDA toolkit: CUDA_HOME, or the one that nvcc itself reports, since PATH may hold a link to it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return Path(home) if (Path(home) / "bin" / "nvcc").is_file() else None
@@ -96,8 +96,8 @@ def why_not_cuda() -> str | None:
     return None
 
 
-def runs_here() -> str | None:
-    """Why CUDA kernels are not worth building without being asked for."""
+def why_not_by_default() -> str | None:
+    """Reason not to build CUDA kernels by default, or None where they are likely to run."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -106,23 +106,23 @@ def runs_here() -> str | None:
 
 
 def target(chosen: str) -> str:
-    """What to build: none, cpu or cuda."""
+    """The build to make: none, cpu or cuda."""
     if chosen == "none":
         return "none"
     missing = why_not_torch() or why_not_cpu()
     if missing:
         if chosen != "auto":
             raise SystemExit(f"ERASEDIFF_BUILD={chosen} cannot be built: {missing}")
-        tell(f"building without compiled operators ({missing})")
+        log(f"building without compiled operators ({missing})")
         return "none"
     if chosen == "cpu":
         return "cpu"
     missing = why_not_cuda()
     if missing and chosen == "cuda":
         raise SystemExit(f"ERASEDIFF_BUILD=cuda cannot be built: {missing}")
-    missing = missing or (runs_here() if chosen == "auto" else None)
+    missing = missing or (why_not_by_default() if chosen == "auto" else None)
     if missing:
-        tell(f"building the C++ operators, not the CUDA ones ({missing}; ERASEDIFF_BUILD=cuda builds them)")
+        log(f"building the C++ operators, not the CUDA ones ({missing}; ERASEDIFF_BUILD=cuda builds them)")
         return "cpu"
     return "cuda"
 

@@ -1,5 +1,6 @@
-// What the kernels rely on in lists of tensors, looked at where it costs nanoseconds. Python looks at the same things
-// to say what is wrong (`ops/_lists.py`, `ops/_update.py`); it is asked to only where a list was not accepted here.
+// Checks of lists of tensors: all that the kernels rely on, in nanoseconds per tensor. `ops/_lists.py` and
+// `ops/_update.py` check the same in Python, to say what is wrong and for the backends that are not compiled; they run
+// where a list was not accepted here. `tests/kernels/test_list_checks.py` holds both to the same verdict.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,14 +21,15 @@ inline bool is_data(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
-struct Place {
+// Type and index of a tensor's device.
+struct Device {
   int32_t type, index;
 
-  explicit Place(const Tensor& tensor) : index(tensor.get_device_index()) {
+  explicit Device(const Tensor& tensor) : index(tensor.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   }
-  bool holds(const Tensor& tensor) const {
-    const Place other(tensor);
+  bool is_that_of(const Tensor& tensor) const {
+    const Device other(tensor);
     return other.type == type && other.index == index;
   }
 };
@@ -54,7 +56,7 @@ struct Layout {
     return same || empty;
   }
 
-  // Whether the elements fill one block of memory without gaps or overlaps, in whatever order.
+  // Dense: the elements fill one block of memory without gaps or overlaps, in whatever order.
   bool is_dense() const {
     int64_t left = 1;
     for (int64_t d = 0; d < dim; ++d) left *= sizes[d];
@@ -72,29 +74,30 @@ struct Layout {
 
 using TensorList = std::vector<Tensor>;
 
-// Lists that go along with one that sets shapes, layouts and device. Each check is false for what it does not accept.
+// Lists that go along with one that sets shapes, layouts and device. Each check returns false for a list that it
+// rejects.
 class Columns {
  public:
   explicit Columns(const TensorList& first) : first_(first) {
     layouts_.reserve(first.size());
     for (const Tensor& tensor : first) layouts_.emplace_back(tensor);
-    if (!first.empty()) place_.emplace(first[0]);
+    if (!first.empty()) device_.emplace(first[0]);
   }
 
-  // Whether the first list itself can be worked on: dense tensors of data on one device.
-  bool are_sound() const {
+  // The first list itself: dense tensors of data types on one device.
+  bool are_valid() const {
     for (size_t i = 0; i < layouts_.size(); ++i) {
-      if (!layouts_[i].is_dense() || !is_data(first_[i].scalar_type()) || !place_->holds(first_[i])) return false;
+      if (!layouts_[i].is_dense() || !is_data(first_[i].scalar_type()) || !device_->is_that_of(first_[i])) return false;
     }
     return true;
   }
 
-  // One tensor for each of the first list, of whose types `accepts(index, dtype)` thinks well.
+  // One tensor for each of the first list, of a type for which `accepts(index, dtype)`.
   template <class Accepts>
   bool match(const TensorList& list, const Accepts& accepts) const {
     if (list.size() != layouts_.size()) return false;
     for (size_t i = 0; i < list.size(); ++i) {
-      if (!accepts(i, list[i].scalar_type()) || !place_->holds(list[i]) || !(Layout(list[i]) == layouts_[i]))
+      if (!accepts(i, list[i].scalar_type()) || !device_->is_that_of(list[i]) || !(Layout(list[i]) == layouts_[i]))
         return false;
     }
     return true;
@@ -112,7 +115,7 @@ class Columns {
       for (int64_t d = 0; d < layouts_[i].dim; ++d) numel *= layouts_[i].sizes[d];
       const Tensor& vector = list[i];
       if (vector.scalar_type() != dtype || vector.dim() != 1 || vector.numel() != (numel + share - 1) / share ||
-          !vector.is_contiguous() || !place_->holds(vector))
+          !vector.is_contiguous() || !device_->is_that_of(vector))
         return false;
     }
     return true;
@@ -122,32 +125,37 @@ class Columns {
  private:
   const TensorList& first_;
   std::vector<Layout> layouts_;
-  std::optional<Place> place_;
+  std::optional<Device> device_;
 };
 
-// What any update is given besides its states.
+// Arguments of every update besides its states.
 struct UpdateArguments {
   const TensorList &params, &retain, &forget, &ema, &copies, &masks;
   const Tensor &multiplier, &clip_scale, &finite, &lr, &step;
   const std::optional<Tensor>& rounding_key;
 
   // `states` are lists of moments; where `absmaxes` are there, of codes.
-  bool are_acceptable(const std::vector<const TensorList*>& states,
+  bool are_valid(const std::vector<const TensorList*>& states,
                       const std::vector<const TensorList*>& absmaxes = {}) const {
     const Columns columns(params);
-    const Place place(finite);
+    const Device device(finite);
     const auto is_scalar = [&](const Tensor& scalar) {
-      return scalar.dim() == 0 && place.holds(scalar) &&
+      return scalar.dim() == 0 && device.is_that_of(scalar) &&
              (scalar.scalar_type() == ScalarType::Float || scalar.scalar_type() == ScalarType::Double);
     };
-    if (!is_scalar(multiplier) || !is_scalar(clip_scale) || !is_scalar(lr)) return false;
+    const auto are_coefficients = [&](const Tensor& both) {
+      return both.dim() == 1 && both.numel() == 2 && both.is_contiguous() && device.is_that_of(both) &&
+             (both.scalar_type() == ScalarType::Float || both.scalar_type() == ScalarType::Double);
+    };
+    if (!is_scalar(multiplier) && !are_coefficients(multiplier)) return false;
+    if (!is_scalar(clip_scale) || !is_scalar(lr)) return false;
     if (finite.dim() != 0 || finite.scalar_type() != ScalarType::Bool) return false;
-    if (step.dim() != 0 || step.scalar_type() != ScalarType::Float || !place.holds(step)) return false;
+    if (step.dim() != 0 || step.scalar_type() != ScalarType::Float || !device.is_that_of(step)) return false;
     if (rounding_key && (rounding_key->scalar_type() != ScalarType::Long || rounding_key->dim() != 1 ||
-                         rounding_key->numel() != 2 || !place.holds(*rounding_key)))
+                         rounding_key->numel() != 2 || !device.is_that_of(*rounding_key)))
       return false;
     if (params.empty()) return retain.empty() && forget.empty();
-    if (!place.holds(params[0]) || !columns.are_sound()) return false;
+    if (!device.is_that_of(params[0]) || !columns.are_valid()) return false;
 
     const auto type_of_param = [&](size_t i) { return params[i].scalar_type(); };
     bool coded = false;
@@ -165,10 +173,10 @@ struct UpdateArguments {
   }
 };
 
-// What the Gram values are made of.
-inline bool gram_is_acceptable(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
+// Arguments of the Gram values.
+inline bool gram_lists_are_valid(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
   const Columns columns(retain);
-  return !retain.empty() && columns.are_sound() && columns.match_or_absent(forget) && columns.have_masks_or_none(masks);
+  return !retain.empty() && columns.are_valid() && columns.match_or_absent(forget) && columns.have_masks_or_none(masks);
 }
 
 }  // namespace erasediff

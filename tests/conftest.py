@@ -11,10 +11,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests find the modules of this folder by their name.
 sys.path.insert(0, str(Path(__file__).parent))
+# A slow machine is no failure.
+settings.register_profile("erasediff", deadline=None)
+settings.load_profile("erasediff")
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,10 @@ from erasediff.errors import UserError
 from erasediff.evaluation.attacks import PromptSearch, in_place_of, relearning_curve, textual_inversion, token_ids
 from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.evaluation.metrics import upper_bound
+from erasediff.methods.sparse_autoencoder import ERASER
 from erasediff.models.load import load_text_to_image
 from erasediff.models.stable_diffusion import StableDiffusion
 from erasediff.sae import ConceptEraser
-from erasediff.training.run_dir import ERASER
 
 ATTACKED_IMAGES = 100
 FITTED_IMAGES = 10_000

@@ -25,7 +25,7 @@ class Problem:
         self.numel = sum(p.numel() for p in self.params)
 
     def moved_bytes(self) -> int:
-        """What any implementation must move: r and g for the multiplier; then p, m, v, r, g in and p, m, v out."""
+        """Bytes that every implementation must move: r and g for the multiplier; p, m, v, r, g in and p, m, v out."""
         return sum(t.numel() * t.element_size() for t in self.retain + self.forget) * 2 + 2 * sum(
             t.numel() * t.element_size() for t in [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
         )

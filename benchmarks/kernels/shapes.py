@@ -1,4 +1,4 @@
-"""What the step is measured on: lists of parameter shapes."""
+"""Lists of parameter shapes that the step is measured on."""
 
 import torch
 

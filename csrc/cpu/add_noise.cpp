@@ -50,6 +50,6 @@ Tensor add_noise(const Tensor& sample_any, const Tensor& alpha, const Tensor& si
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("add_noise", TORCH_BOX(&add_noise)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("add_noise", TORCH_BOX(&add_noise)); }
 
 }  // namespace erasediff::cpu

@@ -16,7 +16,7 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
                         const std::optional<Tensor>& rounding_key) {
   const UpdateArguments arguments{params,     retain,     forget, ema, copies, masks,
                                   multiplier, clip_scale, finite, lr,  step,   rounding_key};
-  if (!arguments.are_acceptable({&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes})) return false;
+  if (!arguments.are_valid({&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes})) return false;
   if (!*Flat(finite).at<bool>(0)) return true;
   float& applied = *Flat(step).at<float>(0);
   applied += 1.0f;
@@ -31,6 +31,6 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_)); }
 
 }  // namespace erasediff::cpu

@@ -16,7 +16,7 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
                                   multiplier, clip_scale, finite, lr,  step,   rounding_key};
   std::vector<const TensorList*> states;
   if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
-  if (!arguments.are_acceptable(states)) return false;
+  if (!arguments.are_valid(states)) return false;
   if (!*Flat(finite).at<bool>(0)) return true;
   float& applied = *Flat(step).at<float>(0);
   applied += 1.0f;
@@ -38,6 +38,6 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_)); }
 
 }  // namespace erasediff::cpu

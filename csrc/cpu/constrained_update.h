@@ -14,7 +14,7 @@ namespace erasediff::cpu {
 
 constexpr int64_t kRoundingRole = 255;
 
-// What one tensor of the list takes part with; absent streams have null data.
+// The streams of one tensor of the list; absent ones have null data.
 struct Item {
   Flat param, retain, forget, ema, copy;
   Moment states[2];
@@ -23,7 +23,7 @@ struct Item {
 
 // The scalars of a step that do not belong to the rule.
 struct Step {
-  double multiplier, clip_scale, one_minus_ema_decay;
+  double coefficient, multiplier, clip_scale, one_minus_ema_decay;
   Dither dither;
   bool stochastic_rounding;
   int64_t seed, key_step;
@@ -75,7 +75,7 @@ ERASEDIFF_FN void store_stochastically(const Step& step, int64_t tensor, int64_t
 template <class T, class Rule>
 ERASEDIFF_FN void update_chunk(const Rule& rule, const Step& step, const Item& item, int64_t tensor, int64_t first,
                                int64_t size) {
-  const Combine<T> combine{T(step.multiplier), T(step.clip_scale)};
+  const Combine<T> combine{T(step.coefficient), T(step.multiplier), T(step.clip_scale)};
   const T one_minus_ema_decay = T(step.one_minus_ema_decay);
   T p_buffer[kTile], state0_buffer[kTile], state1_buffer[kTile], retain_buffer[kTile], forget_buffer[kTile];
   T delta[kTile], ema_buffer[kTile];
@@ -105,7 +105,7 @@ ERASEDIFF_FN void update_chunk(const Rule& rule, const Step& step, const Item& i
     if (Rule::kStates > 0) store_moment(item.states[0], first, n, step.dither, state0);
     if (Rule::kStates > 1) store_moment(item.states[1], first, n, step.dither, state1);
 
-    // What follows sees the parameter as it is stored.
+    // EMA and copy follow the parameter as it is stored.
     if (item.ema.data || item.copy.data) p = load(item.param, first, n, p_buffer);
     if (item.ema.data) {
       T* ema = load(item.ema, first, n, ema_buffer);
@@ -135,7 +135,7 @@ void constrained_update(const std::vector<Item>& items, const std::vector<Tensor
   });
 }
 
-// A moment of all parameters: what is stored, and the absmax of blocks where that is codes.
+// A moment of all parameters: values, or codes and the absmax of their blocks.
 struct MomentLists {
   const std::vector<Tensor>& stored;
   const std::vector<Tensor>* absmaxes = nullptr;
@@ -162,10 +162,12 @@ inline std::vector<Item> make_items(const std::vector<Tensor>& params, const std
   return items;
 }
 
-// `applied` counts the steps, this one included.
+// `multiplier` is 0-D, or holds both coefficients. `applied` counts the steps, this one included.
 inline Step make_step(const Tensor& multiplier, const Tensor& clip_scale, float applied, double ema_decay,
                       const std::optional<Tensor>& rounding_key) {
-  Step step{read_value(Flat(multiplier), 0),
+  const bool both = multiplier.dim() == 1;
+  Step step{both ? read_value(Flat(multiplier), 0) : 1.0,
+            read_value(Flat(multiplier), both ? 1 : 0),
             read_value(Flat(clip_scale), 0),
             1.0 - ema_decay,
             Dither::at(applied),

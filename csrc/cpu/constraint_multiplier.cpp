@@ -6,17 +6,11 @@
 #include <tuple>
 
 #include "../names.h"
+#include "scalar.h"
 #include "tile.h"
 
 namespace erasediff::cpu {
 namespace {
-
-template <class T>
-Tensor scalar(const Tensor& like, ScalarType dtype, T value) {
-  Tensor result = torch::stable::new_empty(like, {}, dtype);
-  *static_cast<T*>(result.data_ptr()) = value;
-  return result;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constraint_multiplier(const Tensor& gram, const std::string& barrier,
                                                                  double eta, const std::optional<Tensor>& gap,
@@ -31,6 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constraint_multiplier(const Tensor& g
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("constraint_multiplier", TORCH_BOX(&constraint_multiplier)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) {
+  m.impl("constraint_multiplier", TORCH_BOX(&constraint_multiplier));
+}
 
 }  // namespace erasediff::cpu

@@ -56,6 +56,6 @@ std::tuple<Tensor, Tensor> denoising_loss(const Tensor& prediction_any, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("denoising_loss", TORCH_BOX(&denoising_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("denoising_loss", TORCH_BOX(&denoising_loss)); }
 
 }  // namespace erasediff::cpu

@@ -24,6 +24,6 @@ std::tuple<Tensor, Tensor> deviation_loss(const Tensor& prediction_any, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("deviation_loss", TORCH_BOX(&deviation_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("deviation_loss", TORCH_BOX(&deviation_loss)); }
 
 }  // namespace erasediff::cpu

@@ -63,6 +63,6 @@ Tensor gather_dot(const Tensor& rows_any, const Tensor& indices_any, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("gather_dot", TORCH_BOX(&gather_dot)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("gather_dot", TORCH_BOX(&gather_dot)); }
 
 }  // namespace erasediff::cpu

@@ -80,7 +80,7 @@ Gram gram_of_chunk(const Item& item, int64_t first, int64_t size) {
 }
 
 std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
-  if (!gram_is_acceptable(retain, forget, masks)) return std::nullopt;
+  if (!gram_lists_are_valid(retain, forget, masks)) return std::nullopt;
   std::vector<Item> items(retain.size());
   for (size_t i = 0; i < items.size(); ++i) {
     items[i].retain = Flat(retain[i]);
@@ -105,6 +105,6 @@ std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
 
 }  // namespace erasediff::cpu

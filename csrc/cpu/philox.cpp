@@ -52,7 +52,7 @@ Tensor philox_noise(const Tensor& sample_ids, const Tensor& key, int64_t role, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) {
   m.impl("philox_bits", TORCH_BOX(&philox_bits));
   m.impl("philox_noise", TORCH_BOX(&philox_noise));
 }

@@ -42,6 +42,6 @@ Tensor scatter_outer(const Tensor& values_any, const Tensor& rows_any, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("scatter_outer", TORCH_BOX(&scatter_outer)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("scatter_outer", TORCH_BOX(&scatter_outer)); }
 
 }  // namespace erasediff::cpu

@@ -47,6 +47,6 @@ Tensor sparse_decode(const Tensor& values_any, const Tensor& indices_any, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("sparse_decode", TORCH_BOX(&sparse_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("sparse_decode", TORCH_BOX(&sparse_decode)); }
 
 }  // namespace erasediff::cpu

@@ -80,6 +80,6 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& preactivations_any, int64_t
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, CPU, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, CPU, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
 
 }  // namespace erasediff::cpu

@@ -47,6 +47,6 @@ Tensor add_noise(const Tensor& sample_any, const Tensor& alpha, const Tensor& si
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("add_noise", TORCH_BOX(&add_noise)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) { m.impl("add_noise", TORCH_BOX(&add_noise)); }
 
 }  // namespace erasediff::cuda

@@ -27,7 +27,7 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
                         const std::optional<Tensor>& rounding_key) {
   const UpdateArguments arguments{params,     retain,     forget, ema, copies, masks,
                                   multiplier, clip_scale, finite, lr,  step,   rounding_key};
-  if (!arguments.are_acceptable({&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes})) return false;
+  if (!arguments.are_valid({&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes})) return false;
   const MakeAdamW make{Scalar(lr), static_cast<const float*>(step.data_ptr()), beta1, beta2, eps, weight_decay};
   const Lists lists{
       params, {&exp_avgs, &exp_avg_sqs}, {&exp_avg_absmaxes, &exp_avg_sq_absmaxes}, retain, forget, ema, copies, masks};
@@ -37,7 +37,7 @@ bool constrained_adamw_(const TensorList& params, const TensorList& exp_avgs, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("constrained_adamw_", TORCH_BOX(&constrained_adamw_));
 }
 

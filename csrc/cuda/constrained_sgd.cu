@@ -34,7 +34,7 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
                                   multiplier, clip_scale, finite, lr,  step,   rounding_key};
   std::vector<const TensorList*> states;
   if (!momentum_buffers.empty()) states.push_back(&momentum_buffers);
-  if (!arguments.are_acceptable(states)) return false;
+  if (!arguments.are_valid(states)) return false;
   if (momentum_buffers.empty()) {
     const MakeSgd<0> make{Scalar(lr), momentum, nesterov, weight_decay};
     constrained_update<PlainSgd>({params, {}, {}, retain, forget, ema, copies, masks}, make, multiplier, clip_scale,
@@ -49,7 +49,7 @@ bool constrained_sgd_(const TensorList& params, const TensorList& momentum_buffe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("constrained_sgd_", TORCH_BOX(&constrained_sgd_));
 }
 

@@ -26,7 +26,7 @@ template <template <class> class Rule>
 struct Step {
   Rule<float> float_rule;
   Rule<double> double_rule;
-  double multiplier, clip_scale, one_minus_ema_decay;
+  double coefficient, multiplier, clip_scale, one_minus_ema_decay;
   Dither dither;
   bool finite;
 
@@ -41,14 +41,15 @@ struct Step {
 
 // `make(T())` is the rule for arithmetic in T; it sees the step that is now being applied.
 template <template <class> class Rule, class Make>
-__global__ void prepare_step(Make make, Scalar multiplier, Scalar clip_scale, const bool* finite, float* applied,
-                             double ema_decay, Step<Rule>* step) {
+__global__ void prepare_step(Make make, Coefficients coefficients, Scalar clip_scale, const bool* finite,
+                             float* applied, double ema_decay, Step<Rule>* step) {
   step->finite = *finite;
   if (!*finite) return;
   *applied += 1.0f;
   step->float_rule = make(float());
   step->double_rule = make(double());
-  step->multiplier = multiplier.read();
+  step->coefficient = coefficients.retain();
+  step->multiplier = coefficients.forget();
   step->clip_scale = clip_scale.read();
   step->one_minus_ema_decay = 1.0 - ema_decay;
   step->dither = Dither::at(*applied);
@@ -92,7 +93,7 @@ __device__ __forceinline__ void round_params(const int64_t* key, int64_t place, 
   }
 }
 
-// Rounds and writes n parameters of tensor t, then what follows them and sees them as they are stored.
+// Rounds and writes n parameters of tensor t, then EMA and copy, which follow them as they are stored.
 template <int n, class P, class T, template <class> class Rule>
 __device__ __forceinline__ void write_params(const UpdateBatch& batch, const Step<Rule>& step, const int64_t* key,
                                              int t, int64_t i, const T (&values)[n]) {
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto* forget = static_cast<const G*>(batch.data[kForget][t]);
   const auto* mask = static_cast<const uint8_t*>(batch.data[kMask][t]);
   const Rule<T> rule = step->template rule<T>();
-  const Combine<T> combine{T(step->multiplier), T(step->clip_scale)};
+  const Combine<T> combine{T(step->coefficient), T(step->multiplier), T(step->clip_scale)};
 
   const bool wide = aligned(params, states[0], states[1], retain, forget, batch.data[kEma][t], batch.data[kCopy][t]);
   for_each_element<kWide>(piece.first, piece.end, wide, [&](auto n, int64_t i) {
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) constrained_update_codes_kernel(cons
   const auto* forget = static_cast<const G*>(batch.data[kForget][t]);
   const auto* mask = static_cast<const uint8_t*>(batch.data[kMask][t]);
   const Rule<float> rule = step->float_rule;
-  const Combine<float> combine{float(step->multiplier), float(step->clip_scale)};
+  const Combine<float> combine{float(step->coefficient), float(step->multiplier), float(step->clip_scale)};
 
   const bool wide =
       aligned(params, first.codes, second.codes, retain, forget, batch.data[kEma][t], batch.data[kCopy][t]);
@@ -312,7 +313,7 @@ void constrained_update(const Lists& lists, const Make& make, const Tensor& mult
   const Launcher launch(applied);
   Tensor buffer = torch::stable::new_empty(applied, {int64_t(sizeof(Step<Rule>))}, ScalarType::Byte);
   auto* step = static_cast<Step<Rule>*>(buffer.data_ptr());
-  launch(prepare_step<Rule, Make>, 1, 1, make, Scalar(multiplier), Scalar(clip_scale),
+  launch(prepare_step<Rule, Make>, 1, 1, make, Coefficients(multiplier), Scalar(clip_scale),
          static_cast<const bool*>(finite.data_ptr()), static_cast<float*>(applied.data_ptr()), ema_decay, step);
   const auto* key = rounding_key ? static_cast<const int64_t*>(rounding_key->data_ptr()) : nullptr;
 
@@ -362,12 +363,18 @@ void constrained_update(const Lists& lists, const Make& make, const Tensor& mult
         using P = decltype(p);
         using G = decltype(g);
         if (std::get<1>(dtypes) == ScalarType::Char) {
-          if constexpr (kHasCodesKernel<P, G, Rule>) launch_all(constrained_update_codes_kernel<P, G, Rule>);
+          if constexpr (kHasCodesKernel<P, G, Rule>)
+            launch_all(constrained_update_codes_kernel<P, G, Rule>);
+          else
+            STD_TORCH_CHECK(false, "no kernel for 8-bit moments of parameters or gradients of this type");
           return;
         }
         with_dtype(std::get<1>(dtypes), [&](auto m) {
           using M = decltype(m);
-          if constexpr (kHasKernel<P, M, G>) launch_all(constrained_update_kernel<P, M, G, Rule>);
+          if constexpr (kHasKernel<P, M, G>)
+            launch_all(constrained_update_kernel<P, M, G, Rule>);
+          else
+            STD_TORCH_CHECK(false, "no kernel for this combination of parameter, moment and gradient types");
         });
       });
     });

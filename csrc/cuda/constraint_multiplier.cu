@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constraint_multiplier(const Tensor& g
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("constraint_multiplier", TORCH_BOX(&constraint_multiplier));
 }
 

@@ -59,6 +59,8 @@ std::tuple<Tensor, Tensor> denoising_loss(const Tensor& prediction_any, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("denoising_loss", TORCH_BOX(&denoising_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
+}
 
 }  // namespace erasediff::cuda

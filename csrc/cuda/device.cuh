@@ -1,4 +1,4 @@
-// What every CUDA operator needs: the stream, wide loads and stores, and sums in a fixed order.
+// Basics of every CUDA operator: the stream, wide loads and stores, and sums in a fixed order.
 #pragma once
 
 #include <cuda_runtime.h>

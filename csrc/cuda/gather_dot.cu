@@ -55,6 +55,6 @@ Tensor gather_dot(const Tensor& rows_any, const Tensor& indices_any, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("gather_dot", TORCH_BOX(&gather_dot)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) { m.impl("gather_dot", TORCH_BOX(&gather_dot)); }
 
 }  // namespace erasediff::cuda

@@ -56,7 +56,7 @@ Tensor converted(const Tensor& tensor, const Tensor& other) {
 }
 
 std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& forget, const TensorList& masks) {
-  if (!gram_is_acceptable(retain, forget, masks)) return std::nullopt;
+  if (!gram_lists_are_valid(retain, forget, masks)) return std::nullopt;
   const Launcher launch(retain[0]);
   const size_t count = retain.size();
   std::vector<Tensor> retains(retain), forgets(forget);
@@ -95,6 +95,8 @@ std::optional<Tensor> gradient_gram(const TensorList& retain, const TensorList& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("gradient_gram", TORCH_BOX(&gradient_gram)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("gradient_gram", TORCH_BOX(&gradient_gram));
+}
 
 }  // namespace erasediff::cuda

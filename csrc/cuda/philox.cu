@@ -54,7 +54,7 @@ Tensor philox_noise(const Tensor& sample_ids, const Tensor& key, int64_t role, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
   m.impl("philox_bits", TORCH_BOX(&philox_bits));
   m.impl("philox_noise", TORCH_BOX(&philox_noise));
 }

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   finish(latent);
 }
 
-// What no piece could write: latents that reach over several, and those without entries.
+// Rows that no piece could write: latents that reach over several, and those without entries.
 template <int n, class Stored, class T>
 __global__ void __launch_bounds__(kThreads)
     scatter_seams_kernel(const Entries<Stored> entries, const T* sums, Stored* outer, int tiles) {
@@ -144,6 +144,8 @@ Tensor scatter_outer(const Tensor& values_any, const Tensor& rows_any, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("scatter_outer", TORCH_BOX(&scatter_outer)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("scatter_outer", TORCH_BOX(&scatter_outer));
+}
 
 }  // namespace erasediff::cuda

@@ -47,6 +47,8 @@ Tensor sparse_decode(const Tensor& values_any, const Tensor& indices_any, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("sparse_decode", TORCH_BOX(&sparse_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) {
+  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
+}
 
 }  // namespace erasediff::cuda

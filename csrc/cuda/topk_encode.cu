@@ -133,6 +133,6 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& preactivations_any, int64_t
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(erasediff_C, ERASEDIFF_DEVICE, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(erasediff_compiled, ERASEDIFF_DEVICE, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
 
 }  // namespace erasediff::cuda

@@ -1,4 +1,4 @@
-// delta = clip_scale (retain + multiplier forget), and the exponential moving average, on one element.
+// delta = clip_scale (coefficient retain + multiplier forget), and the exponential moving average, on one element.
 #pragma once
 
 #include "portable.h"
@@ -7,10 +7,13 @@ namespace erasediff {
 
 template <class T>
 struct Combine {
-  T multiplier, clip_scale;
+  // `coefficient` is 1 where only a multiplier was given: a product with it changes no bit.
+  T coefficient, multiplier, clip_scale;
 
-  ERASEDIFF_FN T operator()(T retain, T forget) const { return clip_scale * (retain + multiplier * forget); }
-  ERASEDIFF_FN T operator()(T retain) const { return clip_scale * retain; }
+  ERASEDIFF_FN T operator()(T retain, T forget) const {
+    return clip_scale * (coefficient * retain + multiplier * forget);
+  }
+  ERASEDIFF_FN T operator()(T retain) const { return clip_scale * (coefficient * retain); }
 };
 
 template <class T>

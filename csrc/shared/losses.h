@@ -1,4 +1,4 @@
-// What the prediction is compared with, on one element. Names as in diffusers.
+// Targets that the prediction is compared with, on one element. Names as in diffusers.
 #pragma once
 
 #include "portable.h"

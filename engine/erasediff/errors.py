@@ -1,9 +1,21 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions that end a command without a traceback. No heavy imports: the command line needs them for ``--help``."""
+
+from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one sentence that says what to do.
+    """Invalid user input; the message is one sentence that says what is wrong and how to fix it.
 
     The command line prints the sentence without a traceback and exits with code 2. Code that finds a programming
     error raises ``ValueError`` or ``TypeError`` instead.
     """
+
+
+class Interrupted(Exception):
+    """A run that a signal has stopped; ``checkpoint`` holds all of its state."""
+
+    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped after step {step}; saved {checkpoint}")
+        self.exit_code = 128 + signal_number
+        self.step = step
+        self.checkpoint = checkpoint

@@ -1,12 +1,13 @@
 """Fused operators for unlearning in diffusion models. Needs torch only.
 
 Every operator has an eager reference and, where built or available, compiled (C++, CUDA) and Triton implementations;
-`python -m erasediff_kernels.info` tells which would run here, `use_backend` forces one.
+`python -m erasediff_kernels.info` lists which would run here, `use_backend` forces one.
 """
 
-from erasediff_kernels import _library  # noqa: F401  defines torch.ops.erasediff before the ops register autograd on it
-from erasediff_kernels._dispatch import use_backend
+# First: it defines torch.ops.erasediff, on which the modules of ops register autograd.
+from erasediff_kernels._dispatch import available_backends, backend_for, use_backend
 from erasediff_kernels.ops.add_noise import add_noise
+from erasediff_kernels.ops.clip_combination import clip_combination
 from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
 from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
 from erasediff_kernels.ops.constraint_multiplier import Constraint, constraint_multiplier
@@ -29,6 +30,9 @@ __all__ = [
     "DeviationLoss",
     "SparseCode",
     "add_noise",
+    "available_backends",
+    "backend_for",
+    "clip_combination",
     "constrained_adamw_",
     "constrained_sgd_",
     "constraint_multiplier",

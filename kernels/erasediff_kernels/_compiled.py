@@ -1,7 +1,8 @@
 """The compiled backend: the C++ and CUDA operators of `csrc/`, through the stable ABI.
 
 An installation without the extension `_C` is supported: this backend then serves no device. An extension that is there
-but cannot be loaded is an error, since silently running something slower would hide it.
+but cannot be loaded, or was built from other sources, is an error, since silently running something slower would hide
+it.
 """
 
 import importlib
@@ -12,28 +13,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erasediff_kernels._library import OPS, Operator
+
+NAMESPACE = "erasediff_compiled"
+# How the table names the implementation for a device type, and what torch calls it.
+LANGUAGES = {"cpu": "C++", "cuda": "CUDA"}
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+REBUILD = "build it again with `pip install --no-build-isolation -e .`, or delete it to run without"
+
+
+def private_schema(row: Operator) -> str:
+    """The schema of the compiled operator: no symbolic integers; one on lists also tells whether it accepted them."""
+    schema = row.schema.replace("SymInt", "int")
+    if row.checks_lists:
+        arguments, _, result = schema.partition(" -> ")
+        schema = f"{arguments} -> {'bool' if result == '()' else f'{result}?'}"
+    return schema
+
 
 def _load() -> frozenset[str]:
     """Import `_C` where there is one; the device types that it has kernels for."""
     if importlib.util.find_spec("erasediff_kernels._C") is None:
         return frozenset()
+    for op, row in OPS.items():
+        if not hasattr(getattr(torch.ops, NAMESPACE), op):  # a load that failed before leaves them behind
+            torch.library.define(f"{NAMESPACE}::{op}", private_schema(row))
     try:
         importlib.import_module("erasediff_kernels._C")
     except ImportError as error:
         raise ImportError(
             f"the compiled extension erasediff_kernels._C is there but cannot be loaded with torch {torch.__version__} "
-            f"({error}); build it again with `pip install --no-build-isolation -e .`, or delete it to run without"
+            f"({error}); {REBUILD}"
         ) from error
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    keys = {"cpu": "CPU", "cuda": "CUDA"}
-    return frozenset(device for device, key in keys.items() if has_kernel("erasediff_C::gradient_gram", key))
+    served = set()
+    for device, key in DISPATCH_KEYS.items():
+        claimed = {op for op, row in OPS.items() if LANGUAGES[device] in row.implementations}
+        present = {op for op in claimed if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)}
+        if present and present != claimed:
+            missing = ", ".join(sorted(claimed - present))
+            raise ImportError(
+                f"the compiled extension erasediff_kernels._C was built from other sources: it has no {missing} for "
+                f"{device}; {REBUILD}"
+            )
+        if present:
+            served.add(device)
+    if not served:
+        raise ImportError(
+            f"the compiled extension erasediff_kernels._C was built from other sources: it has no operator; {REBUILD}"
+        )
+    return frozenset(served)
 
 
-def _accepted(op: str) -> Callable[..., Tensor | None]:
-    """`op` on lists that Python's checks let pass: that they are not accepted is a mistake of this package."""
+def implementation(op: str) -> Callable[..., Any]:
+    """The compiled operator, for whichever device its tensors are on."""
+    function: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), op).default
+    return _on_checked_lists(op, function) if OPS[op].checks_lists else function
+
+
+def _on_checked_lists(op: str, function: Callable[..., Any]) -> Callable[..., Tensor | None]:
+    """`function` on lists that passed Python's checks: a refusal is a mistake of this package."""
 
     def run(*args: Any) -> Tensor | None:
-        result = ACCEPTING[op](*args)
+        result = function(*args)
         if result is None or result is False:
             raise RuntimeError(f"{op}: csrc/lists.h refused lists that Python's checks let pass; please report it")
         return result if isinstance(result, Tensor) else None
@@ -42,21 +83,8 @@ def _accepted(op: str) -> Callable[..., Tensor | None]:
 
 
 DEVICES = _load()
-
-if DEVICES:
-    # Schemas in csrc/library.cpp, the same as in `_library`, but that operators on lists first look at their lists.
-    _ops = torch.ops.erasediff_C
-    ACCEPTING = {op: getattr(_ops, op).default for op in ("gradient_gram", "constrained_adamw_", "constrained_sgd_")}
-    philox_bits = _ops.philox_bits.default
-    philox_noise = _ops.philox_noise.default
-    add_noise = _ops.add_noise.default
-    denoising_loss = _ops.denoising_loss.default
-    deviation_loss = _ops.deviation_loss.default
-    constraint_multiplier = _ops.constraint_multiplier.default
-    topk_encode = _ops.topk_encode.default
-    sparse_decode = _ops.sparse_decode.default
-    gather_dot = _ops.gather_dot.default
-    scatter_outer = _ops.scatter_outer.default
-    gradient_gram = _accepted("gradient_gram")
-    constrained_adamw_ = _accepted("constrained_adamw_")
-    constrained_sgd_ = _accepted("constrained_sgd_")
+FAST_PATH: dict[str, Callable[..., Any]] = (
+    {op: getattr(getattr(torch.ops, NAMESPACE), op).default for op, row in OPS.items() if row.checks_lists}
+    if DEVICES
+    else {}
+)

@@ -1,61 +1,41 @@
-"""Schema and fake of every operator in the `erasediff` namespace.
+"""The table of operators: schema, fake, and which implementations there are.
 
-The schemas are defined here, in Python, so that an operator exists whatever was compiled; which implementation runs on
-real tensors is `_dispatch`'s business. Notation: B samples, "..." the dimensions of a sample, N elements per sample.
-Every output is contiguous, whatever the strides of the inputs.
+Everything that enumerates operators reads `OPS`: registration with torch, the backends, `python -m
+erasediff_kernels.info`, the ahead-of-time checks and the tests. Notation: B samples, "..." the dimensions of a sample,
+N elements per sample. Every output is contiguous, whatever the strides of the inputs.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from erasediff_kernels import _dispatch
 
-NAMESPACE = "erasediff"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operator:
+    """One row of `OPS`: what all implementations of an operator agree on.
 
-SCHEMAS = {
-    "philox_bits": "(Tensor sample_ids, Tensor key, int role, int words) -> Tensor",
-    "philox_noise": (
-        "(Tensor sample_ids, Tensor key, int role, SymInt[] shape, str distribution, ScalarType dtype) -> Tensor"
-    ),
-    "add_noise": (
-        "(Tensor sample, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? sample_ids, Tensor? key, int role) "
-        "-> Tensor"
-    ),
-    "denoising_loss": (
-        "(Tensor prediction, Tensor sample, Tensor alpha, Tensor sigma, Tensor weight, Tensor? noise, "
-        "Tensor? sample_ids, Tensor? key, int role, str prediction_type) -> (Tensor loss, Tensor grad)"
-    ),
-    "deviation_loss": (
-        "(Tensor prediction, Tensor weight, Tensor? target, Tensor? sample_ids, Tensor? key, int role, "
-        "str distribution) -> (Tensor loss, Tensor grad)"
-    ),
-    "gradient_gram": "(Tensor[] retain, Tensor[] forget, Tensor[] masks) -> Tensor",
-    "constraint_multiplier": (
-        "(Tensor gram, str barrier, float eta, Tensor? gap, float? max_norm) "
-        "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)"
-    ),
-    "constrained_adamw_": (
-        "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, "
-        "Tensor(e!)[] exp_avg_sq_absmaxes, Tensor[] retain, Tensor[] forget, Tensor(f!)[] ema, Tensor(g!)[] copies, "
-        "Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, Tensor lr, Tensor(h!) step, "
-        "float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor? rounding_key) -> ()"
-    ),
-    "constrained_sgd_": (
-        "(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] retain, Tensor[] forget, Tensor(c!)[] ema, "
-        "Tensor(d!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, Tensor lr, "
-        "Tensor(e!) step, float momentum, bool nesterov, float weight_decay, float ema_decay, "
-        "Tensor? rounding_key) -> ()"
-    ),
-    "topk_encode": "(Tensor preactivations, int k) -> (Tensor values, Tensor indices)",
-    "sparse_decode": "(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
-    "gather_dot": "(Tensor rows, Tensor indices, Tensor weight) -> Tensor",
-    "scatter_outer": "(Tensor values, Tensor rows, Tensor order, Tensor starts) -> Tensor",
-}
+    Attributes:
+        schema: arguments and results, as in `torch.library.define`; that of `torch.ops.erasediff.<op>`, and of the
+            compiled `torch.ops.erasediff_compiled.<op>`.
+        fake: shapes and dtypes of the results, without computing them.
+        file: name of its files: `ops/<file>.py`, `csrc/cpu/<file>.cpp`, `csrc/cuda/<file>.cu` and
+            `tests/kernels/test_<file>.py`.
+        family: name of the modules that hold its eager reference and its Triton implementation, `reference/<family>.py`
+            and `_triton/<family>.py`: a function of the operator's name, with the arguments of the schema.
+        implementations: of "C++", "CUDA" and "Triton", those that exist. The eager reference always does.
+        checks_lists: the compiled implementation takes lists of tensors as a caller gives them, and returns None or
+            False where it does not accept them (`csrc/lists.h`); see `_dispatch.fast_path`.
+    """
 
-OPS = tuple(SCHEMAS)
+    schema: str
+    fake: Callable[..., Any]
+    file: str
+    family: str
+    implementations: tuple[str, ...] = ("C++", "CUDA", "Triton")
+    checks_lists: bool = False
 
 
 def fake_philox_bits(sample_ids: Tensor, key: Tensor, role: int, words: int) -> Tensor:
@@ -88,6 +68,13 @@ def fake_constraint_multiplier(
     return multiplier, clip_scale, norm, gram.new_empty((), dtype=torch.bool)
 
 
+def fake_clip_combination(
+    gram: Tensor, coefficients: Tensor, max_norm: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    clip_scale, norm = (gram.new_empty((), dtype=torch.float32) for _ in range(2))
+    return gram.new_empty((2,), dtype=torch.float32), clip_scale, norm, gram.new_empty((), dtype=torch.bool)
+
+
 def fake_update(*_: Any) -> None:
     """In place: nothing to allocate."""
 
@@ -109,25 +96,120 @@ def fake_scatter_outer(values: Tensor, rows: Tensor, order: Tensor, starts: Tens
     return rows.new_empty((starts.shape[0] - 1, rows.shape[1]))
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "philox_bits": fake_philox_bits,
-    "philox_noise": fake_philox_noise,
-    "add_noise": fake_add_noise,
-    "denoising_loss": fake_loss,
-    "deviation_loss": fake_loss,
-    "gradient_gram": fake_gradient_gram,
-    "constraint_multiplier": fake_constraint_multiplier,
-    "constrained_adamw_": fake_update,
-    "constrained_sgd_": fake_update,
-    "topk_encode": fake_topk_encode,
-    "sparse_decode": fake_sparse_decode,
-    "gather_dot": fake_gather_dot,
-    "scatter_outer": fake_scatter_outer,
+OPS = {
+    "philox_bits": Operator(
+        schema="(Tensor sample_ids, Tensor key, int role, int words) -> Tensor",
+        fake=fake_philox_bits,
+        file="philox",
+        family="noise",
+    ),
+    "philox_noise": Operator(
+        schema=(
+            "(Tensor sample_ids, Tensor key, int role, SymInt[] shape, str distribution, ScalarType dtype) -> Tensor"
+        ),
+        fake=fake_philox_noise,
+        file="philox",
+        family="noise",
+    ),
+    "add_noise": Operator(
+        schema=(
+            "(Tensor sample, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? sample_ids, Tensor? key, int role) "
+            "-> Tensor"
+        ),
+        fake=fake_add_noise,
+        file="add_noise",
+        family="noise",
+    ),
+    "denoising_loss": Operator(
+        schema=(
+            "(Tensor prediction, Tensor sample, Tensor alpha, Tensor sigma, Tensor weight, Tensor? noise, "
+            "Tensor? sample_ids, Tensor? key, int role, str prediction_type) -> (Tensor loss, Tensor grad)"
+        ),
+        fake=fake_loss,
+        file="denoising_loss",
+        family="losses",
+    ),
+    "deviation_loss": Operator(
+        schema=(
+            "(Tensor prediction, Tensor weight, Tensor? target, Tensor? sample_ids, Tensor? key, int role, "
+            "str distribution) -> (Tensor loss, Tensor grad)"
+        ),
+        fake=fake_loss,
+        file="deviation_loss",
+        family="losses",
+    ),
+    "gradient_gram": Operator(
+        schema="(Tensor[] retain, Tensor[] forget, Tensor[] masks) -> Tensor",
+        fake=fake_gradient_gram,
+        file="gradient_gram",
+        family="constraint",
+        checks_lists=True,
+    ),
+    "constraint_multiplier": Operator(
+        schema=(
+            "(Tensor gram, str barrier, float eta, Tensor? gap, float? max_norm) "
+            "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)"
+        ),
+        fake=fake_constraint_multiplier,
+        file="constraint_multiplier",
+        family="constraint",
+    ),
+    "clip_combination": Operator(
+        schema=(
+            "(Tensor gram, Tensor coefficients, float? max_norm) "
+            "-> (Tensor multiplier, Tensor clip_scale, Tensor norm, Tensor finite)"
+        ),
+        fake=fake_clip_combination,
+        file="clip_combination",
+        family="constraint",
+    ),
+    "constrained_adamw_": Operator(
+        schema=(
+            "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, "
+            "Tensor(e!)[] exp_avg_sq_absmaxes, Tensor[] retain, Tensor[] forget, Tensor(f!)[] ema, "
+            "Tensor(g!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, Tensor lr, "
+            "Tensor(h!) step, float beta1, float beta2, float eps, float weight_decay, float ema_decay, "
+            "Tensor? rounding_key) -> ()"
+        ),
+        fake=fake_update,
+        file="constrained_adamw",
+        family="constrained_adamw",
+        checks_lists=True,
+    ),
+    "constrained_sgd_": Operator(
+        schema=(
+            "(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] retain, Tensor[] forget, Tensor(c!)[] ema, "
+            "Tensor(d!)[] copies, Tensor[] masks, Tensor multiplier, Tensor clip_scale, Tensor finite, Tensor lr, "
+            "Tensor(e!) step, float momentum, bool nesterov, float weight_decay, float ema_decay, "
+            "Tensor? rounding_key) -> ()"
+        ),
+        fake=fake_update,
+        file="constrained_sgd",
+        family="constrained_sgd",
+        checks_lists=True,
+    ),
+    "topk_encode": Operator(
+        schema="(Tensor preactivations, int k) -> (Tensor values, Tensor indices)",
+        fake=fake_topk_encode,
+        file="topk_encode",
+        family="topk",
+    ),
+    "sparse_decode": Operator(
+        schema="(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
+        fake=fake_sparse_decode,
+        file="sparse_decode",
+        family="sparse",
+    ),
+    "gather_dot": Operator(
+        schema="(Tensor rows, Tensor indices, Tensor weight) -> Tensor",
+        fake=fake_gather_dot,
+        file="gather_dot",
+        family="sparse",
+    ),
+    "scatter_outer": Operator(
+        schema="(Tensor values, Tensor rows, Tensor order, Tensor starts) -> Tensor",
+        fake=fake_scatter_outer,
+        file="scatter_outer",
+        family="sparse",
+    ),
 }
-
-
-for op, schema in SCHEMAS.items():
-    qualified = f"{NAMESPACE}::{op}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, ("CPU", "CUDA"), _dispatch.kernel(op))
-    torch.library.register_fake(qualified, FAKES[op])

@@ -1,4 +1,7 @@
-"""Bit masks: one bit per element in storage order, least significant bit first, ceil(n / 8) bytes per tensor."""
+"""Tensors as they lie in memory: dense layouts, and bit masks in storage order.
+
+A bit mask has one bit per element, least significant bit first, ceil(n / 8) bytes per tensor.
+"""
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in whatever order."""
+    """Dense layout: the elements fill one block of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -27,6 +30,14 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def has_layout_of(tensor: Tensor, like: Tensor) -> bool:
+    """Equal layouts of two tensors of one shape: elements in the same order; dimensions of one have any stride."""
+    if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
+        return True
+    strides = zip(tensor.stride(), like.stride(), tensor.shape, strict=True)
+    return all(first == second for first, second, size in strides if size != 1)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is built, and which implementation each operator would run here: `python -m erasediff_kernels.info`."""
+"""Report of what is built and which implementation each operator runs here: `python -m erasediff_kernels.info`."""
 
 import argparse
 import importlib.metadata
@@ -13,7 +13,7 @@ import torch
 from erasediff_kernels import _dispatch
 from erasediff_kernels._library import OPS
 
-DEVICE_TYPES = ("cpu", "cuda")
+DEVICE_TYPES = tuple(sorted(_dispatch.PREFERENCE))
 
 
 def collect() -> dict[str, Any]:
@@ -29,14 +29,14 @@ def collect() -> dict[str, Any]:
         "devices": [describe(index) for index in range(torch.cuda.device_count())],
         "forced_backend": _dispatch.forced(),
         "backends": {name: sorted(_dispatch.devices(name)) for name in _dispatch.MODULES},
-        "ops": {op: {device_type: runs(device_type) for device_type in DEVICE_TYPES} for op in OPS},
+        "ops": {op: {device_type: choice(op, device_type) for device_type in DEVICE_TYPES} for op in OPS},
     }
 
 
-def runs(device_type: str) -> str:
-    """The backend an operator would use, or why it would raise."""
+def choice(op: str, device_type: str) -> str:
+    """The backend that an operator would use, or the error that it would raise."""
     try:
-        return _dispatch.selected(device_type)
+        return _dispatch.backend_for(device_type, op)
     except (RuntimeError, ValueError) as error:
         return f"error: {error}"
 
@@ -77,7 +77,7 @@ def render(info: dict[str, Any]) -> str:
         rows.append((_dispatch.ENVIRONMENT_VARIABLE, f"forces {info['forced_backend']}"))
     lines = [f"{name:<20} {value}" for name, value in rows]
     lines += ["", f"{'operator':<24} {'cpu':<12} cuda"]
-    lines += [f"{op:<24} {choice['cpu']:<12} {choice['cuda']}" for op, choice in info["ops"].items()]
+    lines += [f"{op:<24} {backends['cpu']:<12} {backends['cuda']}" for op, backends in info["ops"].items()]
     return "\n".join(lines)
 
 

@@ -1,303 +1,14 @@
 """`torch.optim.Optimizer`s over the constrained update: one pass over memory per step, no wait for the device."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal, cast
+from collections.abc import Iterable
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from erasediff_kernels._buckets import Bucket, Division, shards
+from erasediff_kernels._buckets import Bucket
+from erasediff_kernels._optimizer import ConstrainedOptimizer
 from erasediff_kernels.ops.constrained_adamw import constrained_adamw_
 from erasediff_kernels.ops.constrained_sgd import constrained_sgd_
-from erasediff_kernels.ops.constraint_multiplier import Constraint
-from erasediff_kernels.reference.moment_codes import BLOCK
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(kw_only=True, slots=True)
-class Pending:
-    """What `step()` needs besides `p.grad` while a constraint is pending; `steps`: the counts before it, by group."""
-
-    forget: Mapping[Tensor, Tensor]
-    constraint: Constraint
-    steps: dict[int, Tensor]
-
-
-class ConstrainedOptimizer(torch.optim.Optimizer):
-    """What `ConstrainedAdamW` and `ConstrainedSGD` share: groups, state, learning rates and the two kinds of step."""
-
-    MOMENTS: tuple[str, ...] = ()
-
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        if defaults["master_weights"] and defaults["stochastic_rounding"]:
-            raise ValueError("master_weights and stochastic_rounding make each other needless: choose one")
-        ema_decay = defaults["ema_decay"]
-        if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"ema_decay is {ema_decay}: it must lie in [0, 1], or be None for no average")
-        if defaults["weight_decay"] < 0.0:
-            raise ValueError(f"weight_decay is {defaults['weight_decay']}: it cannot be negative")
-        if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0.0:
-            raise ValueError(f"lr is {defaults['lr']}: it cannot be negative")
-        self._scalars: dict[Any, tuple[float, Tensor]] = {}
-        self._divisions: dict[int, Division] = {}
-        self._pending: Pending | None = None
-        super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("moments", "float")
-        self._scalars, self._divisions = {}, {}
-        self._pending = None
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        device = group["params"][0].device if group["params"] else None
-        group.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
-
-    def parameters_in_order(self) -> list[Tensor]:
-        """The parameters of all groups, in order, that require a gradient: what `constrained_step` wants lists for."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    @torch.no_grad()
-    def constrained_step(self, retain: Sequence[Tensor], forget: Sequence[Tensor], constraint: Constraint) -> None:
-        """One update with delta = clip_scale (retain + multiplier forget); none where `constraint.finite` is False.
-
-        Args:
-            retain, forget: gradients, one for each of `parameters_in_order()`, any floating dtype and strides; `forget`
-                may be empty.
-            constraint: from `constraint_multiplier`.
-
-        Raises:
-            ValueError: for lists that do not match the parameters.
-        """
-        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        count = sum(map(len, groups))
-        for name, gradients in (("retain", retain), ("forget", forget)):
-            if len(gradients) != count and (gradients or name == "retain"):
-                raise ValueError(
-                    f"{name} has {len(gradients)} gradients for {count} parameters: give one for each of "
-                    "parameters_in_order()"
-                )
-        # What torch's learning rate schedulers look at before they warn of a missing step.
-        self._opt_called = True
-        first = 0
-        for group_index, params in enumerate(groups):
-            last = first + len(params)
-            self._update(group_index, params, retain[first:last], forget[first:last], constraint)
-            first = last
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A plain step from `p.grad`, by the same kernel; parameters without a gradient are skipped."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group_index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            gradients = [cast(Tensor, p.grad) for p in params]
-            if self._pending is None:
-                self._update(group_index, params, gradients, (), self._unconstrained(params[0].device))
-                continue
-            before = self._pending.steps.setdefault(id(group), group["step"].clone())
-            group["step"].copy_(before)
-            forget = [self._pending.forget[p] for p in params] if self._pending.forget else []
-            self._update(group_index, params, gradients, forget, self._pending.constraint)
-        return loss
-
-    @contextmanager
-    def pending(self, forget: Mapping[Tensor, Tensor], constraint: Constraint) -> Iterator[None]:
-        """Within the block `step()` is constrained, with `p.grad` for the retain gradient of each parameter.
-
-        For who does not call `step()` but has it called, with gradients put in place: DeepSpeed's engine, which does so
-        once for each group or part of a group. A group's count of steps advances once, however often that is.
-
-        Args:
-            forget: the forget gradient of each parameter that will have a `p.grad`; or empty.
-            constraint: from `constraint_multiplier`.
-        """
-        self._pending = Pending(forget=forget, constraint=constraint, steps={})
-        try:
-            yield
-        finally:
-            self._pending = None
-
-    @torch.no_grad()
-    def initialize_state(self) -> None:
-        """Make the state that the first step would make, so that it can be loaded into."""
-        for group in self.param_groups:
-            self._states([p for p in group["params"] if p.requires_grad], group)
-
-    def ema_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(parameter, its running average) for each parameter that has one; they begin at the first step."""
-        for p in chain.from_iterable(group["params"] for group in self.param_groups):
-            if "ema" in self.state[p]:
-                yield p, self.state[p]["ema"]
-
-    def set_mask(self, param: Tensor, packed: Tensor | None) -> None:
-        """Freeze the elements of `param` whose bit in `packed` (`pack_mask`) is 0; None lifts the mask."""
-        if packed is None:
-            self.state[param].pop("mask", None)
-        else:
-            self.state[param]["mask"] = packed.to(param.device)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but each state tensor keeps its dtype: fp32 moments and masters of half parameters, bit masks."""
-        super().load_state_dict(state_dict)
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for param_id, p in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(param_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
-        for group in self.param_groups:
-            if group["params"]:
-                group["step"] = group["step"].to(group["params"][0].device)
-
-    def _states(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[dict[str, Tensor]]:
-        """The state of each parameter, made where it is not there yet; a mask may be there first."""
-        # In a fixed order, so that equal states are equal files.
-        needed = [*self._moments(group), *(["ema"] if group["ema_decay"] is not None else [])]
-        needed_by_halves = [*needed, *(["master"] if group["master_weights"] else [])]
-        states = []
-        for p in params:
-            state = cast(dict[str, Tensor], self.state[p])
-            is_half = p.dtype in HALF_DTYPES
-            for name in needed_by_halves if is_half else needed:
-                if name in state:
-                    continue
-                # Half-precision moments lose small updates; fp32 ones cost less than they save.
-                dtype = torch.float32 if is_half else p.dtype
-                from_param = name in ("ema", "master")
-                state[name] = p.detach().to(dtype, copy=True) if from_param else torch.zeros_like(p, dtype=dtype)
-            states.append(state)
-        if group["moments"] == "8-bit":
-            for p, state in zip(params, states, strict=True):
-                add_coded_moments(p, state)
-        return states
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of moments that are stored as floats."""
-        return self.MOMENTS if group["moments"] == "float" else ()
-
-    def _update(
-        self,
-        group_index: int,
-        params: Sequence[Tensor],
-        retain: Sequence[Tensor],
-        forget: Sequence[Tensor],
-        constraint: Constraint,
-    ) -> None:
-        group = self.param_groups[group_index]
-        buckets = self._buckets(group_index, params, group)
-        step: Tensor = group["step"]
-        for bucket_index, bucket in enumerate(buckets):
-            device, params_here = bucket.device, shards(bucket.params)
-            rounding_key = None
-            if group["stochastic_rounding"] and bucket.dtype in HALF_DTYPES:
-                rounding_key = self._rounding_key(group, (group_index, bucket_index), device)
-            # The operator advances the step that it is given, and the step of a group advances once.
-            is_last = bucket_index == len(buckets) - 1
-            counted = step if is_last and step.device == device else step.to(device, copy=True)
-            self._run(
-                group,
-                bucket,
-                bucket.state("master") if bucket.has_master else params_here,
-                bucket.chosen(retain),
-                bucket.chosen(forget),
-                multiplier=constraint.multiplier.to(device),
-                clip_scale=constraint.clip_scale.to(device),
-                finite=constraint.finite.to(device),
-                lr=self._scalar((group_index, "lr", device), group["lr"], device),
-                step=counted,
-                weight_decay=group["weight_decay"],
-                ema=bucket.state("ema") if group["ema_decay"] is not None else (),
-                ema_decay=group["ema_decay"] or 0.0,
-                copies=params_here if bucket.has_master else (),
-                masks=bucket.state("mask") if bucket.has_mask else (),
-                rounding_key=rounding_key,
-            )
-            if is_last and counted is not step:
-                # Where DeepSpeed offloads, partitions are on the host and the count is where the parameters were.
-                step.copy_(counted)
-
-    def _buckets(self, group_index: int, params: Sequence[Tensor], group: dict[str, Any]) -> list[Bucket]:
-        """Those of a group, from the step before where nothing changed; a list of thousands is then not looked into."""
-        kept = self._divisions.get(group_index)
-        if (
-            kept is not None
-            and kept.holds(params, self.state.values())
-            and self._facts(params, kept.states, group) == kept.facts
-        ):
-            return kept.buckets
-        states = self._states(params, group)
-        places: dict[Any, list[int]] = defaultdict(list)
-        for place, (p, state) in enumerate(zip(params, states, strict=True)):
-            places[p.dtype, p.device, "master" in state, "mask" in state].append(place)
-        buckets = [
-            Bucket(
-                dtype=dtype,
-                device=device,
-                has_master=has_master,
-                has_mask=has_mask,
-                places=chosen if len(places) > 1 else None,
-                params=[params[place] for place in chosen],
-                states=[states[place] for place in chosen],
-            )
-            for (dtype, device, has_master, has_mask), chosen in places.items()
-        ]
-        self._divisions[group_index] = Division(
-            params=list(params),
-            states=states,
-            all_states=list(self.state.values()),
-            facts=self._facts(params, states, group),
-            buckets=buckets,
-        )
-        return buckets
-
-    @staticmethod
-    def _facts(params: Sequence[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> tuple[Any, ...]:
-        """What a division follows from besides which parameters and states there are."""
-        settings = (group["moments"], group["ema_decay"] is not None, group["master_weights"])
-        device = params[0].device if params else None
-        return settings, device, [p.dtype for p in params], ["mask" in state for state in states]
-
-    def _run(self, group: dict[str, Any], bucket: Bucket, *lists: list[Tensor], **common: Any) -> None:
-        """Call the operator; `lists` are what it updates, and the retain and forget gradients."""
-        raise NotImplementedError
-
-    def _scalar(self, name: Any, value: float | Tensor, device: torch.device) -> Tensor:
-        """`value` as a 0-D tensor on the device, copied there only when it changes."""
-        if isinstance(value, Tensor):
-            return value.to(device)
-        cached = self._scalars.get(name)
-        if cached is None:
-            tensor = torch.full((), value, dtype=torch.float64, device=device)
-        elif cached[0] != value:
-            tensor = cached[1].fill_(value)
-        else:
-            return cached[1]
-        self._scalars[name] = (value, tensor)
-        return tensor
-
-    def _unconstrained(self, device: torch.device) -> Constraint:
-        one, zero = self._scalar((1.0, device), 1.0, device), self._scalar((0.0, device), 0.0, device)
-        return Constraint(zero, one, zero, one.bool())
-
-    def _rounding_key(self, group: dict[str, Any], place: tuple[int, int], device: torch.device) -> Tensor:
-        """int64 (seed, step); the upper half of the seed keeps groups and buckets from sharing random bits."""
-        upper = (place[0] << 8 | place[1]) & 0x7FFFFFFF
-        seed = torch.full((), upper << 32 | group["seed"] & 0xFFFFFFFF, dtype=torch.int64, device=device)
-        return torch.stack((seed, group["step"].to(device=device, dtype=torch.int64)))
 
 
 class ConstrainedAdamW(ConstrainedOptimizer):
@@ -314,10 +25,13 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         master_weights: keep fp32 masters of bfloat16 and float16 parameters, which become rounded copies of them.
         stochastic_rounding: round bfloat16 and float16 parameters up or down by chance, so that small updates are not
             lost; no masters needed.
-        seed: of the stochastic rounding.
+        seed: of the stochastic rounding, 64 bits.
         moments: "float" (fp32, fp64 for fp64 parameters) or "8-bit": 2 bytes per parameter rather than 8, in blocks of
-            256 elements (2110.02861; kernels/README.md). What else is called AdamW8bit. A group may have its own. Not
-            for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.
+            256 elements (arXiv 2110.02861; kernels/README.md), elsewhere called AdamW8bit. A group may have its own.
+            Not for fp64 parameters, nor for distributed tensors, whose shards do not end where blocks do.
+
+    Raises:
+        ValueError: for hyperparameters out of range, or masters with stochastic rounding.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -337,11 +51,11 @@ class ConstrainedAdamW(ConstrainedOptimizer):
         moments: Literal["float", "8-bit"] = "float",
     ) -> None:
         if moments not in ("float", "8-bit"):
-            raise ValueError(f"moments is {moments!r}: choose 'float' or '8-bit'")
+            raise ValueError(f"moments is {moments!r}; choose 'float' or '8-bit'")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas are {betas}: both must lie in [0, 1)")
+            raise ValueError(f"betas are {betas}; both must lie in [0, 1)")
         if eps < 0.0:
-            raise ValueError(f"eps is {eps}: it cannot be negative")
+            raise ValueError(f"eps is {eps}; it cannot be negative")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -382,7 +96,11 @@ class ConstrainedSGD(ConstrainedOptimizer):
         momentum: of the buffer b = momentum b + delta; no buffer is kept without.
         nesterov: step along delta + momentum b.
         weight_decay: decoupled, p *= 1 - lr weight_decay, unlike `torch.optim.SGD`.
-        (the others): as there.
+        ema_decay, master_weights, stochastic_rounding, seed: as there.
+
+    Raises:
+        ValueError: for a negative rate, decay or momentum, nesterov without momentum, or masters with stochastic
+            rounding.
     """
 
     def __init__(
@@ -399,7 +117,7 @@ class ConstrainedSGD(ConstrainedOptimizer):
         seed: int = 0,
     ) -> None:
         if momentum < 0.0:
-            raise ValueError(f"momentum is {momentum}: it cannot be negative")
+            raise ValueError(f"momentum is {momentum}; it cannot be negative")
         if nesterov and momentum == 0.0:
             raise ValueError("nesterov=True needs momentum > 0")
         defaults = {
@@ -429,17 +147,3 @@ class ConstrainedSGD(ConstrainedOptimizer):
             nesterov=group["nesterov"],
             **common,
         )
-
-
-def add_coded_moments(p: Tensor, state: dict[str, Tensor]) -> None:
-    """Make the 8-bit moments of a parameter that are not there yet."""
-    if "exp_avg" in state:
-        return
-    if hasattr(p, "to_local"):
-        raise ValueError(
-            "8-bit moments cannot belong to distributed tensors: their blocks would end at other places on another "
-            "number of ranks; use moments='float'"
-        )
-    for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-        state[name] = torch.zeros_like(p, dtype=dtype)
-        state[f"{name}_absmax"] = torch.zeros((p.numel() + BLOCK - 1) // BLOCK, device=p.device)

@@ -1,4 +1,8 @@
-"""The command line in processes of its own, as the tests of this folder run it."""
+"""The command line in processes of its own, as the tests of this folder run it.
+
+On the CPU the first of them is forked from one that has imported its libraries, unless a test asks for a new
+interpreter; the ranks that it launches always are new ones.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from placing import environment
+from harness import preloaded_context
+from placing import environment, on_gpus
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,16 +31,66 @@ run: {checkpoint_every: 4, keep_checkpoints: 9, log_every: 1}
 """
 
 
+CLI = ("-m", "erasediff.cli")
+
+
+class Forked:
+    """``erasediff`` in a process that ``harness`` forks, with what the tests use of ``subprocess.Popen``."""
+
+    def __init__(self, arguments: list[str], variables: dict[str, str], widest: int) -> None:
+        self.args = arguments
+        self._said = [Path(tempfile.mkdtemp(), name) for name in ("output", "errors")]
+        command = (arguments, variables, os.getcwd(), *map(str, self._said))
+        self._process = preloaded_context(environment(widest)).Process(target=_command, args=command, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        output, errors = (path.read_text() for path in self._said)
+        return output, errors
+
+
+def _command(arguments: list[str], variables: dict[str, str], folder: str, output: str, errors: str) -> None:
+    for descriptor, path in ((1, output), (2, errors)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv = ["erasediff", *arguments]
+    from erasediff.cli import main
+
+    main()
+
+
 def start(
-    *arguments: object, launcher: tuple[str, ...] = ("-m", "erasediff.cli"), widest: int = WIDEST
-) -> subprocess.Popen[str]:
+    *arguments: object, launcher: tuple[str, ...] = CLI, widest: int = WIDEST, new_interpreter: bool = False
+) -> subprocess.Popen[str] | Forked:
     """``erasediff`` with ``arguments``, by itself or as ``launcher`` starts it, placed as ``widest`` processes are."""
-    command = [sys.executable, *launcher, *map(str, arguments)]
+    asked = list(map(str, arguments))
     variables = {**os.environ, **environment(widest), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if launcher == CLI and not new_interpreter and not on_gpus(widest):
+        return Forked(asked, variables, widest)
+    command = [sys.executable, *launcher, *asked]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str] | Forked, code: int = 0) -> tuple[str, str]:
     """(output, errors) of a command that ends with ``code``."""
     output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == code, f"ended with {process.returncode}:\n{errors[-4000:]}"
@@ -45,7 +101,7 @@ def run(*arguments: object, code: int = 0, **options: Any) -> tuple[str, str]:
     return finish(start(*arguments, **options), code)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: subprocess.Popen[str] | Forked) -> list[int]:
     """The processes that ``--launch`` has started, by rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return sorted(map(int, children))

@@ -1,8 +1,11 @@
 """Groups of processes that are started once for each world size and then take one job after another.
 
-Importing DeepSpeed takes seconds, and joining a process group too: a group is kept for all tests. A rank that raises or
-dies fails the job with its own traceback, and ends its group; so does a job that takes too long. Where they compute:
-see ``placing``.
+Joining a process group takes a second: a group is kept for all tests. A rank that raises or dies fails the job with its
+own traceback, and ends its group; so does a job that takes too long. Where they compute: see ``placing``.
+
+Importing torch, diffusers and DeepSpeed takes many seconds of a core for every process. Ranks on the CPU are forked
+from one that has done so and nothing else: no thread, no process group, no device. CUDA does not survive a fork, and
+what ranks on GPUs find in their environment must be there before torch is imported: they start by themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +29,9 @@ from unittest import mock
 from placing import GPUS, environment, on_gpus
 
 SECONDS = 120
+FOLDER = Path(__file__).parent
+PRELOADED = [file.stem for file in sorted(FOLDER.glob("*_cases.py"))]
+"""Modules of this folder that import what ranks need."""
 
 
 class RankFailed(AssertionError):
@@ -40,7 +48,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = preloaded_context(variables) if self.kind == "CPU" else multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -95,6 +103,17 @@ class Group:
             pipe.close()
 
 
+def preloaded_context(variables: dict[str, str]) -> ForkServerContext:
+    """Processes that are forked from one which has imported ``PRELOADED``, with ``variables`` in its environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with mock.patch.dict(os.environ, variables | own):
+        forkserver.ensure_running()
+    return context
+
+
 def load(file: Path) -> ModuleType:
     """The module in ``file``, with ``file``'s folder to import from."""
     name = f"distributed_tests_{file.stem}"
@@ -130,6 +149,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Some tests are about bits. What cannot be the same in each run says so, by its name.
         torch.use_deterministic_algorithms(True, warn_only=True)
+    else:
+        assert sys.modules.keys() >= set(PRELOADED), "what this rank is forked from could not import its modules"
     assert torch.cuda.is_available() == ("cuda" in backend), "this rank sees GPUs where it is to see none, or none"
     dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS))
     while True:

@@ -14,15 +14,17 @@ from placing import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# DeepSpeed would compile its shared memory for ranks on a CPU, which takes longer than all examples.
+SCRIPT = str(Path(__file__).with_name("without_shared_memory.py"))
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"),
     *("--main_process_port", "0", "--deepspeed_config_file", str(EXAMPLES / "zero2.json")),
-    str(Path(__file__).with_name("without_shared_memory.py")),
+    SCRIPT,
 ]
 COMMANDS = {
     "plain_pytorch.py": (1, [sys.executable]),
     "accelerate_deepspeed.py": (2, ACCELERATE),
-    "deepspeed_engine.py": (2, TORCHRUN),
+    "deepspeed_engine.py": (2, [*TORCHRUN, SCRIPT]),
     "fsdp2.py": (2, TORCHRUN),
     "diffusers_text_to_image.py": (1, [sys.executable]),
 }

@@ -1,6 +1,6 @@
 """The same global batches on one, two and three processes, wherever gradients and weights are: the same unlearning.
 
-On the denoiser of the nano Stable Diffusion pipeline, 20 steps.
+On the denoiser of the nano Stable Diffusion pipeline, six steps: an inner solve begins anew with the fourth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from placing import on_gpus
 from torch import Tensor
 
 CASES = Path(__file__).with_name("cases.py")
-STEPS = 20
+STEPS = 6
 TOLERANCE = 1e-6
 """Of losses, norms and weights, as |difference| / |value|: the order in which ranks are summed differs.
 
@@ -135,7 +135,7 @@ def test_element_for_element_without_adams_division(run_on, on_one_process):
 def test_layouts_that_sum_in_the_same_order_agree_bit_for_bit(run_on):
     options = {"barrier": "gap"}
     expected, *others = (
-        run_on(2, CASES, "train", STEPS, {"layout": layout, **options})[0]["weights"]
+        run_on(2, CASES, "train", 4, {"layout": layout, **options})[0]["weights"]
         for layout in ("ddp", "zero-0", "zero-1", "zero-2")
     )
     for actual in others:

@@ -57,7 +57,8 @@ def assert_same_curve(out: Path, home: Path) -> None:
 
 @pytest.mark.parametrize("resumptions", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path: Path, resumptions: int) -> None:
-    output, errors = run(*unlearn(home), "--out", tmp_path / "run", "--launch", "zero", "--stage", 2, "--processes", 2)
+    launch = ("--launch", "zero", "--stage", 2, "--processes", 2)
+    output, errors = run(*unlearn(home), "--out", tmp_path / "run", *launch, new_interpreter=True)
     assert json.loads(output)["steps_taken"] == 12
     assert [line.count("12/12") for line in errors.strip().splitlines()] == [1]
     assert_same_curve(tmp_path / "run", home)
@@ -161,7 +162,7 @@ def test_a_crash_is_told_by_the_rank_that_crashed(home: Path, tmp_path: Path) ->
     script = tmp_path / "crashing.py"
     script.write_text(
         "import os\n"
-        "from erasediff.solver import EraseDiff\n"
+        "from erasediff.methods import EraseDiff\n"
         "step = EraseDiff.step\n"
         "def crash(self, retain, forget):\n"
         "    if os.environ['RANK'] == '1' and self.iteration == 5:\n"

@@ -224,6 +224,7 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         (("train", "--out", "out", "--exclude", "12"), "no class 12"),
         (("train", "--out", "out", "--exclude", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
         (("train", "--out", "out", "--device", "abacus"), 'no device "abacus"'),
+        (("train", "--out", "out", "--device", "meta"), "no operator has kernels for meta devices; use cpu or cuda"),
         (("train",), "--out"),
         (("train", "--out", "base"), "is not empty"),
         (("train", "--out", "tiny.yaml/deeper", "--config", "tiny.yaml"), "Cannot write"),
@@ -236,7 +237,7 @@ IN_TWO = ("--forget", "3", "--launch", "ddp", "--processes", "2")
         (UNLEARN, "Nothing to forget"),
         ((*UNLEARN, "--forget", "3", "--retain", "2,3"), "The forget set and the retain set share"),
         ((*UNLEARN, "--forget", "0,1,2,3,4,5,6,7,8,9"), "Nothing is left to retain"),
-        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'finetune' or 'neggrad'"),
+        ((*UNLEARN, "--forget", "3", "--method", "magic"), "'salun' or 'selective-amnesia'"),
         # Before any of the processes is started.
         ((*UNLEARN, *IN_TWO, "--batch-size", "5"), "unlearn.batch_size is 5, which 2 processes cannot share"),
         ((*UNLEARN, *IN_TWO, "--offload", "optimizer"), "--launch ddp cannot offload its optimizer"),
@@ -335,15 +336,59 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
     assert (here / "own/metrics.jsonl").read_bytes() == (here / "base/metrics.jsonl").read_bytes()
 
 
-def test_help_waits_for_no_heavy_import() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--method", "esd", "--eta", 2), "does not read unlearn.eta: set esd.eta."),
+        (
+            ("--method", "esd", "--barrier", "gap"),
+            "does not read unlearn.barrier: it reads unlearn.{accumulation_steps,",
+        ),
+        (("--method", "finetune", "--target", "uniform"), "does not read unlearn.target"),
+        (("--method", "salun", "--set", "unlearn.inner_steps=2"), "does not read unlearn.inner_steps"),
+        (("--set", "saemnesia.k=8"), "The method erasediff does not read saemnesia.k, a setting of saemnesia"),
+    ],
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(
+    run: Run, here: Path, flags: tuple[object, ...], sentence: str
+) -> None:
+    ended = run("unlearn", "--model", "base/model", "--forget", 3, "--out", "out", "--config", "tiny.yaml", *flags)
+    assert ended.code == 2
+    assert sentence in " ".join(ended.errors.split())
+    assert not (here / "out").exists()
+
+
+def test_a_runs_own_configuration_is_not_a_persons_choice(run: Run, here: Path) -> None:
+    """It lists every setting, with the defaults of the kind of model and of the method that it had."""
+    first = ("unlearn", "--model", "base/model", "--forget", 3, "--config", "tiny.yaml", "--method", "finetune")
+    assert run(*first, "--out", "out").code == 0
+    assert "eta: 0.5" in (here / "out/config.yaml").read_text()
+    assert run("unlearn", "--resume", "out/checkpoint-2").code == 0
+    again = ("unlearn", "--config", "out/config.yaml", "--method", "neggrad", "--out", "again")
+    refused = run(*again, "--eta", 2)
+    assert refused.code == 2
+    assert "The method neggrad does not read unlearn.eta" in " ".join(refused.errors.split())
+    assert run(*again).code == 0
+
+
+def test_a_precision_of_weights_is_for_text_to_image_models(run: Run, here: Path) -> None:
+    for command in (("train",), ("unlearn", "--model", "base/model", "--forget", 3)):
+        ended = run(*command, "--out", "out", "--config", "tiny.yaml", "--set", "precision=bf16-true")
+        assert ended.code == 2
+        assert "set precision to bf16-mixed or fp32" in " ".join(ended.errors.split())
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["unlearn", "--help"], ["info", "--methods"]])
+def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
+    code = f"""
 import sys
 for name in ("torch", "diffusers", "sklearn", "matplotlib"):
     sys.modules[name] = None
-sys.argv = ["erasediff", "--help"]
+sys.argv = ["erasediff", *{arguments}]
 from erasediff.cli import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "unlearn" in done.stdout
+    assert "selective-amnesia" in done.stdout or "unlearn" in done.stdout

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from erasediff.config import Config, for_text_to_image, load_config
 from erasediff.models.trainable import select
 from erasediff.workflows.unlearn_latent import text_to_image_job
 
-FAMILIES = list(NANO)
+FAMILIES = FAMILY_EXAMPLES
 NANO = """
 threads: 1
 images: {height: 32, width: 32, bucket_step: 16, images_per_prompt: 2}

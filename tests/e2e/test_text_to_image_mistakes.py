@@ -138,7 +138,7 @@ CATS = ("--data", "photos", "--forget-class", "cat")
             "no kohya keys here",
         ),
         (("unlearn", "--model", "digits", "--out", "out", "--forget", "3", "--data", "photos"), "images.data"),
-        (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "omit the prompts"),
+        (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "omit --prompts"),
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--classes", "3", "--out", "out"), "--prompts"),

@@ -61,6 +61,17 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(lambda x, a, s: add_noise(x, a, s, sample_ids=ids, key=key), leaves[:3])
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, requires_grad: bool) -> None:
+    ids, key = torch.tensor([3, 4], device=device), torch.tensor([1, 2], device=device)
+    alpha, sigma = torch.rand(2, 2, device=device)
+    sample, strided = torch.randn(2, 3, 5, device=device), torch.randn(2, 5, 3, device=device).transpose(1, 2)
+    for x, address in ((sample.clone(), (sample, None, None, 0)), (strided.clone(), (None, ids, key, 1))):
+        torch.library.opcheck(
+            torch.ops.erasediff.add_noise.default, (x.requires_grad_(requires_grad), alpha, sigma, *address)
+        )
+
+
 def test_bad_arguments() -> None:
     sample, alpha, sigma, ids, key = inputs((2, 5), torch.float32, "cpu")
     with pytest.raises(ValueError, match="neither"):

@@ -1,4 +1,4 @@
-"""What the compiled backend alone promises: bits that no thread or instruction set changes, no memory, clear errors."""
+"""Properties of the compiled backend: bits that no thread or instruction set changes, no memory, clear errors."""
 
 import importlib.util
 import os
@@ -148,3 +148,20 @@ def test_broken_extension_is_an_error_and_a_missing_one_is_not(tmp_path: Path) -
     assert broken.returncode != 0
     assert "is there but cannot be loaded" in broken.stderr
     assert "pip install --no-build-isolation" in broken.stderr
+
+
+def test_extension_built_from_other_sources_is_an_error() -> None:
+    """As after an update of the Python files alone: an operator of the table that the library does not have."""
+    code = """
+import erasediff_kernels
+from erasediff_kernels._library import OPS
+OPS["cube"] = OPS["add_noise"]
+for _ in range(2):
+    try:
+        import erasediff_kernels._compiled
+    except ImportError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("was built from other sources: it has no cube for cpu; build it again") == 2

@@ -12,7 +12,7 @@ SHAPES = [(0,), (), (1,), (3,), (5, 7), (8, 8), (3, 4, 3, 3), (1000,), (2, 4099)
 HYPER = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
 
 
-def scalar(value: float, device: str) -> Tensor:
+def scalar(value: float | bool, device: str) -> Tensor:
     return torch.tensor(value, device=device)
 
 
@@ -301,6 +301,34 @@ def test_versions_are_bumped(device: str) -> None:
     before = problem.params[0]._version
     problem.run()
     assert problem.params[0]._version > before
+
+
+def test_opcheck(device: str) -> None:
+    shapes = [(3,), (4, 5)]
+
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.rand(shape, device=device).to(dtype) for shape in shapes]
+
+    def codes(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randint(1, 100, shape, device=device).to(dtype) for shape in shapes]
+
+    empty: tuple[list[Tensor], ...] = ([], [], [], [])
+    absmaxes = [torch.rand(1, device=device) for _ in range(4)]
+    masks = [torch.tensor([5], dtype=torch.uint8, device=device), torch.ones(3, dtype=torch.uint8, device=device)]
+    key = torch.tensor([1, 2], device=device)
+    scalars = (*(scalar(value, device) for value in (0.5, 0.9, True, 0.1, 3.0)), 0.9, 0.99, 1e-8, 0.1)
+    for arguments in (
+        (tensors(), tensors(), tensors(), [], [], tensors(), *empty, *scalars, 0.0, None),
+        (
+            *(tensors(torch.bfloat16), tensors(), tensors(), [], [], tensors(), tensors(), tensors()),
+            *(tensors(torch.float16), masks, *scalars, 0.9, key),
+        ),
+        (
+            *(tensors(), codes(torch.int8), codes(torch.uint8), absmaxes[:2], absmaxes[2:], tensors(), *empty),
+            *(*scalars, 0.0, None),
+        ),
+    ):
+        torch.library.opcheck(torch.ops.erasediff.constrained_adamw_.default, arguments)
 
 
 def test_bad_arguments() -> None:

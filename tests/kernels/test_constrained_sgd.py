@@ -126,6 +126,23 @@ def test_stochastic_rounding(device: str) -> None:
     assert abs((params[0].double() - want).mean()) < 2.5 * ulp / n**0.5
 
 
+def test_opcheck(device: str) -> None:
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.rand(shape, device=device).to(dtype) for shape in ((3,), (4, 5))]
+
+    masks = [torch.tensor([5], dtype=torch.uint8, device=device), torch.ones(3, dtype=torch.uint8, device=device)]
+    key = torch.tensor([1, 2], device=device)
+    scalars = tuple(torch.tensor(value, device=device) for value in (0.5, 0.9, True, 0.1, 3.0))
+    for arguments in (
+        (tensors(), [], tensors(), tensors(), [], [], [], *scalars, 0.0, False, 0.1, 0.0, None),
+        (
+            *(tensors(torch.bfloat16), tensors(), tensors(), tensors(), tensors(), tensors(torch.float16), masks),
+            *(*scalars, 0.9, True, 0.1, 0.9, key),
+        ),
+    ):
+        torch.library.opcheck(torch.ops.erasediff.constrained_sgd_.default, arguments)
+
+
 def test_bad_arguments() -> None:
     params = randoms("cpu")
     with pytest.raises(ValueError, match="momentum_buffers"):

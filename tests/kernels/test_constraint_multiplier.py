@@ -72,7 +72,7 @@ vectors = st.lists(
 
 
 def is_beyond_fp32(r: Tensor, g: Tensor) -> bool:
-    """Whether g is so small that no fp32 lambda can turn r against it."""
+    """g is so small that no fp32 lambda can turn r against it."""
     squared = float(g.double().dot(g.double()))
     return squared > 0 and -float(r.double().dot(g.double())) / squared > torch.finfo(torch.float32).max
 
@@ -112,6 +112,12 @@ def test_clip_equals_clip_grad_norm(pairs: list[tuple[float, float]], eta: float
     scale = float(r.norm() + result.multiplier * g.norm())
     torch.testing.assert_close(result.norm, norm, rtol=1e-5, atol=1e-6 * scale + 1e-18)
     torch.testing.assert_close(delta, p.grad, rtol=1e-4, atol=1e-6 * (1.0 + scale))
+
+
+def test_opcheck(device: str) -> None:
+    gram = as_gram((1.0, 0.5, 2.0), device)
+    for arguments in (("norm", 0.1, None, None), ("gap", 0.1, torch.tensor(1.5, device=device), 2.0)):
+        torch.library.opcheck(torch.ops.erasediff.constraint_multiplier.default, (gram, *arguments))
 
 
 def test_bad_arguments() -> None:

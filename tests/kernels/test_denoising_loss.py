@@ -145,6 +145,19 @@ def test_more_than_int32_elements() -> None:
     assert grad.shape == prediction.shape
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, requires_grad: bool) -> None:
+    ids, key = torch.tensor([3, 4], device=device), torch.tensor([1, 2], device=device)
+    vectors = torch.rand(3, 2, device=device).unbind()
+    sample, strided = torch.randn(2, 3, 5, device=device), torch.randn(2, 5, 3, device=device).transpose(1, 2)
+    for x, other, target in (
+        (sample.clone(), strided, (sample, None, None, 0, "v_prediction")),
+        (strided.clone(), sample, (None, ids, key, 1, "epsilon")),
+    ):
+        arguments = (x.requires_grad_(requires_grad), other, *vectors, *target)
+        torch.library.opcheck(torch.ops.erasediff.denoising_loss.default, arguments)
+
+
 def test_bad_arguments() -> None:
     x = inputs((2, 5), torch.float32, "cpu")
     good = [x["prediction"], x["sample"], x["alpha"], x["sigma"]]

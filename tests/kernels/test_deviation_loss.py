@@ -76,6 +76,16 @@ def test_more_than_int32_elements() -> None:
     assert grad.shape == prediction.shape
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, requires_grad: bool) -> None:
+    ids, key = torch.tensor([3, 4], device=device), torch.tensor([1, 2], device=device)
+    weight = torch.rand(2, device=device)
+    sample, strided = torch.randn(2, 3, 5, device=device), torch.randn(2, 5, 3, device=device).transpose(1, 2)
+    for x, target in ((sample, (strided, None, None, 0)), (strided.clone(), (None, ids, key, 1))):
+        arguments = (x.requires_grad_(requires_grad), weight, *target, "uniform")
+        torch.library.opcheck(torch.ops.erasediff.deviation_loss.default, arguments)
+
+
 def test_bad_arguments() -> None:
     prediction, _, ids, key = inputs((2, 5), torch.float32, "cpu")
     with pytest.raises(ValueError, match="distribution"):

@@ -111,6 +111,14 @@ def test_more_than_int32_elements() -> None:
     assert gradient_gram([torch.empty(2**31 + 1, device="meta")], []).shape == (3,)
 
 
+def test_opcheck(device: str) -> None:
+    shapes: list[tuple[int, ...]] = [(3,), (4, 5)]
+    r, g = gradients(shapes, torch.float32, device), gradients(shapes, torch.float32, device)
+    masks = [torch.tensor([5], dtype=torch.uint8, device=device), torch.ones(3, dtype=torch.uint8, device=device)]
+    for arguments in ((r, g, []), (gradients(shapes, torch.bfloat16, device), [], masks)):
+        torch.library.opcheck(torch.ops.erasediff.gradient_gram.default, arguments)
+
+
 def test_bad_arguments() -> None:
     r = [torch.ones(3), torch.ones(4)]
     with pytest.raises(ValueError, match="empty"):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from erasediff_kernels import _dispatch, info, use_backend
+from erasediff_kernels import _dispatch, backend_for, info, use_backend
 from erasediff_kernels._library import OPS
 
 
@@ -11,7 +11,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert set(report["ops"]) == set(OPS)
     assert report["backends"]["reference"] == ["cpu", "cuda"]
-    assert all(choice["cpu"] == _dispatch.selected("cpu") for choice in report["ops"].values())
+    assert all(choice["cpu"] == backend_for("cpu", op) for op, choice in report["ops"].items())
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,5 +23,5 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_forced", "fastest")
-    assert "fastest" in info.runs("cpu")
+    monkeypatch.setattr(_dispatch, "FROM_ENVIRONMENT", "fastest")
+    assert "fastest" in info.choice("add_noise", "cpu")

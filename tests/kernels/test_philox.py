@@ -187,6 +187,13 @@ def test_neighbours_are_uncorrelated() -> None:
         assert abs((noise * other).mean()) < bound
 
 
+def test_opcheck(device: str) -> None:
+    ids, key = torch.tensor([3, 4], device=device), torch.tensor([1, 2], device=device)
+    torch.library.opcheck(torch.ops.erasediff.philox_bits.default, (ids, key, 1, 7))
+    for arguments in ([3, 5], "normal", torch.float32), ([3], "uniform", torch.bfloat16):
+        torch.library.opcheck(torch.ops.erasediff.philox_noise.default, (ids, key, 1, *arguments))
+
+
 def test_bad_arguments() -> None:
     ids, key = address("cpu")
     with pytest.raises(ValueError, match="sample_ids"):

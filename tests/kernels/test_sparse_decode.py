@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from erasediff_kernels import gather_dot, scatter_outer, sparse_decode
+from erasediff_kernels.ops.scatter_outer import group_by_latent
 
 HALVES = [torch.bfloat16, torch.float16]
 # (N, k, n, d): d not a multiple of a vector, larger than a tile, and one latent for all.
@@ -124,6 +125,17 @@ def test_compiled_by_torch(device: str) -> None:
         torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, requires_grad: bool) -> None:
+    values, indices, weight, rows = code((2, 3, 7, 5), torch.float32, device)
+    torch.library.opcheck(torch.ops.erasediff.gather_dot.default, (rows, indices, weight))
+    grouped = group_by_latent(indices, 7)
+    torch.library.opcheck(torch.ops.erasediff.scatter_outer.default, (values, rows, *grouped))
+    leaves = (values.requires_grad_(requires_grad), indices, weight.requires_grad_(requires_grad))
+    for bias in (None, torch.randn(5, device=device, requires_grad=requires_grad)):
+        torch.library.opcheck(torch.ops.erasediff.sparse_decode.default, (*leaves, bias))
 
 
 def test_index_out_of_range_is_an_error_on_the_cpu() -> None:

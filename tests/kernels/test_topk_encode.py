@@ -99,6 +99,12 @@ def test_compiled_by_torch(device: str) -> None:
     assert torch.equal(compiled, eager)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device: str, requires_grad: bool) -> None:
+    preactivations = torch.randn(2, 15, device=device, requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.erasediff.topk_encode.default, (preactivations, 4))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="flatten"):
         topk_encode(torch.zeros(2, 3, 4), 1)

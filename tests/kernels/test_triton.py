@@ -1,9 +1,4 @@
-"""Triton kernels: in the interpreter on the CPU, and the cache of pointer tables."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The pointer tables of Triton kernels over lists, and their cache."""
 
 import pytest
 import torch
@@ -11,40 +6,6 @@ import torch
 pytest.importorskip("triton")
 
 from erasediff_kernels._triton import lists
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPERATOR_TESTS = [
-    "test_philox.py",
-    "test_add_noise.py",
-    "test_denoising_loss.py",
-    "test_deviation_loss.py",
-    "test_gradient_gram.py",
-    "test_constraint_multiplier.py",
-    "test_constrained_adamw.py",
-    "test_constrained_sgd.py",
-    "test_moment_codes.py",
-    "test_topk_encode.py",
-    "test_sparse_decode.py",
-]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
-def test_in_the_interpreter() -> None:
-    """The interpreter has to be asked for before Triton is imported, hence a process of its own.
-
-    It takes a minute for the losses in float16, which differ from those in bfloat16 by a cast.
-    """
-    chosen = "cpu-triton and not gradcheck and not (loss and torch.float16)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
-    here = Path(__file__).parent
-    result = subprocess.run(
-        [*command, "--import-mode=importlib", *(str(here / file) for file in OPERATOR_TESTS)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def columns(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: a thin layer over ``erasediff.stages``.
+"""The command line: thin commands over ``erasediff.workflows``.
 
 Nothing here imports torch before a command needs it, so ``--help`` and a mistake in the flags answer at once.
 """

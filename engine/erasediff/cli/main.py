@@ -1,4 +1,4 @@
-"""Where the program begins, and where every way it can end becomes an exit code."""
+"""Entry point of the command line: commands, and the exit code of every way that one can end."""
 
 import logging
 import shlex
@@ -19,8 +19,7 @@ from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
 from erasediff.cli.worker import is_rank, run_as_rank
-from erasediff.errors import UserError
-from erasediff.training.graceful_stop import Interrupted
+from erasediff.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Remove the influence of chosen data from diffusion models, and keep the rest.",
@@ -34,8 +33,8 @@ for command in (demo, train, unlearn, sample, evaluate, plan, bench, compare, ma
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C (128 + the signal)."""
-    # It would ask for torchvision, for image processors that no command uses.
+    """Run the command line. Exit codes: 0 done, 2 invalid user input, 130 stopped by Ctrl-C (128 + the signal)."""
+    # It warns that torchvision is missing, for image processors that no command uses.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     if is_rank():
         run_as_rank(_exit_code)
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def _exit_code() -> int:
-    """Run the command that the arguments name. UserError for a mistake to mend."""
+    """Run the command that the arguments name. UserError for invalid user input."""
     try:
         app()
     except SystemExit as ended:

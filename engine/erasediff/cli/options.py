@@ -1,5 +1,7 @@
-"""The flags that commands share, and how they become a configuration."""
+"""Flags that commands share, and the configuration made of them."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +10,16 @@ import typer
 from erasediff.config import Config, load_config, parse_assignments
 from erasediff.errors import UserError
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win over it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in --set train.ema_decay=0.99.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, measured on two trial steps; write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print time and memory, measured on trial steps; write nothing.")
+]
 Resume = Annotated[
     str | None, typer.Option(metavar="latest|PATH", help="Continue the run at --out, or the run or checkpoint at PATH.")
 ]
@@ -26,13 +30,16 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning 
 Lora = Annotated[Path | None, typer.Option(help="Text-to-image: a LoRA to merge into the model first.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
 
-Launch = Annotated[str | None, typer.Option(help="none, ddp, fsdp or zero: how processes share the work.")]
-Stage = Annotated[int | None, typer.Option(min=0, max=3, help="Of ZeRO, with --launch zero.")]
-Processes = Annotated[int | None, typer.Option(min=1, help="How many --launch starts on this machine.")]
-Offload = Annotated[
-    str | None, typer.Option(metavar="optimizer|params", help="What rests on the CPU; params means both.")
+Launch = Annotated[str | None, typer.Option(help="Parallelism: none, ddp, fsdp (FSDP2) or zero (DeepSpeed).")]
+Stage = Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage (with --launch zero).")]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes on this machine; by default one per GPU, or 1 on a CPU."),
 ]
-DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed-config", help="A DeepSpeed JSON of your own.")]
+Offload = Annotated[
+    str | None, typer.Option(metavar="optimizer|params", help="Offload optimizer state to the CPU, or parameters too.")
+]
+DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed-config", help="DeepSpeed configuration (JSON).")]
 
 
 def distributed(
@@ -40,7 +47,7 @@ def distributed(
 ) -> dict[str, Any]:
     """The flags of running in several processes, as settings for ``configure``. UserError for an unknown offload."""
     if offload not in (None, "none", "optimizer", "params"):
-        raise UserError(f'Offload the optimizer or the params, not "{offload}".')
+        raise UserError(f'There is no offloading of "{offload}"; use --offload optimizer or params.')
     return {
         "distributed__launch": launch,
         "distributed__stage": stage,
@@ -68,6 +75,34 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
         if is_idle and name in given:
             raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
     return config
+
+
+def given(settings: list[str] | None, **flags: Any) -> list[str]:
+    """Dotted names of the settings that ``--set`` and flags give, the latter as in ``configure``."""
+    named = [name.replace("__", ".") for name, value in flags.items() if value is not None]
+    return [*parse_assignments(settings or []), *named]
+
+
+def signature(command: Callable[..., Any], shared: Callable[..., Any], first: str | None = None) -> inspect.Signature:
+    """The signature that typer reads: the flags of ``shared``, and around them those of ``command`` itself.
+
+    Args:
+        command: has keyword parameters of its own, and ``**flags`` for the others.
+        shared: has the other parameters; those without an annotation of typer's are left out.
+        first: the parameter of ``command`` that comes first; all others come last.
+    """
+    parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    others = [
+        parameter
+        for parameter in inspect.signature(shared).parameters.values()
+        if hasattr(parameter.annotation, "__metadata__")
+    ]
+    ordered = [
+        *(parameter for parameter in parameters if parameter.name == first),
+        *others,
+        *(parameter for parameter in parameters if parameter.name != first),
+    ]
+    return inspect.Signature(ordered, return_annotation=None)
 
 
 def prompts(text: str | None) -> list[str] | None:

@@ -1,11 +1,8 @@
-"""What ``train`` and ``unlearn`` share: where the run goes, and carrying it out or only planning it."""
+"""Runs of ``train`` and ``unlearn``: folder, configuration, worker processes, result."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,11 +13,8 @@ from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
 
 if TYPE_CHECKING:
-    from erasediff.training.job import TrainingJob
+    from erasediff.training.job import StandaloneJob, TrainingJob
     from erasediff.training.run_dir import RunPlace
-
-
-_instead_of_the_plan: ContextVar[Callable[[TrainingJob], None] | None] = ContextVar("instead_of_the_plan", default=None)
 
 
 def resolve_run(
@@ -44,46 +38,53 @@ def resolve_run(
 
 
 def launch_workers(config: Config, section: Literal["train", "unlearn"]) -> None:
-    """Where ``config`` asks for several processes and none has started them yet, start them, and end as they do.
+    """Where ``config`` asks for several processes and none has started them yet, start them, and exit as they do.
 
-    UserError for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch size
-    of ``section`` that they could not share, if it is set: the usual one depends on the model.
+    Without ``distributed.processes``, as many as there are GPUs, or one on a CPU.
+
+    Raises:
+        UserError: for what they could not offload, for a DeepSpeed configuration that no run can use, and for a batch
+            size of ``section`` that they could not share, if it is set: its default depends on the model.
     """
     check_offload(config.distributed)
     if config.distributed.launch == "none" or is_rank():
         return
-    asked = getattr(config, section)
-    if "batch_size" in asked.model_fields_set:
-        check_shares(asked.batch_size, f"{section}.batch_size", config.distributed.processes)
     with loading(messages):
         from erasediff.parallel.launch import launch
         from erasediff.parallel.zero.config import zero_stage
+    processes, arguments = config.distributed.processes, sys.argv[1:]
+    if "processes" not in config.distributed.model_fields_set:
+        processes = _gpu_count(config.device) or processes
+        arguments = [*arguments, "--processes", str(processes)]
+    settings = getattr(config, section)
+    if "batch_size" in settings.model_fields_set:
+        check_shares(settings.batch_size, f"{section}.batch_size", processes)
     if config.distributed.launch == "zero":
         zero_stage(config.distributed)
-    raise SystemExit(launch(sys.argv[1:], config.distributed.processes))
+    raise SystemExit(launch(arguments, processes))
 
 
-def run_job(session: TrainingJob, place: RunPlace | None, *, as_json: bool) -> None:
-    """Run ``session`` at ``place`` and print its result; without a place, print the plan, or do what was asked for."""
-    if place is None and (instead := _instead_of_the_plan.get()) is not None:
-        instead(session)
+def _gpu_count(device: str) -> int:
+    """The GPUs that ranks on ``device`` can share: none for a CPU."""
+    import torch
+
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
+
+
+def run_job(job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool) -> None:
+    """Run ``job`` at ``place`` and print its result; without a place, measure trial steps and print the plan."""
+    from erasediff.training.job import StandaloneJob
+
+    if isinstance(job, StandaloneJob):
+        assert place is not None
+        emit(job.run(place, messages), as_json=as_json)
         return
     if place is None:
         from erasediff.workflows.dry_run import plan
 
         with messages.status("Measuring trial steps"):
-            planned = plan(session)
+            planned = plan(job)
         emit(asdict(planned), as_json=as_json)
         return
-    result = session.run(place, messages)
+    result = job.run(place, messages)
     emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)
-
-
-@contextmanager
-def instead_of_the_plan(use: Callable[[TrainingJob], None]) -> Iterator[None]:
-    """Within the block, a dry run hands its session to ``use``."""
-    token = _instead_of_the_plan.set(use)
-    try:
-        yield
-    finally:
-        _instead_of_the_plan.reset(token)

@@ -1,10 +1,11 @@
-"""The command line as one of several processes: only the main rank speaks, and all of them end the same way."""
+"""Command line of one rank among several: only the main rank prints, and all ranks end with the same exit code."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 
 SHUTDOWN_TIMEOUT = 10.0
-"""How long a rank waits for the main one to speak, or for a launcher to end what a lost process has left."""
-PEER_LOST_MESSAGES = ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "Timed out", "timed out")
-"""What libraries say when another process is gone."""
+"""Seconds that a rank waits for the main one's report, or for a launcher to end what a lost process has left."""
+HEARTBEAT_SECONDS = 0.5
+"""Between two signs of life of a rank."""
+SILENCE_SECONDS = 5.0
+"""Without a sign of life, after which a process counts as gone."""
 
 
 def is_rank() -> bool:
@@ -37,19 +40,19 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     """
     # The launcher of deepspeed says again what it has put into the environment.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
-    said = sys.stderr
+    stderr = sys.stderr
     rank = int(os.environ["RANK"])
     if rank > 0:
         sys.stdout, sys.stderr = open(os.devnull, "w"), _NullStderr()  # noqa: SIM115
     from erasediff.parallel.control_plane import ControlPlane
 
     peers = ControlPlane.connect()
-    code = _ended(command, peers, said)
+    code = _run(command, peers, Heartbeat(peers), stderr)
     if code == 0:
         peers.shutdown(SHUTDOWN_TIMEOUT)
     else:
-        _wait_for_main_report(peers, said)
-    for stream in (sys.stdout, sys.stderr, said):
+        _wait_for_main_report(peers, stderr)
+    for stream in (sys.stdout, sys.stderr, stderr):
         stream.flush()
     # Not the interpreter's way out: what a lost process has left in a collective would hold it up.
     os._exit(code)
@@ -65,7 +68,49 @@ class _NullStderr(io.TextIOWrapper):
         return 2
 
 
-def _ended(command: Callable[[], int], peers: ControlPlane, said: TextIO) -> int:
+class Heartbeat:
+    """Signs of life of all ranks, in the key-value store of the control plane.
+
+    Libraries raise plain ``RuntimeError`` when a peer is gone (gloo) as for anything else that goes wrong, so an error
+    alone does not tell whether it is this rank's fault. A rank that is alive renews its key even while it waits in a
+    collective; one that was killed or stopped does not.
+    """
+
+    def __init__(self, peers: ControlPlane) -> None:
+        assert peers.store is not None
+        self.peers = peers
+        # Over a connection of its own: the other one may be waiting for a key.
+        self.store = peers.store.clone()
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self.store.add(f"alive/{self.peers.rank}", 1)
+            except RuntimeError:
+                # The store is gone, and its process with it: whoever asks finds out.
+                return
+            time.sleep(HEARTBEAT_SECONDS)
+
+    def lost(self) -> bool:
+        """Whether another rank, or the process of the store, is gone; takes up to ``SILENCE_SECONDS``."""
+        others = {rank for rank in range(self.peers.size) if rank != self.peers.rank}
+        store = self.store.clone()
+        try:
+            before = {rank: store.add(f"alive/{rank}", 0) for rank in others}
+            deadline = time.monotonic() + SILENCE_SECONDS
+            while others and time.monotonic() < deadline:
+                time.sleep(HEARTBEAT_SECONDS)
+                others = {rank for rank in others if store.add(f"alive/{rank}", 0) == before[rank]}
+                others = {rank for rank in others if not store.check([f"left/{rank}"])}
+                if self.peers.failure() is not None:
+                    return True
+        except RuntimeError:
+            return True
+        return bool(others)
+
+
+def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, stderr: TextIO) -> int:
     from erasediff.parallel.control_plane import PeerError
 
     try:
@@ -76,15 +121,16 @@ def _ended(command: Callable[[], int], peers: ControlPlane, said: TextIO) -> int
     except PeerError as failure:
         return _pass_on(failure, peers)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)
-        if _is_loss(error):
+        if heartbeat.lost():
             return _lost(error, peers)
-        print(f"Rank {peers.rank} failed:\n{traceback.format_exc()}", file=said, flush=True)
+        print(f"Rank {peers.rank} failed:\n{traceback.format_exc()}", file=stderr, flush=True)
         peers.fail(1, f"Rank {peers.rank} failed, see its traceback: {type(error).__name__}: {error}")
         peers.mark_reported()
         return 1
 
 
 def _pass_on(failure: PeerError, peers: ControlPlane) -> int:
+    """The exit code of ``failure``, which the main rank prints unless it was printed already."""
     try:
         wait_reported = peers.wait_reported(0)
     except RuntimeError:
@@ -94,17 +140,8 @@ def _pass_on(failure: PeerError, peers: ControlPlane) -> int:
     return failure.exit_code
 
 
-def _is_loss(error: Exception) -> bool:
-    """Whether ``error`` may be about another process's end."""
-    import torch.distributed as dist
-
-    return isinstance(error, (dist.DistError, RuntimeError, ConnectionError)) and any(
-        word in str(error) for word in PEER_LOST_MESSAGES
-    )
-
-
 def _lost(error: Exception, peers: ControlPlane) -> int:
-    """Another process is gone. It may have said why, or its launcher is about to, and to end this process."""
+    """Another process is gone. It may have stderr why, or its launcher is about to, and to end this process."""
     from erasediff.parallel.control_plane import PeerError
 
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT
@@ -117,17 +154,17 @@ def _lost(error: Exception, peers: ControlPlane) -> int:
             return _pass_on(failure, peers)
         time.sleep(0.2)
     reason = " ".join(str(error).split())[:200]
-    return _pass_on(PeerError(peers.rank, 1, f"Another process of this run is gone or silent: {reason}."), peers)
+    return _pass_on(PeerError(peers.rank, 1, f"Another process of this run is gone: {reason}."), peers)
 
 
-def _wait_for_main_report(peers: ControlPlane, said: TextIO) -> None:
+def _wait_for_main_report(peers: ControlPlane, stderr: TextIO) -> None:
     """A launcher ends all ranks when the first one ends: the main one must have spoken by then."""
     try:
         if peers.is_main:
             peers.mark_reported()
         elif not peers.wait_reported(SHUTDOWN_TIMEOUT) and (failure := peers.failure()) is not None:
             peers.mark_reported()
-            print_error(str(failure), Console(file=said, highlight=False))
+            print_error(str(failure), Console(file=stderr, highlight=False))
     except RuntimeError:
         # The store was the main rank's, and is gone with it.
         return

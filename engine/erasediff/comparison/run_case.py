@@ -19,8 +19,9 @@ from safetensors import safe_open
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory
 from erasediff.io.cache_dir import ENVIRONMENT_VARIABLE, cache_folder
+from erasediff.methods.sparse_autoencoder import ERASER
 from erasediff.sae.eraser import WEIGHTS
-from erasediff.training.run_dir import ERASER, MODEL
+from erasediff.training.run_dir import MODEL
 
 COST, LOG = "cost.json", "unlearn.log"
 LOOK_EVERY = 0.2

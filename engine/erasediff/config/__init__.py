@@ -1,6 +1,6 @@
-"""Every setting of every command, typed and validated: a YAML file overridden by flags."""
+"""Configuration of all commands, typed and validated: a YAML file overridden by flags."""
 
-from erasediff.config.parsing import differences, for_text_to_image, load_config, parse_assignments
+from erasediff.config.parsing import differences, for_text_to_image, given_settings, load_config, parse_assignments
 from erasediff.config.schema import (
     Config,
     DataConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "check_shares",
     "differences",
     "for_text_to_image",
+    "given_settings",
     "load_config",
     "parse_assignments",
 ]

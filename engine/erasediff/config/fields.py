@@ -1,4 +1,4 @@
-"""The types of settings, and the groups that they come in."""
+"""Field types and the base class of configuration sections."""
 
 from typing import Annotated
 
@@ -8,6 +8,7 @@ Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 ClassNumber = Annotated[int, Field(ge=0)]
 
 

@@ -1,16 +1,17 @@
-"""From a YAML file, flags and assignments to settings, and what a mistake in them is told."""
+"""Configuration parsing: YAML files, flags and assignments, and the error messages for mistakes in them."""
 
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from erasediff.config.fields import Section
-from erasediff.config.schema import Config, default_eta
+from erasediff.config.method_index import import_methods, method_index
+from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, SectionT, default_eta
 from erasediff.errors import UserError
 
 
@@ -23,6 +24,14 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     values = _read_yaml(path) if path else {}
     for name, value in (overrides or {}).items():
         _assign(values, name, value)
+    sections = {entry.section for entry in method_index().values()}
+    # A mistake outside of the methods' settings is reported before torch is imported.
+    _validate({name: value for name, value in values.items() if name not in sections}, path)
+    import_methods()
+    return _validate(values, path)
+
+
+def _validate(values: dict[str, Any], path: Path | None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -30,7 +39,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Turn ``["train.lr=1e-3"]`` into ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
+    """``["train.lr=1e-3"]`` as ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
     overrides = {}
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -49,6 +58,23 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
+def given_settings(config: Config) -> list[str]:
+    """Dotted names of the settings in sections that a file, flags or a caller gave, in the order of the fields.
+
+    A run's own ``config.yaml`` lists every setting, so nothing in it tells what a user chose: none are returned.
+    """
+    if config.model_fields_set >= BASE_FIELDS:
+        return []
+    sections = {name: getattr(config, name) for name in Config.model_fields if name in config.model_fields_set}
+    return [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if isinstance(section, Section)
+        for key in type(section).model_fields
+        if key in section.model_fields_set
+    ]
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -60,11 +86,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as train: and unlearn:, not a {type(values).__name__}.")
+    for alias, name in SECTION_ALIASES.items():
+        if alias in values and name in values:
+            raise UserError(f"{path} has both {alias} and {name}, which are one section: keep one of them.")
+        if alias in values:
+            values[name] = values.pop(alias)
     return values
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
+    if sections:
+        sections[0] = SECTION_ALIASES.get(sections[0], sections[0])
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -96,46 +129,54 @@ def _explain(error: ErrorDetails, path: Path | None) -> str:
 
 def _near_matches(name: str) -> list[str]:
     """The dotted names nearest to ``name``; the same key in another section is nearest of all."""
-    known = list(_flatten(Config().model_dump()))
+    import_methods()
+    settings = list(_flatten(Config().model_dump()))
     key = name.rpartition(".")[2]
-    elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == key]
-    return elsewhere or difflib.get_close_matches(name, [*known, *Config.model_fields], cutoff=0.75)
+    elsewhere = [candidate for candidate in settings if candidate.rpartition(".")[2] == key]
+    return elsewhere or difflib.get_close_matches(name, [*settings, *Config.model_fields], cutoff=0.75)
 
 
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-def for_text_to_image(config: Config) -> Config:
-    """``config`` with what nobody has set at the usual values for text-to-image models instead of the digits'.
+def for_text_to_image(config: Config, method_defaults: Mapping[str, Any] | None = None) -> Config:
+    """``config`` with the defaults of text-to-image models instead of the digits', wherever nothing was set.
 
     The target is relabelling: to the anchor prompts or, without any, to the retained caption nearest to the forgotten.
+
+    Args:
+        config: as the user wrote it.
+        method_defaults: defaults of ``unlearn.*`` that follow from the method; see ``MethodSpec.defaults``.
     """
     target = config.unlearn.target or "relabel"
-    suited = {
+    defaults = {
         "threads": None,
         "unlearn": {
             "steps": 200,
             "batch_size": 4,
-            "lr": _usual_lr(config),
+            "lr": _default_lr(config),
             "ema_decay": None,
             "forget_label_dropout": 0.0,
             "target": target,
             "retain_target": "teacher",
             "eta": default_eta(config.unlearn.barrier, target),
-            **(config.pruning.usual() if config.unlearn.method == "pruning" else {}),
+            **(method_defaults or {}),
         },
         "sample": {"num_inference_steps": 30, "batch_size": 4},
     }
-    return _unless_set(config, suited)
+    if config.precision == "bf16-true":
+        if "weights" in config.text_to_image.model_fields_set and config.text_to_image.weights != "bfloat16":
+            raise UserError(
+                "precision bf16-true has bfloat16 weights: omit text_to_image.weights, or choose bf16-mixed."
+            )
+        defaults["text_to_image"] = {"weights": "bfloat16"}
+    return _unless_set(config, defaults)
 
 
-def _usual_lr(config: Config) -> float:
+def _default_lr(config: Config) -> float:
     return 1e-4 if config.text_to_image.train == "lora" else 1e-5
 
 
-def _unless_set(section: SectionT, suited: Mapping[str, Any]) -> SectionT:
+def _unless_set(section: SectionT, defaults: Mapping[str, Any]) -> SectionT:
     changes = {}
-    for name, value in suited.items():
+    for name, value in defaults.items():
         current = getattr(section, name)
         if isinstance(value, Mapping):
             changes[name] = _unless_set(current, value)

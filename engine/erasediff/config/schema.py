@@ -1,14 +1,16 @@
-"""The settings of training, unlearning, sampling and judging."""
+"""Configuration schema: models, data, training, unlearning, sampling, evaluation, parallelism."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
-from erasediff.config.methods import EsdConfig, PruningConfig, SaemnesiaConfig, SalunConfig, SelectiveAmnesiaConfig
+from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section, Share
+from erasediff.config.method_index import method_index
 from erasediff.errors import UserError
 
 
@@ -46,6 +48,20 @@ class TrainConfig(Section):
     accumulation_steps: Count = 1
 
 
+def _existing_method(name: str) -> str:
+    names = [f"'{method}'" for method in method_index()]
+    if name not in method_index():
+        raise PydanticCustomError("unknown_method", "Input should be {names}", {"names": or_list(names)})
+    return name
+
+
+def or_list(items: Sequence[str]) -> str:
+    """The items of an enumeration in words, such as "a, b or c"."""
+    return " or ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+MethodName = Annotated[str, AfterValidator(_existing_method)]
+
 BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
 NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
 """Of the barrier "norm", by target."""
@@ -70,9 +86,7 @@ class UnlearnConfig(Section):
     model: Path | None = None
     forget: tuple[ClassNumber, ...] = ()
     retain: tuple[ClassNumber, ...] | None = None
-    method: Literal[
-        "erasediff", "esd", "pruning", "saemnesia", "salun", "selective-amnesia", "retrain", "finetune", "neggrad"
-    ] = "erasediff"
+    method: MethodName = "erasediff"
     steps: Count | None = None
     batch_size: Count = 64
     lr: Positive | None = None
@@ -100,8 +114,15 @@ class UnlearnConfig(Section):
     inner_refresh_every: Count = 1
     antithetic: bool = False
 
-    def resolved(self, *, conditional: bool, retained: Sequence[int]) -> Self:
-        """These settings with each None filled in; ``retained`` are the classes to retain.
+    def resolved(
+        self, *, conditional: bool, retained: Sequence[int], method_defaults: Mapping[str, Any] | None = None
+    ) -> Self:
+        """These settings with each None filled in, by the method's own defaults where it has some.
+
+        Args:
+            conditional: whether the model has class labels.
+            retained: the classes to retain.
+            method_defaults: see ``MethodSpec.defaults``.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
         mean over several that the loss settles for is a blur. The null label is left out of it (no label dropout of
@@ -114,7 +135,7 @@ class UnlearnConfig(Section):
         target = self.target or ("relabel" if conditional else "gaussian")
         first = self.forget[0] if self.forget else 0
         following = min(retained, key=lambda label: (label < first, label))
-        suited = {
+        defaults = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
             "retain_target": "teacher" if conditional else "true",
@@ -122,10 +143,8 @@ class UnlearnConfig(Section):
             "steps": 100 if conditional else 200,
             "lr": 2e-4 if conditional else 3e-4,
         }
-        if self.method == "retrain":
-            # As long as the base model was trained.
-            suited |= {"steps": TrainConfig().steps, "lr": TrainConfig().lr}
-        return self.model_copy(update={name: value for name, value in suited.items() if getattr(self, name) is None})
+        defaults |= method_defaults or {}
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 def default_eta(barrier: str, target: str) -> float:
@@ -134,9 +153,13 @@ def default_eta(barrier: str, target: str) -> float:
 
 
 class SampleConfig(Section):
-    """How images are drawn from a model.
+    """Sampling of images.
 
-    ``guidance_scale`` None is the model's usual one; ``negative_prompt`` is for text-to-image models.
+    Attributes:
+        guidance_scale: of classifier-free guidance; None is the model's default.
+        negative_prompt: for text-to-image models.
+        num_inference_steps: steps of the sampler.
+        batch_size: images at once.
     """
 
     guidance_scale: NonNegative | None = None
@@ -146,7 +169,7 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How many images the judge sees: per class, and in all from an unconditional model."""
+    """Images to evaluate: per class, and in all from an unconditional model."""
 
     per_class: Count = 100
     forgotten: Count = 400
@@ -154,14 +177,11 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    """What a run leaves behind while it goes on."""
+    """Checkpoints and metrics of a run."""
 
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     log_every: Count = 20
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImagesConfig(Section):
@@ -198,18 +218,24 @@ class ImagesConfig(Section):
 
 
 class TextToImageConfig(Section):
-    """How a checkpoint is read, and which of its denoiser's weights are trained.
+    """Loading of a checkpoint, and the selection of its denoiser's weights to train.
 
-    config, prediction_type: for a single file that does not tell them; see ``load_text_to_image``
-    lora:                    a LoRA that is merged into the model first
-    weights:                 their dtype in memory; bfloat16 is rounded stochastically
-    train:                   a selection of ``models.selection.select``, or "lora"
-    lora_rank, lora_alpha:   of the LoRA to train, on the layers that the selection ``lora_targets`` names
-    saliency:                the share of weights, the most salient to what is forgotten, that is trained; None for all
-    saliency_batches:        forgotten batches that saliency is measured on
-    anchor_prompts:          what the target "relabel" puts in the place of what is forgotten; without any, the retained
-                             caption under which the model denoises the forgotten images best; and what saemnesia's
-                             "move" makes of it: one of the retained prompts, without any the nearest
+    Attributes:
+        config: for a single file whose architecture is unknown: see ``load_text_to_image``.
+        prediction_type: likewise.
+        lora: a LoRA that is merged into the model first.
+        weights: their dtype in memory; bfloat16 is rounded stochastically, and the default of precision bf16-true.
+        train: a selection of ``models.trainable.select``, or "lora".
+        lora_rank: of the LoRA to train.
+        lora_alpha: of the LoRA to train; None is the rank.
+        lora_targets: the selection of layers that the LoRA adapts.
+        saliency: share of weights, the most salient to what is forgotten, that is trained; None for all.
+        saliency_batches: forgotten batches that saliency is measured on.
+        anchor_prompts: prompts that the target "relabel" maps the forgotten concept to, by default the retained caption
+            under which the model denoises the forgotten images best; and those that saemnesia's "move" maps it to, by
+            default the nearest of the retained prompts.
+        attention: backend of attention.
+        gradient_checkpointing: recompute activations in the backward pass.
     """
 
     config: Path | None = None
@@ -228,7 +254,14 @@ class TextToImageConfig(Section):
 
 
 class OutputConfig(Section):
-    """How an unlearned text-to-image model is written; ``dtype`` None keeps that of each stored tensor."""
+    """Format of an unlearned text-to-image model.
+
+    Attributes:
+        layout: a diffusers folder, or one file in the family's original layout.
+        dtype: of the tensors in the file; None keeps that of each stored tensor.
+        max_shard_bytes: size of a file, beyond which weights are split.
+        lora_keys: naming of the tensors in a LoRA's file.
+    """
 
     layout: Literal["diffusers", "single-file"] = "diffusers"
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -237,17 +270,19 @@ class OutputConfig(Section):
 
 
 class DistributedConfig(Section):
-    """One process per device, each with its slice of every batch: the result is that of one process.
+    """Parallelism: one process per device, each with its slice of every batch; the result is that of one process.
 
-    launch:            "none" is one process; "ddp" has the whole state on every rank; "fsdp" shards parameters,
-                       gradients and optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``
-    stage:             of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is
-                       that of ``deepspeed_config``, or 2
-    processes:         on this machine; under torchrun, deepspeed or accelerate launch, what they started
-    offload_optimizer: its state and its step live on the CPU
-    offload_params:    parameters rest on the CPU (ZeRO 3 and FSDP)
-    deepspeed_config:  a DeepSpeed JSON of one's own; what it leaves open, or to "auto", is as for the other settings
-    timeout:           seconds that ranks wait for one another before the run ends with an error
+    Attributes:
+        launch: "none" is one process; "ddp" replicates the whole state; "fsdp" shards parameters, gradients and
+            optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``.
+        stage: of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is that of
+            ``deepspeed_config``, or 2.
+        processes: on this machine; where it is not set and there are GPUs, one for each of them. Under torchrun,
+            deepspeed or accelerate launch, as many as these started.
+        offload_optimizer: keep the optimizer's state, and take its step, on the CPU.
+        offload_params: keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
+        deepspeed_config: a DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
+        timeout: seconds that ranks wait for one another before the run ends with an error.
     """
 
     launch: Literal["none", "ddp", "fsdp", "zero"] = "none"
@@ -276,18 +311,39 @@ def check_shares(batch_size: int, setting: str, processes: int) -> None:
         raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
 
 
+SECTION_ALIASES = {"pixel_model": "model", "dataset": "data"}
+"""Names that a file or ``--set`` may use for a section of ``Config``."""
+
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16-mixed"}
+"""Earlier names of precisions. Runs still write them, so that caches and stored configurations stay valid."""
+
+Precision = Annotated[
+    Literal["fp32", "bf16-mixed", "bf16-true"],
+    BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: {new: old for old, new in PRECISION_ALIASES.items()}.get(value, value), str),
+]
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 class Config(Section):
     """All settings.
 
-    ``precision`` is that of the forward and backward passes; weights stay in float32. ``threads`` are those of a CPU
-    (None: one per core): the digits' convolutions are too small for more than one, and sums in another number of
-    threads round differently. ``images``, ``text_to_image`` and ``output`` are for text-to-image models alone.
+    Each method's own settings are a further section, which ``erasediff.methods`` registers when it is imported;
+    ``load_config`` sees to that.
+
+    ``precision`` is "fp32", "bf16-mixed" (autocast to bfloat16 on float32 weights) or "bf16-true" (bfloat16 weights as
+    well, of text-to-image models). ``threads`` are those of a CPU (None: one per core): the digits' convolutions are
+    too small for more than one, and sums in another number of threads round differently. ``images``, ``text_to_image``
+    and ``output`` are for text-to-image models alone.
+
+    A file may call ``model`` ``pixel_model``, and ``data`` ``dataset``: see ``SECTION_ALIASES``.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     threads: Count | None = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "fp32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -299,12 +355,22 @@ class Config(Section):
     text_to_image: TextToImageConfig = TextToImageConfig()
     output: OutputConfig = OutputConfig()
     distributed: DistributedConfig = DistributedConfig()
-    esd: EsdConfig = EsdConfig()
-    pruning: PruningConfig = PruningConfig()
-    salun: SalunConfig = SalunConfig()
-    selective_amnesia: SelectiveAmnesiaConfig = SelectiveAmnesiaConfig()
-    saemnesia: SaemnesiaConfig = SaemnesiaConfig()
+
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """The settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
+        return next(value for value in vars(self).values() if type(value) is kind)
 
     def to_yaml(self) -> str:
         """This configuration as YAML that ``load_config`` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+BASE_FIELDS = frozenset(Config.model_fields)
+"""The settings and sections that no method adds."""
+
+
+def register_sections(sections: Mapping[str, type[Section]]) -> None:
+    """Add sections to ``Config``, by their keys: the settings of the methods."""
+    for name, section in sections.items():
+        Config.model_fields[name] = FieldInfo.from_annotated_attribute(section, section())
+    Config.model_rebuild(force=True)

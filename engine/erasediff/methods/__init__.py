@@ -1,6 +1,9 @@
-"""Unlearning methods and baselines behind one protocol: solvers, barriers, and the recipes that build them."""
+"""Unlearning methods and baselines behind one protocol, and their registry: a file here is a method."""
 
-from erasediff.methods import baselines, erasediff, esd, pruning, salun, selective_amnesia
+import pkgutil
+from importlib import import_module
+
+from erasediff.config.schema import register_sections
 from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.baselines import FineTune, NegativeGradient, Retrain
@@ -12,19 +15,19 @@ from erasediff.methods.salun import SalUn
 from erasediff.methods.selective_amnesia import SelectiveAmnesia
 from erasediff.methods.spec import BuildContext, Method, MethodSpec, Requirements
 
-METHOD_SPECS: dict[str, MethodSpec] = {
-    recipe.name: recipe
-    for recipe in (
-        erasediff.SPEC,
-        esd.SPEC,
-        pruning.SPEC,
-        salun.SPEC,
-        selective_amnesia.SPEC,
-        baselines.RETRAIN,
-        baselines.FINETUNE,
-        baselines.NEGGRAD,
-    )
-}
+
+def _discover() -> dict[str, MethodSpec]:
+    """Every ``MethodSpec`` at the top level of this package's modules, by its method's name."""
+    specs: dict[str, MethodSpec] = {}
+    for module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        for value in vars(import_module(f"{__name__}.{module}")).values():
+            if isinstance(value, MethodSpec) and specs.setdefault(value.name, value) is not value:
+                raise ValueError(f"two methods are called {value.name}")
+    return specs
+
+
+METHOD_SPECS = _discover()
+register_sections({spec.section: spec.config for spec in METHOD_SPECS.values() if spec.config is not None})
 
 __all__ = [
     "ESD",

@@ -6,13 +6,25 @@ from typing import Any, ClassVar
 
 import torch
 
+from erasediff.config import Config, TrainConfig
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.rng import NoiseRole
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, StepReport
-from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import (
+    FORGET_KEYS,
+    RETAIN_KEYS,
+    SOLVER_KEYS,
+    BuildContext,
+    MethodSpec,
+    Requirements,
+    Space,
+)
 from erasediff.parallel.unwrap import unwrapped
+
+CONTROL_KEYS = SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS
+"""Both kinds of batches are made for a control, though it looks at one: it shares the settings of what it controls."""
 
 
 class FineTune(Solver):
@@ -31,11 +43,17 @@ class FineTune(Solver):
         return self._update(gradient, [], Fixed(0.0), retain_loss=loss)
 
 
-def make_finetune(materials: BuildContext) -> FineTune:
-    return FineTune(materials.network, materials.optimizer, process=materials.process, **materials.options)
+def build_finetune(context: BuildContext) -> FineTune:
+    return FineTune(context.network, context.optimizer, process=context.process, **context.options)
 
 
-FINETUNE = MethodSpec(name=FineTune.name, make=make_finetune, needs=lambda _: Requirements(forget=False))
+FINETUNE = MethodSpec(
+    name="finetune",
+    summary="fine-tuning on retained data (a control)",
+    reads=lambda _: CONTROL_KEYS,
+    needs=lambda _: Requirements(forget=False),
+    build=build_finetune,
+)
 
 
 class NegativeGradient(Solver):
@@ -64,11 +82,17 @@ class NegativeGradient(Solver):
         return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
 
 
-def make_neggrad(materials: BuildContext) -> NegativeGradient:
-    return NegativeGradient(materials.network, materials.optimizer, process=materials.process, **materials.options)
+def build_neggrad(context: BuildContext) -> NegativeGradient:
+    return NegativeGradient(context.network, context.optimizer, process=context.process, **context.options)
 
 
-NEGGRAD = MethodSpec(name=NegativeGradient.name, make=make_neggrad, needs=lambda _: Requirements(retain=False))
+NEGGRAD = MethodSpec(
+    name="neggrad",
+    summary="gradient ascent on forgotten data (a control)",
+    reads=lambda _: CONTROL_KEYS,
+    needs=lambda _: Requirements(retain=False),
+    build=build_neggrad,
+)
 
 
 class Retrain(FineTune):
@@ -100,10 +124,22 @@ class Retrain(FineTune):
         self.gradients.refresh()
 
 
-def make_retrain(materials: BuildContext) -> Retrain:
-    method = Retrain(materials.network, materials.optimizer, process=materials.process, **materials.options)
+def build_retrain(context: BuildContext) -> Retrain:
+    method = Retrain(context.network, context.optimizer, process=context.process, **context.options)
     method.draw_weights()
     return method
 
 
-RETRAIN = MethodSpec(name=Retrain.name, make=make_retrain, needs=lambda _: Requirements(forget=False))
+def retrain_defaults(_config: Config, space: Space) -> dict[str, Any]:
+    """As long as the base model was trained, where the base models are trained here."""
+    return {"steps": TrainConfig().steps, "lr": TrainConfig().lr} if space == "pixel" else {}
+
+
+RETRAIN = MethodSpec(
+    name="retrain",
+    summary="training anew on retained data (exact unlearning)",
+    reads=lambda _: CONTROL_KEYS,
+    defaults=retrain_defaults,
+    needs=lambda _: Requirements(forget=False),
+    build=build_retrain,
+)

@@ -16,7 +16,7 @@ from erasediff.diffusion.targets import DeviationTarget, GaussianNoise, Relabel,
 from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.inner_solve import InnerCopy, InnerSolve
-from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import Shard
 
 if TYPE_CHECKING:
@@ -138,35 +138,49 @@ def target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> Deviat
             return relabel()
 
 
-def own_options(materials: BuildContext) -> dict[str, Any]:
-    """The options that only EraseDiff takes."""
-    settings = materials.config.unlearn
+def erasediff_options(context: BuildContext) -> dict[str, Any]:
+    """Keywords of ``EraseDiff`` alone."""
+    settings = context.config.unlearn
     return {
         "barrier": barrier_of(settings),
-        "target": target_of(settings, materials.relabel),
-        "retain_teacher": materials.teacher() if settings.retain_target == "teacher" else None,
+        "target": target_of(settings, context.relabel),
+        "retain_teacher": context.teacher() if settings.retain_target == "teacher" else None,
         "inner": InnerSolve(
             steps=settings.inner_steps, lr=settings.inner_lr, refresh_every=settings.inner_refresh_every
         ),
     }
 
 
-def make(materials: BuildContext) -> EraseDiff:
+def build(context: BuildContext) -> EraseDiff:
     return EraseDiff(
-        materials.network,
-        materials.optimizer,
-        process=materials.process,
-        **own_options(materials),
-        **materials.options,
+        context.network,
+        context.optimizer,
+        process=context.process,
+        **erasediff_options(context),
+        **context.options,
     )
 
 
 def needs(config: Config) -> Requirements:
-    """What ``own_options`` will ask for."""
+    """Requirements of ``erasediff_options``."""
     settings = config.unlearn
     relabel = settings.target == "relabel"
     teacher = settings.retain_target == "teacher" or (relabel and settings.teacher == "frozen")
     return Requirements(teacher=teacher, relabel=relabel)
 
 
-SPEC = MethodSpec(name=EraseDiff.name, make=make, needs=needs)
+READS = (
+    SOLVER_KEYS
+    | RETAIN_KEYS
+    | FORGET_KEYS
+    | {"target", "relabel_to", "teacher", "retain_target", "barrier", "eta"}
+    | {"inner_steps", "inner_lr", "inner_refresh_every"}
+)
+
+SPEC = MethodSpec(
+    name="erasediff",
+    summary="constrained bi-level unlearning (arXiv 2401.05779)",
+    reads=lambda _: READS,
+    needs=needs,
+    build=build,
+)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from erasediff.config.fields import Count, NonNegative, Section
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import NegativeGuidance
@@ -16,7 +17,7 @@ from erasediff.diffusion.trajectories import Trajectories
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Barrier, Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import Shard
 
 
@@ -219,18 +220,39 @@ class ESD(Solver):
         return {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
 
 
-def own_options(materials: BuildContext) -> dict[str, Any]:
-    """The options that only ESD takes. UserError for no prompt to erase."""
-    settings = materials.config.esd
-    if not materials.prompts:
-        raise UserError("ESD erases what prompts mean: say which with --forget-prompts.")
-    erase_from = None if settings.erase_from is None else floats(materials.encode_prompts([settings.erase_from]))
+class EsdConfig(Section):
+    """Settings of Erased Stable Diffusion.
+
+    Attributes:
+        eta: strength of negative guidance.
+        convention: of eta and of the target's base: "paper", e_0 - eta (e_c - e_0), or "repository", the authors' newer
+            code, e_c - eta (e_c - e_0): its eta = 2 is the paper's 1.
+        erase_from: a prompt whose prediction is the base in either convention.
+        start_guidance: guidance scale of the trajectories that x_t is taken from.
+        num_inference_steps: steps of a whole trajectory.
+        latents_from: whose trajectories: "frozen", as in the newer code, or "current", as in the paper.
+    """
+
+    eta: NonNegative = 1.0
+    convention: Literal["paper", "repository"] = "paper"
+    erase_from: str | None = None
+    start_guidance: NonNegative = 3.0
+    num_inference_steps: Count = 50
+    latents_from: Literal["frozen", "current"] = "frozen"
+
+
+def esd_options(context: BuildContext) -> dict[str, Any]:
+    """Keywords of ``ESD`` alone. UserError without a prompt to erase."""
+    settings = context.config.section(EsdConfig)
+    if not context.prompts:
+        raise UserError("ESD erases a concept by its prompts, and there are none; give --forget-prompts.")
+    erase_from = None if settings.erase_from is None else floats(context.encode_prompts([settings.erase_from]))
     return {
-        "concepts": floats(materials.encode_prompts(materials.prompts)),
-        "null": floats(materials.encode_prompts([""])),
+        "concepts": floats(context.encode_prompts(context.prompts)),
+        "null": floats(context.encode_prompts([""])),
         "erase_from": erase_from,
-        "shape": materials.latent_shape(),
-        "batch_size": materials.batch_size,
+        "shape": context.latent_shape(),
+        "batch_size": context.batch_size,
         "guidance": NegativeGuidance(eta=settings.eta, convention=settings.convention),
         "guidance_scale": settings.start_guidance,
         "num_inference_steps": settings.num_inference_steps,
@@ -238,14 +260,14 @@ def own_options(materials: BuildContext) -> dict[str, Any]:
     }
 
 
-def make(materials: BuildContext) -> ESD:
+def build(context: BuildContext) -> ESD:
     return ESD(
-        materials.network,
-        materials.optimizer,
-        process=materials.process,
-        teacher=materials.teacher(),
-        **own_options(materials),
-        **materials.options,
+        context.network,
+        context.optimizer,
+        process=context.process,
+        teacher=context.teacher(),
+        **esd_options(context),
+        **context.options,
     )
 
 
@@ -253,4 +275,11 @@ def floats(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in condition.items()}
 
 
-SPEC = MethodSpec(name=ESD.name, make=make, needs=lambda _: Requirements(retain=False, forget=False, teacher=True))
+SPEC = MethodSpec(
+    name="esd",
+    summary="negative guidance away from a prompt (Erased Stable Diffusion, arXiv 2303.07345)",
+    config=EsdConfig,
+    reads=lambda _: SOLVER_KEYS,
+    needs=lambda _: Requirements(retain=False, forget=False, teacher=True),
+    build=build,
+)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from erasediff.config import Config
+from erasediff.config.fields import Count, NonNegative, Positive, Section, Share
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.methods import erasediff, esd
@@ -29,7 +31,7 @@ from erasediff.methods.base import Solver, StepReport
 from erasediff.methods.concept_prune import HeldMask
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.spec import BuildContext, Method, MethodSpec, Requirements
+from erasediff.methods.spec import SOLVER_KEYS, BuildContext, Method, MethodSpec, Requirements, Space
 from erasediff.models.weight_masks import (
     add_masks,
     limit_masks,
@@ -108,10 +110,47 @@ def correlated(method: Solver, observations: Observations, count: int) -> dict[s
     return found
 
 
+class PruningConfig(Section):
+    """Settings of pruning. No default of the learned mask is the paper's: it publishes none.
+
+    Attributes:
+        variant: a mask that is learned, or one computed from activations (ConceptPrune, ``HeldMask``).
+        objective: whose loss the mask is learned with, or the surviving weights tuned with.
+        share: learned: of each layer's weights, how many may be pruned, those that the concept drives most;
+            training-free: of each neuron's, how many are pruned per bin of timesteps at most.
+        observations: batches that activations are measured on.
+        initial_score: of every weight that may be pruned; a weight is pruned when its score falls below 0.
+        sparsity_weight: of the penalty on the pruned share.
+        lr: learning rate of the scores, where unlearn.lr is not set.
+        timestep_bins: training-free: ranges of timesteps with scores of their own.
+        finetune_steps: training-free: steps for the surviving weights, after the observations.
+        mask: of an earlier pruning: it is held, and the surviving weights are tuned in all steps.
+        attack_prompts: prompts that are to bring the concept back, for the report on neurons.
+    """
+
+    variant: Literal["learned", "training-free"] = "learned"
+    objective: Literal["esd", "erasediff"] = "esd"
+    share: Share = 0.1
+    observations: Count = 16
+    initial_score: Positive = 1.0
+    sparsity_weight: NonNegative = 0.0
+    lr: Positive = 0.1
+    timestep_bins: Count = 10
+    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    mask: Path | None = None
+    attack_prompts: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the masks' scores are what is trained."""
+        return self.variant == "learned" and self.mask is None
+
+
 def trained(config: Config, network: nn.Module, selected: Any) -> list[nn.Parameter]:
     """The scores of the masks over the selected weights or, where no mask is learned, those weights."""
-    scores = add_masks(network, selected, config.pruning.initial_score)
-    if config.pruning.learned:
+    settings = config.section(PruningConfig)
+    scores = add_masks(network, selected, settings.initial_score)
+    if settings.learned:
         return scores
     for score in scores:
         score.requires_grad_(False)
@@ -121,25 +160,25 @@ def trained(config: Config, network: nn.Module, selected: Any) -> list[nn.Parame
     return weights
 
 
-def make(materials: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
-    settings = materials.config.pruning
-    given: dict[str, Any] = {"process": materials.process, **materials.options}
+def build(context: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
+    settings = context.config.section(PruningConfig)
+    given: dict[str, Any] = {"process": context.process, **context.options}
     method: ESD | EraseDiff
     observations: Observations
     if settings.objective == "esd":
-        method = _of_prompts(materials, given)
+        method = _of_prompts(context, given)
         observations = partial(on_trajectories, method)
     else:
         kind = PrunedEraseDiff if settings.learned else EraseDiff
-        method = kind(materials.network, materials.optimizer, **erasediff.own_options(materials), **given)
-        observations = partial(of_batches, method, materials.retain_batches, materials.forget_batches)
+        method = kind(context.network, context.optimizer, **erasediff.erasediff_options(context), **given)
+        observations = partial(of_batches, method, context.retain_batches, context.forget_batches)
     if isinstance(method, PrunedESD | PrunedEraseDiff):
         method.observations = observations
         method.sparsity_weight = settings.sparsity_weight
         limit_masks(method.model, correlated(method, observations, settings.observations), settings.share)
-        method.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(materials.network))
+        method.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(context.network))
         return method
-    for _, _, mask in weight_masks(materials.teacher()):
+    for _, _, mask in weight_masks(context.teacher()):
         mask.active = False
     return HeldMask(
         method,
@@ -151,25 +190,27 @@ def make(materials: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
     )
 
 
-def _of_prompts(materials: BuildContext, given: dict[str, Any]) -> ESD:
-    config, settings = materials.config, materials.config.pruning
-    if materials.batch_size % 2:
-        raise UserError("Half of what pruning looks at is to stay: give an even unlearn.batch_size.")
-    others = config.images.retain_prompts or (() if config.esd.erase_from is None else (config.esd.erase_from,))
-    options = esd.own_options(materials) | {
-        "references": esd.floats(materials.encode_prompts([*others, ""])),
+def _of_prompts(context: BuildContext, given: dict[str, Any]) -> ESD:
+    config = context.config
+    settings = config.section(PruningConfig)
+    erase_from = config.section(esd.EsdConfig).erase_from
+    if context.batch_size % 2:
+        raise UserError("Half of a batch of pruning is of prompts to retain; give an even unlearn.batch_size.")
+    others = config.images.retain_prompts or (() if erase_from is None else (erase_from,))
+    options = esd.esd_options(context) | {
+        "references": esd.floats(context.encode_prompts([*others, ""])),
         "barrier": erasediff.barrier_of(config.unlearn),
     }
     if settings.learned:
-        method: ESD = PrunedESD(materials.network, materials.optimizer, **options, **given)
+        method: ESD = PrunedESD(context.network, context.optimizer, **options, **given)
     else:
-        method = ESD(materials.network, materials.optimizer, teacher=materials.teacher(), **options, **given)
+        method = ESD(context.network, context.optimizer, teacher=context.teacher(), **options, **given)
     if settings.attack_prompts:
-        method.attack = esd.floats(materials.encode_prompts(settings.attack_prompts))
+        method.attack = esd.floats(context.encode_prompts(settings.attack_prompts))
     return method
 
 
-def finish(method: Method, path: Path) -> None:
+def finalize(method: Method, path: Path) -> None:
     """Make the masks part of the model, and write them and the neurons that they are about beside it."""
     assert isinstance(method, PrunedESD | PrunedEraseDiff | HeldMask)
     solver = method.tuned if isinstance(method, HeldMask) else method
@@ -183,10 +224,35 @@ def finish(method: Method, path: Path) -> None:
     save_masks(merge_masks(solver.model), path.with_name(MASK))
 
 
+def prunes_by_prompts(config: Config) -> bool:
+    """Whether what is pruned is found on trajectories for prompts, as in ESD, rather than on images."""
+    return config.section(PruningConfig).objective == "esd"
+
+
 def needs(config: Config) -> Requirements:
-    if config.pruning.objective == "erasediff":
-        return Requirements(relabel=erasediff.needs(config).relabel)
-    return Requirements(retain=False, forget=False)
+    if prunes_by_prompts(config):
+        return Requirements(retain=False, forget=False)
+    return Requirements(relabel=erasediff.needs(config).relabel)
 
 
-SPEC = MethodSpec(name="pruning", make=make, needs=needs, trained=trained, finish=finish)
+def defaults(config: Config, _space: Space) -> dict[str, float | int]:
+    """Scores are learned at a rate of their own; without learning, observations are steps."""
+    settings = config.section(PruningConfig)
+    if settings.learned:
+        return {"lr": settings.lr}
+    return {} if settings.mask is not None else {"steps": settings.observations + settings.finetune_steps}
+
+
+SPEC = MethodSpec(
+    name="pruning",
+    summary="masks over weights, learned (arXiv 2405.16534) or training-free (ConceptPrune, arXiv 2405.19237)",
+    config=PruningConfig,
+    reads=lambda config: SOLVER_KEYS | {"barrier", "eta"} if prunes_by_prompts(config) else erasediff.READS,
+    sections=("esd",),
+    defaults=defaults,
+    needs=needs,
+    trained=trained,
+    build=build,
+    finalize=finalize,
+    single_process_reason="the masks that it leaves, and its report of neurons, are made of whole weights",
+)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from erasediff.config.fields import Count, Positive, Section, Share
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.losses import DenoisingObjective
 from erasediff.diffusion.rng import NoiseRole, noise_key
@@ -15,7 +16,7 @@ from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver
 from erasediff.methods.erasediff import EraseDiff
-from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import GradientStore
 
 HALF_BITS = 16
@@ -138,8 +139,23 @@ class SalUn(EraseDiff):
     name = "salun"
 
 
-def make(materials: BuildContext) -> SalUn:
-    config, settings = materials.config, materials.config.salun
+class SalunConfig(Section):
+    """Settings of SalUn.
+
+    Attributes:
+        retain_weight: alpha, 0.1 in the published Stable Diffusion recipe.
+        share: of the weights, those whose gradients are largest on forgotten data, which alone move.
+        batches: forgotten batches that the gradients are measured on.
+    """
+
+    retain_weight: Positive = 0.1
+    share: Share = 0.5
+    batches: Count = 8
+
+
+def build(context: BuildContext) -> SalUn:
+    config = context.config
+    settings = config.section(SalunConfig)
     if config.unlearn.target not in (None, "relabel"):
         raise UserError(f"SalUn's target is relabel, not {config.unlearn.target}: omit --target.")
     if config.text_to_image.saliency is not None or config.text_to_image.train == "lora":
@@ -147,14 +163,14 @@ def make(materials: BuildContext) -> SalUn:
             "SalUn chooses among the model's own weights: set salun.share, not text_to_image.saliency, and no LoRA."
         )
     method = SalUn(
-        materials.network,
-        materials.optimizer,
-        process=materials.process,
+        context.network,
+        context.optimizer,
+        process=context.process,
         barrier=Fixed(1 / settings.retain_weight),
-        target=materials.relabel(),
-        **materials.options,
+        target=context.relabel(),
+        **context.options,
     )
-    keep_to_the_salient(method, materials.forget_batches(settings.batches), share=settings.share)
+    keep_to_the_salient(method, context.forget_batches(settings.batches), share=settings.share)
     return method
 
 
@@ -166,7 +182,10 @@ def keep_to_the_salient(method: Solver, batches: Iterable[Batch], *, share: floa
 
 
 SPEC = MethodSpec(
-    name=SalUn.name,
-    make=make,
+    name="salun",
+    summary="relabelling under a saliency mask (SalUn, arXiv 2310.12508)",
+    config=SalunConfig,
+    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS | {"target", "relabel_to", "teacher"},
     needs=lambda config: Requirements(teacher=config.unlearn.teacher == "frozen", relabel=True),
+    build=build,
 )

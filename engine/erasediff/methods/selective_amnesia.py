@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from erasediff.config.fields import Count, NonNegative, Section
 from erasediff.diffusion.batch import Batch, with_sample_ids
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import BuildContext, MethodSpec
+from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec
 from erasediff.parallel.gradient_store import Shard
 from erasediff_kernels import philox_noise
 
@@ -105,18 +106,36 @@ class SelectiveAmnesia(Solver):
         return self.gradients.shards(original=self.original, fisher=self.fisher)
 
 
-def make(materials: BuildContext) -> SelectiveAmnesia:
-    settings = materials.config.selective_amnesia
+class SelectiveAmnesiaConfig(Section):
+    """Settings of Selective Amnesia.
+
+    Attributes:
+        ewc_weight: lambda, of the penalty on moving weights.
+        fisher_batches: batches of either kind that the Fisher information is estimated on.
+    """
+
+    ewc_weight: NonNegative = 50.0
+    fisher_batches: Count = 50
+
+
+def build(context: BuildContext) -> SelectiveAmnesia:
+    settings = context.config.section(SelectiveAmnesiaConfig)
     method = SelectiveAmnesia(
-        materials.network,
-        materials.optimizer,
-        process=materials.process,
+        context.network,
+        context.optimizer,
+        process=context.process,
         ewc_weight=settings.ewc_weight,
-        **materials.options,
+        **context.options,
     )
     count = settings.fisher_batches
-    method.estimate_fisher([*materials.retain_batches(count), *materials.forget_batches(count)])
+    method.estimate_fisher([*context.retain_batches(count), *context.forget_batches(count)])
     return method
 
 
-SPEC = MethodSpec(name=SelectiveAmnesia.name, make=make)
+SPEC = MethodSpec(
+    name="selective-amnesia",
+    summary="surrogates for what is forgotten, old weights held by Fisher information (arXiv 2305.10120)",
+    config=SelectiveAmnesiaConfig,
+    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS,
+    build=build,
+)

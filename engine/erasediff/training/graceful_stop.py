@@ -1,4 +1,4 @@
-"""Ctrl-C once: come to a clean stop. Twice: stop at once."""
+"""Graceful stop: the first Ctrl-C or SIGTERM ends a run with a checkpoint, the second at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -14,16 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erasediff.parallel.world import World
-
-
-class Interrupted(Exception):
-    """A run stopped because it was asked to; ``checkpoint`` holds all of it."""
-
-    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped after step {step}; saved {checkpoint}")
-        self.exit_code = 128 + signal_number
-        self.step = step
-        self.checkpoint = checkpoint
 
 
 class StopRequest:

@@ -1,7 +1,8 @@
-"""What a run needs, built but not begun: a model, a method and its batches."""
+"""Training jobs, built but not begun: a model, a method, its batches, and the device they are on."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.errors import UserError
+from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Method
 from erasediff.models.trainable import frozen_copy
@@ -22,12 +24,8 @@ from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, run_steps
 from erasediff.training.lr_schedule import LearningRate
-from erasediff.training.run_dir import MODEL, RunPlace
-from erasediff_kernels import ConstrainedAdamW
-from erasediff_kernels._dispatch import selected as selected_backend
-
-SINGLE_PROCESS_ONLY = {"pruning": "the masks that it leaves, and its report of neurons, are made of whole weights"}
-"""The methods that one process alone can run, and why."""
+from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
+from erasediff_kernels import ConstrainedAdamW, backend_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +59,20 @@ class TrainingJob:
     saved_as: str = MODEL
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
-        """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights."""
-        torch.manual_seed(self.config.seed)
+        """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
+
+        torch's number of threads and its random state are afterwards as they were before.
+        """
+        device = next(self.network.parameters()).device
+        with self.thread_scope(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed)
+            return self._run(place, console)
+
+    def thread_scope(self) -> AbstractContextManager[None]:
+        """See the function ``thread_scope``, with the threads of the configuration."""
+        return thread_scope(self.config.threads)
+
+    def _run(self, place: RunPlace, console: Console) -> RunResult:
         run = place.open(self.config)
         outcome = run_steps(
             self.method,
@@ -101,15 +111,57 @@ class TrainingJob:
                 self.save(path)
 
     def trial_step(self, index: int) -> None:
-        """Take one step that no run folder hears of."""
-        self.rate.apply(self.optimizer, index)
-        self.method.step(self.retain.at(index), self.forget.at(index) if self.forget is not None else {})
+        """Take one step that leaves nothing in a run's folder."""
+        with self.thread_scope():
+            self.rate.apply(self.optimizer, index)
+            self.method.step(self.retain.at(index), self.forget.at(index) if self.forget is not None else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandaloneJob:
+    """A method without optimizer steps, built but not begun: ``procedure`` writes to a folder and returns a report."""
+
+    config: Config
+    procedure: Callable[[Path, Console], dict[str, Any]]
+
+    def run(self, place: RunPlace, console: Console) -> dict[str, Any]:
+        """Run the method in the folder of ``place``, and leave the configuration there."""
+        with thread_scope(self.config.threads):
+            report = self.procedure(place.path, console)
+        atomic_write(place.path / CONFIG, self.config.to_yaml())
+        return report
+
+
+def check_single_process(config: Config) -> None:
+    """UserError for several processes and a method that runs in one only."""
+    method, launch = config.unlearn.method, config.distributed.launch
+    reason = METHOD_SPECS[method].single_process_reason
+    if launch != "none" and reason is not None:
+        raise UserError(f"The method {method} runs in one process, since {reason}: use --launch none.")
+
+
+@contextmanager
+def thread_scope(threads: int | None = None) -> Iterator[None]:
+    """Restore torch's number of CPU threads after the block; within it, use ``threads`` (None: leave them alone).
+
+    ``set_up_device`` sets the threads of a configuration for the whole process, so every function of the library that
+    calls it runs in such a scope.
+    """
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_up_device(config: Config) -> torch.device:
-    """The device that ``config`` means, set up for use.
+    """The device of ``config``, with its CPU threads set and its process group joined. See ``thread_scope``.
 
-    UserError for one that this machine does not have, and for operators forced to a backend that cannot serve it.
+    Raises:
+        UserError: for a device that this machine or the operators do not have, and for operators forced to a backend
+            that cannot serve it.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -123,7 +175,7 @@ def set_up_device(config: Config) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
     try:
-        selected_backend(device.type)
+        backend_for(device)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     join(config.distributed, device)
@@ -140,9 +192,7 @@ def parallelize(
 ) -> tuple[nn.Module, ConstrainedAdamW]:
     """``parallelize_network`` with the sizes of ``settings``. UserError for a method that runs in one process only."""
     if config.distributed.launch != "none" and isinstance(settings, UnlearnConfig):
-        why = SINGLE_PROCESS_ONLY.get(settings.method)
-        if why is not None:
-            raise UserError(f"The method {settings.method} runs in one process, since {why}: use --launch none.")
+        check_single_process(config)
         if settings.moments == "8-bit":
             raise UserError("8-bit moments are those of one process, since shards do not end where blocks do.")
     return parallelize_network(
@@ -181,5 +231,5 @@ def teacher_of(config: Config, network: nn.Module, weights: LazyWeights | None =
 
 
 def precision_of(config: Config) -> torch.dtype | None:
-    """What ``autocast`` should be: None in float32."""
-    return torch.bfloat16 if config.precision == "bfloat16" else None
+    """The dtype of autocast: bfloat16 for mixed precision, otherwise None."""
+    return torch.bfloat16 if config.precision == "bf16-mixed" else None

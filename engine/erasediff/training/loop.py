@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from erasediff.config import RunConfig
 from erasediff.diffusion.batch import Batch
-from erasediff.errors import UserError
+from erasediff.errors import Interrupted, UserError
 from erasediff.methods import Method
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
-from erasediff.training.graceful_stop import AgreedStop, Interrupted, stop_on_signal
+from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
 

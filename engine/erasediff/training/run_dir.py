@@ -13,8 +13,6 @@ from erasediff.training.checkpoint import PREFIX, Checkpoint
 
 CONFIG = "config.yaml"
 MODEL = "model"
-ERASER = "saemnesia"
-"""Of the method of that name, which leaves the model as it was."""
 SINGLE_FILE = "model.safetensors"
 LATEST = "latest"
 FREE = ("run.", "distributed.")

@@ -1,24 +1,27 @@
-"""The method that a configuration asks for, on any network."""
+"""Unlearning jobs of any method on any model: settings, trained parameters, solver, saving."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from erasediff.config import Config, UnlearnConfig, differences
-from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser
+from erasediff.config import Config, UnlearnConfig, given_settings
+from erasediff.diffusion.batch import Batch, Denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
-from erasediff.methods import METHOD_SPECS, BuildContext, Method
+from erasediff.io.tensor_file import LazyWeights
+from erasediff.methods import METHOD_SPECS, BuildContext, Method, MethodSpec
 from erasediff.methods.base import SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import LatentModel
 from erasediff.models.trainable import select, train_only
 from erasediff.parallel.init import share_of
-from erasediff.training.job import precision_of
+from erasediff.training.job import TrainingJob, parallelize, precision_of, teacher_of
 from erasediff.training.loop import Batches
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import MODEL, SINGLE_FILE
@@ -45,7 +48,9 @@ def check_output(config: Config, model: LatentModel) -> None:
     """UserError for a layout or keys that the family does not have: better now than when the work is done."""
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
-        raise UserError("Saliency chooses among the model's own weights: omit it with --train lora.")
+        raise UserError(
+            "Saliency selects among the model's own weights; omit text_to_image.saliency with --train lora."
+        )
     if model.original_layout is not None:
         return
     if settings.layout == "single-file":
@@ -57,7 +62,7 @@ def check_output(config: Config, model: LatentModel) -> None:
 
 
 def output_name(config: Config) -> str:
-    """What the model is called in the run's folder."""
+    """The model's name in the run's folder."""
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
@@ -76,29 +81,40 @@ def save_unlearned(config: Config, model: LatentModel, path: Path) -> None:
     )
 
 
-SECTIONS = {
-    "esd": ("esd", "pruning"),
-    "pruning": ("pruning",),
-    "salun": ("salun",),
-    "selective_amnesia": ("selective-amnesia",),
-}
-"""The methods that read a section of the configuration which not all of them read."""
+def check_settings(config: Config, names: Collection[str] | None = None) -> None:
+    """UserError for a setting of a method, or of ``unlearn``, that was given and that the method does not read.
+
+    Args:
+        config: as the user wrote it, before any default is filled in.
+        names: dotted names of the settings that were given; by default those of ``given_settings``.
+    """
+    spec = METHOD_SPECS[config.unlearn.method]
+    keys, sections = spec.reads(config), {spec.section, *spec.sections}
+    owners = {other.section: other.name for other in METHOD_SPECS.values() if other.config is not None}
+    for name in given_settings(config) if names is None else names:
+        section, _, key = name.partition(".")
+        if (section in owners and section not in sections) or (section == "unlearn" and key not in keys):
+            owner = f", a setting of {owners[section]}" if section in owners else ""
+            namesake = spec.config is not None and key in spec.config.model_fields
+            advice = f"set {spec.section}.{key}" if namesake else f"it reads {_readable(spec, keys, sections)}"
+            raise UserError(f"The method {spec.name} does not read {name}{owner}: {advice}.")
+
+
+def _readable(spec: MethodSpec, keys: Collection[str], sections: Collection[str]) -> str:
+    existing = sorted(other.section for other in METHOD_SPECS.values() if other.config is not None)
+    whole_sections = [f"all of {section}" for section in existing if section in sections]
+    return " and ".join([f"unlearn.{{{', '.join(sorted(keys))}}}", *whole_sections])
 
 
 def needed_batches(config: Config) -> bool:
-    """Whether the method looks at images at all. UserError for settings that it does not read."""
-    method = config.unlearn.method
-    for name in differences(Config(), config):
-        readers = SECTIONS.get(name.partition(".")[0])
-        if readers is not None and method not in readers:
-            raise UserError(f"The setting {name} is for --method {' and '.join(readers)}, not for {method}.")
-    needs = METHOD_SPECS[method].needs(config)
+    """Whether the method looks at images at all."""
+    needs = METHOD_SPECS[config.unlearn.method].needs(config)
     return needs.retain or needs.forget
 
 
 @dataclass(frozen=True, slots=True)
 class NoBatches:
-    """What a method that needs no images is given."""
+    """Empty batches, for a method that does not look at one kind of data."""
 
     def at(self, step: int) -> Batch:
         return {}
@@ -112,24 +128,80 @@ def _no_latents() -> tuple[int, ...]:
     raise UserError("This method needs a concept's prompts: give a text-to-image model and --forget-prompts.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlearningModel:
+    """A model of either kind as an unlearning job uses it.
+
+    Attributes:
+        network: the network that is trained.
+        process: noise schedule and prediction type.
+        predict: how the network is called.
+        save: writes the model to a path.
+        relabel: the target that asks for the anchor's condition, given a frozen copy of the network on demand.
+        saved_as: name of the model in the run's folder.
+        weights: of a network that has none in memory yet, by name.
+        optimizer_options: further keywords of ``ConstrainedAdamW``.
+        encode_prompts: see ``BuildContext``.
+        latent_shape: see ``BuildContext``.
+    """
+
+    network: nn.Module
+    process: Process
+    predict: Denoiser
+    save: Callable[[Path], None]
+    relabel: Callable[[Callable[[], nn.Module]], Relabel]
+    saved_as: str = MODEL
+    weights: LazyWeights | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]] = _no_prompts
+    latent_shape: Callable[[], tuple[int, ...]] = _no_latents
+
+
+def build_training_job(
+    config: Config, model: UnlearningModel, parameters: Iterable[nn.Parameter], retain: Batches, forget: Batches
+) -> TrainingJob:
+    """The run of ``config.unlearn.method`` that trains ``parameters`` of ``model``, built but not begun."""
+    settings = config.unlearn
+    rate = learning_rate(settings)
+    teacher = teacher_of(config, model.network, model.weights)
+    make_optimizer = partial(
+        ConstrainedAdamW,
+        lr=rate.peak,
+        weight_decay=settings.weight_decay,
+        ema_decay=settings.ema_decay,
+        moments=settings.moments,
+        **model.optimizer_options,
+    )
+    trained, optimizer = parallelize(config, settings, model.network, parameters, make_optimizer, model.weights)
+    method = unlearning_method(config, model, trained, optimizer, teacher=teacher, retain=retain, forget=forget)
+    return TrainingJob(
+        title=f"Unlearning ({settings.method})",
+        config=config,
+        network=model.network,
+        save=partial(finalize_and_save, method, model.save),
+        saved_as=model.saved_as,
+        optimizer=optimizer,
+        method=method,
+        rate=rate,
+        retain=retain,
+        forget=forget,
+    )
+
+
 def unlearning_method(
     config: Config,
+    model: UnlearningModel,
     network: nn.Module,
     optimizer: ConstrainedAdamW,
     *,
-    process: Process,
-    relabel: Callable[[], Relabel],
     teacher: Callable[[], nn.Module],
-    denoiser: Denoiser = diffusers_denoiser,
-    retain: Batches | None = None,
-    forget: Batches | None = None,
-    encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]] = _no_prompts,
-    latent_shape: Callable[[], tuple[int, ...]] = _no_latents,
+    retain: Batches,
+    forget: Batches,
 ) -> Method:
-    """``config.unlearn.method`` about to train ``network``; see ``BuildContext`` for what it may be made of."""
+    """``config.unlearn.method`` about to train ``network``, which is ``model``'s as ranks share it."""
     settings = config.unlearn
     options: SolverOptions = {
-        "denoiser": denoiser,
+        "denoiser": model.predict,
         "min_snr_gamma": settings.min_snr_gamma,
         "antithetic": settings.antithetic,
         "max_grad_norm": settings.max_grad_norm,
@@ -137,29 +209,26 @@ def unlearning_method(
         "autocast": precision_of(config),
         "seed": config.seed,
     }
-    return METHOD_SPECS[settings.method].make(
+    build = METHOD_SPECS[settings.method].build
+    assert build is not None, f"{settings.method} takes no optimizer steps"
+    return build(
         BuildContext(
             config=config,
             network=network,
             optimizer=optimizer,
-            process=process,
-            denoiser=denoiser,
+            process=model.process,
+            denoiser=model.predict,
             options=options,
-            relabel=relabel,
+            relabel=partial(model.relabel, teacher),
             teacher=teacher,
-            encode_prompts=encode_prompts,
-            latent_shape=latent_shape,
+            encode_prompts=model.encode_prompts,
+            latent_shape=model.latent_shape,
             prompts=config.images.forget_prompts,
             batch_size=settings.batch_size // share_of(settings.batch_size, "unlearn.batch_size")["world_size"],
-            forget_batches=lambda count: _first(forget, count),
-            retain_batches=lambda count: _first(retain, count),
+            forget_batches=lambda count: map(forget.at, range(count)),
+            retain_batches=lambda count: map(retain.at, range(count)),
         )
     )
-
-
-def _first(batches: Batches | None, count: int) -> Iterable[Batch]:
-    assert batches is not None
-    return map(batches.at, range(count))
 
 
 def learning_rate(settings: UnlearnConfig) -> LearningRate:
@@ -176,14 +245,14 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
         return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
-            f"The method {config.unlearn.method} has parameters of its own: choose weights with --train, not lora."
+            f"The method {config.unlearn.method} trains parameters of its own; choose weights with --train, not lora."
         )
     return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 
 
-def finished_and_saved(method: Method, save: Callable[[Path], None], path: Path) -> None:
-    """Write what the method leaves beside the model at ``path``, and the model with ``save``."""
-    finish = METHOD_SPECS[method.name].finish
-    if finish is not None:
-        finish(method, path)
+def finalize_and_save(method: Method, save: Callable[[Path], None], path: Path) -> None:
+    """Write the method's own files beside the model's ``path``, and the model with ``save``."""
+    finalize = METHOD_SPECS[method.name].finalize
+    if finalize is not None:
+        finalize(method, path)
     save(path)

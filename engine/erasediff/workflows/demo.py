@@ -1,4 +1,4 @@
-"""The main job, end to end: a base model, unlearning, the controls, and one judge for all of them."""
+"""End-to-end demo on the digits: base model, unlearning, controls, retrained model, evaluation and report."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from erasediff.evaluation import Judge
 from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write
 from erasediff.report import Column, Contents, render
-from erasediff.training.job import set_up_device
+from erasediff.training.job import set_up_device, thread_scope
 from erasediff.training.run_dir import RunFolder, RunPlace
 from erasediff.workflows.dry_run import Plan, plan
 from erasediff.workflows.evaluate import EvaluatedModel, Evaluation, judge_model
@@ -93,6 +93,7 @@ class DemoResult:
     evaluation: Evaluation
 
 
+@thread_scope()
 def demo(config: Config, place: RunPlace, console: Console, command: str) -> DemoResult:
     """Unlearn ``config.unlearn.forget`` (by default, 3) from a base model, beside three controls, and report on all.
 
@@ -128,6 +129,7 @@ def demo(config: Config, place: RunPlace, console: Console, command: str) -> Dem
     return DemoResult(run=run.path, report=report, evaluation=evaluation)
 
 
+@thread_scope()
 def plan_demo(config: Config) -> dict[str, Plan]:
     """What each part of ``demo`` that is not in the cache would cost, by its column's name. Writes nothing."""
     config = _complete(config)

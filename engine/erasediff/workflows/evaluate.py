@@ -1,4 +1,4 @@
-"""Judge a model, alone or against the model that it was unlearned from."""
+"""Evaluate a pixel-space model with a classifier, alone or against the model that it was unlearned from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from erasediff.evaluation import (
     unconditional_metrics,
 )
 from erasediff.models import PixelModel
-from erasediff.training.job import set_up_device
+from erasediff.training.job import set_up_device, thread_scope
 from erasediff.workflows.load_model import load_model
 from erasediff.workflows.sample import draw
 
@@ -49,6 +49,7 @@ class Evaluation:
         return {"judge": judge} | {name: judged.metrics.to_dict() for name, judged in self.judged.items()}
 
 
+@thread_scope()
 def evaluate(config: Config, model: Path, base: Path | None, forget: Sequence[int], console: Console) -> Evaluation:
     """Judge the model in the diffusers folder ``model`` after it has been made to forget ``forget``.
 

@@ -1,4 +1,4 @@
-"""Models from disk: one for the digits, checked against them, or a text-to-image checkpoint with what goes on top."""
+"""Load models: pixel-space models of the digits, text-to-image checkpoints with a LoRA, pruning masks."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from erasediff.models.checkpoint.base import WEIGHT_FILES
 from erasediff.models.checkpoint.hub import is_hub_id
 from erasediff.models.load import load_text_to_image
 from erasediff.models.weight_masks import apply_masks, load_masks
-from erasediff.training.job import set_up_device
+from erasediff.training.job import set_up_device, thread_scope
 
 
 def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
@@ -70,10 +70,16 @@ def is_text_to_image(source: Path) -> bool:
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
-    """UserError for settings that the digits' models have no use for."""
+    """UserError for settings of text-to-image models, given for a pixel-space model."""
     foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
     if foreign:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
+
+
+def check_pixel_precision(config: Config) -> None:
+    """UserError for a precision that pixel-space models are not trained in."""
+    if config.precision == "bf16-true":
+        raise UserError("Pixel-space models keep float32 weights: set precision to bf16-mixed or fp32.")
 
 
 def _unet_class(folder: Path) -> str | None:
@@ -84,6 +90,7 @@ def _unet_class(folder: Path) -> str | None:
     return str(name)
 
 
+@thread_scope()
 def mask_model(config: Config, source: Path, mask: Path, out: Path, restore_from: Path | None) -> None:
     """Write ``source`` to ``out`` as a diffusers folder, pruned, or with the weights of ``restore_from`` put back.
 

@@ -1,6 +1,7 @@
 """Draw images from a model, and write them as one grid or as single files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from erasediff.data import load_digits
 from erasediff.errors import UserError
 from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
+from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
 from erasediff.models import PixelModel
-from erasediff.training.job import set_up_device
+from erasediff.models.base import LatentModel
+from erasediff.sae import ConceptEraser
+from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
-from erasediff.workflows.erase_sae import erasing
 from erasediff.workflows.load_model import load_checkpoint, load_model
 
 
@@ -30,6 +33,7 @@ class SampledImages:
     written: Path
 
 
+@thread_scope()
 def sample(
     config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int] | None, count: int
 ) -> SampledImages:
@@ -71,13 +75,13 @@ def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, cou
         if classes is not None:
             raise UserError(f"The model in {path} is unconditional: omit the classes.")
         return None
-    known = range(model.num_classes)
-    unknown = [number for number in classes or () if number not in known]
+    existing = range(model.num_classes)
+    unknown = [number for number in classes or () if number not in existing]
     if unknown:
-        raise UserError(f"There is no class {unknown[0]} in {path}: choose from {', '.join(map(str, known))}.")
+        raise UserError(f"There is no class {unknown[0]} in {path}: choose from {', '.join(map(str, existing))}.")
     if classes is not None and not classes:
-        raise UserError(f"Name at least one class of {', '.join(map(str, known))}.")
-    return torch.tensor(known if classes is None else classes).repeat_interleave(count)
+        raise UserError(f"Name at least one class of {', '.join(map(str, existing))}.")
+    return torch.tensor(existing if classes is None else classes).repeat_interleave(count)
 
 
 def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, console: Console, title: str) -> Tensor:
@@ -104,8 +108,8 @@ def grid(images: Tensor, columns: int, scale: int) -> Image.Image:
     sheet = images.new_ones(rows * columns, channels, height + 1, width + 1)
     sheet[:count, :, :height, :width] = images
     sheet = sheet.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
-    whole = picture(sheet.reshape(channels, rows * (height + 1), columns * (width + 1)))
-    return whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST)
+    image = picture(sheet.reshape(channels, rows * (height + 1), columns * (width + 1)))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def picture(image: Tensor) -> Image.Image:
@@ -114,6 +118,7 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
 
+@thread_scope()
 def sample_prompts(
     config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
 ) -> SampledImages:
@@ -123,10 +128,10 @@ def sample_prompts(
     config = for_text_to_image(config)
     settings = config.sample
     model = load_checkpoint(config, model_path, set_up_device(config))
-    asked = [prompt for prompt in prompts for _ in range(count)]
-    with erasing(config, model), progress_bar(console, "Sampling", len(asked)) as bar:
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    with erasing(config, model), progress_bar(console, "Sampling", len(repeated)) as bar:
         images = model.sample(
-            asked,
+            repeated,
             negative_prompt=settings.negative_prompt,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
@@ -137,6 +142,17 @@ def sample_prompts(
             progress=bar.advance,
         )
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    names = [f"prompt-{number // count}-{number:05d}" for number in range(len(asked))]
+    names = [f"prompt-{number // count}-{number:05d}" for number in range(len(repeated))]
     write_images(pixels, out, names, columns=count if count > 1 else len(prompts), scale=1)
     return SampledImages(images=pixels, labels=None, written=out)
+
+
+@contextmanager
+def erasing(config: Config, model: LatentModel) -> Iterator[None]:
+    """Attach the eraser ``saemnesia.eraser`` to ``model`` within the block, where there is one."""
+    eraser = config.section(SaemnesiaConfig).eraser
+    if eraser is None:
+        yield
+        return
+    with ConceptEraser.load(eraser).attached(model.denoiser):
+        yield

@@ -20,9 +20,10 @@ from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import FineTune
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device
+from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device, thread_scope
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.workflows.load_model import check_pixel_precision
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -38,8 +39,10 @@ def untrained_model(config: Config, device: torch.device) -> PixelModel:
     return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
 
 
+@thread_scope()
 def training_job(config: Config, title: str = "Training") -> TrainingJob:
     """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
+    check_pixel_precision(config)
     settings = config.train
     device = set_up_device(config)
     images = load_digits().train
@@ -88,6 +91,7 @@ LIBRARIES = ("erasediff", "torch", "diffusers")
 class CachedTraining:
     """The run that trains the model of ``config`` without the classes ``exclude``, in the cache."""
 
+    @thread_scope()
     def __init__(self, config: Config, exclude: tuple[int, ...] = ()) -> None:
         self.config = Config(
             seed=config.seed,

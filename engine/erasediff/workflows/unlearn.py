@@ -1,28 +1,72 @@
-"""Commands on whatever model they are given: a text-to-image checkpoint, or a model of the digits."""
+"""Unlearning and sampling of any model: a text-to-image checkpoint, or a pixel-space model of the digits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from erasediff.config import Config
 from erasediff.errors import UserError
-from erasediff.training.job import TrainingJob
-from erasediff.workflows.load_model import is_text_to_image, refuse_text_to_image_settings
+from erasediff.methods import METHOD_SPECS
+from erasediff.methods.spec import RunContext
+from erasediff.training.job import StandaloneJob, TrainingJob, check_single_process, set_up_device
+from erasediff.training.run_dir import RunPlace
+from erasediff.workflows.build_method import check_settings
+from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, refuse_text_to_image_settings
 from erasediff.workflows.sample import SampledImages, sample, sample_prompts
-from erasediff.workflows.unlearn_latent import text_to_image_job
+from erasediff.workflows.unlearn_latent import text_to_image_job, with_latent_defaults
 from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 
-def unlearning_job(config: Config, console: Console, *, rehearse: bool) -> TrainingJob:
-    """The unlearning run that suits ``config.unlearn.model``; ``rehearse`` it if it is only to be measured.
+def unlearning_job(
+    config: Config, console: Console, place: RunPlace | None, given: Collection[str] | None = None
+) -> TrainingJob | StandaloneJob:
+    """The unlearning run of ``config``, built but not begun.
 
-    UserError as in ``text_to_image_job`` and ``pixel_unlearning_job``, and for settings of the other kind of model.
+    Args:
+        config: as the user wrote it: defaults of the kind of model are filled in here.
+        console: for progress bars.
+        place: where it is going to run; None builds a job to be measured, which writes nothing.
+        given: see ``check_settings``.
+
+    Raises:
+        UserError: as ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
+            kind of model does not read.
     """
+    check_settings(config)
+    check_settings(config, given or ())
+    check_single_process(config)
+    spec = METHOD_SPECS[config.unlearn.method]
+    if spec.run is not None:
+        return _standalone_job(config, spec.run, place)
+    if place is not None:
+        place.check()
     if config.unlearn.model is not None and is_text_to_image(config.unlearn.model):
-        return text_to_image_job(config, console, rehearse=rehearse)
+        return text_to_image_job(config, console, rehearse=place is None)
     refuse_text_to_image_settings(config)
     return pixel_unlearning_job(config)
+
+
+def _standalone_job(
+    config: Config, run: Callable[[RunContext], dict[str, Any]], place: RunPlace | None
+) -> StandaloneJob:
+    """A job of a method without optimizer steps. UserError for a job that is to be measured or resumed."""
+    method, source = config.unlearn.method, config.unlearn.model
+    if place is None:
+        raise UserError(f"The method {method} takes no optimizer steps, so there is none to measure: omit --dry-run.")
+    if place.resuming:
+        raise UserError(f"The method {method} continues by itself from what is in --out: omit --resume.")
+    if source is None:
+        raise UserError("There is no model to unlearn from; name one with --model.")
+    config = with_latent_defaults(config)
+
+    def procedure(out: Path, console: Console) -> dict[str, Any]:
+        load_model = partial(load_checkpoint, config, source, set_up_device(config))
+        return run(RunContext(config=config, load_model=load_model, out=out, console=console))
+
+    return StandaloneJob(config=config, procedure=procedure)
 
 
 def draw_from(
@@ -38,8 +82,10 @@ def draw_from(
     """``count`` images of each prompt or class. UserError as in ``sample_prompts`` and ``sample``."""
     if not is_text_to_image(model):
         if prompts is not None:
-            raise UserError(f"{model} is not a text-to-image model: omit the prompts.")
+            raise UserError(f"{model} is not a text-to-image model; omit --prompts.")
         return sample(config, model, out, console, classes=classes, count=count or 50)
     if prompts is None or classes is not None:
-        raise UserError(f"{model} is a text-to-image model: say with --prompts what to draw, not with --classes.")
+        raise UserError(
+            f"{model} is a text-to-image model, which draws prompts; use --prompts in the place of --classes."
+        )
     return sample_prompts(config, model, out, console, prompts=prompts, count=count or 1)

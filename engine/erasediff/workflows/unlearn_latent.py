@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from erasediff.config import Config, for_text_to_image
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
+from erasediff.methods import METHOD_SPECS
 from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
 from erasediff.models.base import LatentModel
-from erasediff.training.job import TrainingJob, loads_sharded, parallelize, precision_of, set_up_device, teacher_of
+from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.workflows.anchor_selection import anchored
 from erasediff.workflows.build_method import (
     NoBatches,
+    UnlearningModel,
+    build_training_job,
     check_output,
-    finished_and_saved,
-    learning_rate,
     method_parameters,
     needed_batches,
     output_name,
     save_unlearned,
     selected_weights,
-    unlearning_method,
 )
 from erasediff.workflows.latent_data import image_size, latent_batches, rehearsal_batches
 from erasediff.workflows.load_model import load_checkpoint
-from erasediff_kernels import ConstrainedAdamW
 
 
+@thread_scope()
 def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
     """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
 
@@ -45,8 +45,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
 
     UserError for every mistake in checkpoint, images and settings, before anything is written but caches.
     """
-    config = for_text_to_image(config)
-    settings = config.unlearn
+    config = with_latent_defaults(config)
     source = _checked(config)
     model = load_checkpoint(config, source, set_up_device(config), empty=loads_sharded(config))
     check_output(config, model)
@@ -56,56 +55,45 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     retain, forget = _batches(config, model, console, rehearse=rehearse)
     config = anchored(config, model, retain, forget, console)
     parameters = method_parameters(config, model.denoiser, selected)
-    rate = learning_rate(settings)
-    weights = model.denoiser_weights if model.denoiser_is_meta else None
-    teacher = teacher_of(config, model.denoiser, weights)
-    make_optimizer = partial(
-        ConstrainedAdamW,
-        lr=rate.peak,
-        weight_decay=settings.weight_decay,
-        ema_decay=settings.ema_decay,
-        moments=settings.moments,
-        stochastic_rounding=config.text_to_image.weights == "bfloat16",
-        seed=config.seed,
-    )
-    trained, optimizer = parallelize(config, settings, model.denoiser, parameters, make_optimizer, weights)
-    method = unlearning_method(
+    job = build_training_job(
         config,
-        trained,
-        optimizer,
-        process=model.process,
-        denoiser=model.predict,
-        relabel=partial(relabelling, config, model, teacher),
-        teacher=teacher,
-        retain=retain,
-        forget=forget,
-        encode_prompts=partial(prompt_condition, config, model),
-        latent_shape=partial(model.latent_shape, *image_size(config, model)),
+        UnlearningModel(
+            network=model.denoiser,
+            process=model.process,
+            predict=model.predict,
+            save=partial(save_unlearned, config, model),
+            saved_as=output_name(config),
+            weights=model.denoiser_weights if model.denoiser_is_meta else None,
+            optimizer_options={
+                "stochastic_rounding": config.text_to_image.weights == "bfloat16",
+                "seed": config.seed,
+            },
+            relabel=partial(relabelling, config, model),
+            encode_prompts=partial(prompt_condition, config, model),
+            latent_shape=partial(model.latent_shape, *image_size(config, model)),
+        ),
+        parameters,
+        retain,
+        forget,
     )
     model.release_encoders()
     if config.text_to_image.saliency is not None:
-        assert isinstance(method, Solver)
+        assert isinstance(job.method, Solver)
         batches = map(forget.at, range(config.text_to_image.saliency_batches))
-        keep_to_the_salient(method, batches, share=config.text_to_image.saliency)
-    return TrainingJob(
-        title=f"Unlearning ({settings.method})",
-        config=config,
-        network=model.denoiser,
-        save=partial(finished_and_saved, method, partial(save_unlearned, config, model)),
-        saved_as=output_name(config),
-        optimizer=optimizer,
-        method=method,
-        rate=rate,
-        retain=retain,
-        forget=forget,
-    )
+        keep_to_the_salient(job.method, batches, share=config.text_to_image.saliency)
+    return job
+
+
+def with_latent_defaults(config: Config) -> Config:
+    """``config`` with the defaults of text-to-image models, and of its method, wherever nothing was set."""
+    return for_text_to_image(config, METHOD_SPECS[config.unlearn.method].defaults(config, "latent"))
 
 
 def _checked(config: Config) -> Path:
     """The checkpoint to unlearn from. UserError for what needs no checkpoint to be seen."""
     settings = config.unlearn
     if settings.model is None:
-        raise UserError("Say with --model which model to unlearn from.")
+        raise UserError("There is no model to unlearn from; name one with --model.")
     if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
     return settings.model

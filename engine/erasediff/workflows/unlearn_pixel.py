@@ -9,22 +9,17 @@ from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.diffusion.batch import diffusers_denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
+from erasediff.methods import METHOD_SPECS
 from erasediff.models import PixelModel
 from erasediff.parallel.init import share_of
-from erasediff.training.job import RunResult, TrainingJob, parallelize, set_up_device, teacher_of
+from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.build_method import (
-    finished_and_saved,
-    learning_rate,
-    method_parameters,
-    needed_batches,
-    unlearning_method,
-)
-from erasediff.workflows.load_model import load_model
-from erasediff_kernels import ConstrainedAdamW
+from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
+from erasediff.workflows.load_model import check_pixel_precision, load_model
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
@@ -32,24 +27,27 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
     return pixel_unlearning_job(config).run(place, console)
 
 
+@thread_scope()
 def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> TrainingJob:
     """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
 
     UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
     """
+    check_pixel_precision(config)
     device = set_up_device(config)
     dataset = load_digits()
     forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     if model is None:
         if config.unlearn.model is None:
-            raise UserError("Say with --model which model to unlearn from: a diffusers folder.")
+            raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
         model = load_model(config.unlearn.model, dataset, device)
     model = model.to(device)
     config = resolved(config, conditional=model.num_classes is not None, retain=retain)
     settings = config.unlearn
     if not needed_batches(config):
-        raise UserError(f"The method {settings.method} needs prompts, which a model of the digits does not know.")
-    rate = learning_rate(settings)
+        raise UserError(
+            f"The method {settings.method} needs prompts, which no model of the digits has; choose another --method."
+        )
     batches = partial(
         GlobalBatches,
         batch_size=settings.batch_size,
@@ -58,58 +56,30 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
         null_label=model.null_label,
         **share_of(settings.batch_size, "unlearn.batch_size"),
     )
-    teacher = teacher_of(config, model.unet)
-    trained, optimizer = parallelize(
+    return build_training_job(
         config,
-        settings,
-        model.unet,
-        method_parameters(config, model.unet),
-        partial(
-            ConstrainedAdamW,
-            lr=rate.peak,
-            weight_decay=settings.weight_decay,
-            ema_decay=settings.ema_decay,
-            moments=settings.moments,
+        UnlearningModel(
+            network=model.unet,
+            process=Process.from_scheduler(model.scheduler),
+            predict=diffusers_denoiser,
+            save=partial(model.save, replace=True),
+            relabel=partial(relabelling, settings, model),
         ),
-    )
-
-    retained = batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout)
-    forgotten = batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout)
-    method = unlearning_method(
-        config,
-        trained,
-        optimizer,
-        process=Process.from_scheduler(model.scheduler),
-        relabel=partial(relabelling, settings, model, teacher),
-        teacher=teacher,
-        retain=retained,
-        forget=forgotten,
-    )
-    return TrainingJob(
-        title=f"Unlearning ({settings.method})",
-        config=config,
-        network=model.unet,
-        save=partial(finished_and_saved, method, partial(model.save, replace=True)),
-        optimizer=optimizer,
-        method=method,
-        rate=rate,
-        retain=retained,
-        forget=forgotten,
+        method_parameters(config, model.unet),
+        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
+        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
 
 
 def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
-    """``config`` with the settings of unlearning that suit the kind of model, where it leaves them open."""
+    """``config`` with the defaults of the kind of model in ``unlearn``, wherever nothing was set."""
     retained = sorted(set(retain.class_labels.tolist()))
-    settings = config.unlearn.resolved(conditional=conditional, retained=retained)
-    if settings.method == "pruning":
-        usual = config.pruning.usual().items()
-        own = {name: value for name, value in usual if getattr(config.unlearn, name) is None}
-        settings = settings.model_copy(update=own)
+    defaults = METHOD_SPECS[config.unlearn.method].defaults(config, "pixel")
+    settings = config.unlearn.resolved(conditional=conditional, retained=retained, method_defaults=defaults)
     unknown = set(settings.relabel_to or ()) - set(retained)
     if unknown:
         raise UserError(
-            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained one."
+            f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained class."
         )
     return config.model_copy(update={"unlearn": settings})
 

@@ -1,11 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Triton kernels of `gradient_gram` and `constraint_multiplier`."""
+"""Triton kernels of `gradient_gram`, `constraint_multiplier` and `clip_combination`."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from erasediff_kernels._storage import has_layout_of
 from erasediff_kernels._triton.language import LANES, as_double, double_bits, load_block, mask_bits
 from erasediff_kernels._triton.lists import column, find_row, plan
 from erasediff_kernels._triton.reduction import sum_partials
@@ -66,7 +67,7 @@ def gradient_gram_kernel(
 
 
 def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor]) -> Tensor:
-    if forget and any(r.stride() != g.stride() for r, g in zip(retain, forget, strict=True)):
+    if forget and not all(map(has_layout_of, forget, retain)):
         retain, forget = [r.contiguous() for r in retain], [g.contiguous() for g in forget]
     launches = plan((retain, forget, masks))
     total = sum(launch.chunks for launch in launches)
@@ -96,7 +97,19 @@ def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
-# The bits of a double say nothing about divisibility, and a schedule changes them at every step.
+@triton.jit
+def clip(rr, rf, ff, a, b, max_norm, CLIP: tl.constexpr):
+    """(clip scale, norm, whether all is finite) of a r + b g, for coefficients as fp32 holds them."""
+    norm = tl.sqrt(tl.maximum(a * a * rr + 2.0 * a * b * rf + b * b * ff, 0.0))
+    # tl.maximum drops a NaN, so the coefficients are checked as well.
+    finite = is_finite(rr) & is_finite(rf) & is_finite(ff) & is_finite(norm) & is_finite(a) & is_finite(b)
+    clip_scale = tl.full((), 1.0, tl.float64)
+    if CLIP:
+        clip_scale = tl.minimum(max_norm / (norm + 1e-6), 1.0)
+    return clip_scale, norm, finite
+
+
+# The bits of a double have no divisibility to specialise on, and a schedule changes them at every step.
 @triton.jit(do_not_specialize=["eta_bits", "max_norm_bits"])
 def constraint_multiplier_kernel(
     gram_ptr,
@@ -112,7 +125,6 @@ def constraint_multiplier_kernel(
 ):
     rr, rf, ff = tl.load(gram_ptr), tl.load(gram_ptr + 1), tl.load(gram_ptr + 2)
     eta = as_double(eta_bits)
-    finite = is_finite(rr) & is_finite(rf) & is_finite(ff)
     divisor = tl.where(ff == 0.0, 1.0, ff)
     if BARRIER == "fixed":
         multiplier = eta
@@ -122,7 +134,6 @@ def constraint_multiplier_kernel(
         elif BARRIER == "gap":
             gap = tl.load(gap_ptr).to(tl.float64)
             multiplier = (eta * tl.maximum(gap, 0.0) - rf) / divisor
-            finite = finite & is_finite(gap)
         else:
             tl.static_assert(BARRIER == "cosine")
             product = rr * ff
@@ -130,13 +141,10 @@ def constraint_multiplier_kernel(
         multiplier = tl.where(ff == 0.0, 0.0, tl.maximum(multiplier, 0.0))
     # The norm of the combination that will be applied, hence with the multiplier as fp32 holds it.
     rounded = multiplier.to(tl.float32)
-    applied = rounded.to(tl.float64)
-    norm = tl.sqrt(tl.maximum(rr + 2.0 * applied * rf + applied * applied * ff, 0.0))
-    # tl.maximum drops a NaN, so the multiplier is looked at as well.
-    finite = finite & is_finite(norm) & is_finite(applied)
-    clip_scale = tl.full((), 1.0, tl.float64)
-    if CLIP:
-        clip_scale = tl.minimum(as_double(max_norm_bits) / (norm + 1e-6), 1.0)
+    one = tl.full((), 1.0, tl.float64)
+    clip_scale, norm, finite = clip(rr, rf, ff, one, rounded.to(tl.float64), as_double(max_norm_bits), CLIP)
+    if BARRIER == "gap":
+        finite = finite & is_finite(gap)
     tl.store(multiplier_ptr, rounded)
     tl.store(clip_scale_ptr, clip_scale.to(tl.float32))
     tl.store(norm_ptr, norm.to(tl.float32))
@@ -158,6 +166,48 @@ def constraint_multiplier(
         double_bits(eta),
         double_bits(1.0 if max_norm is None else max_norm),
         BARRIER=barrier,
+        CLIP=max_norm is not None,
+        num_warps=1,
+    )
+    return multiplier, clip_scale, norm, finite
+
+
+@triton.jit(do_not_specialize=["max_norm_bits"])
+def clip_combination_kernel(
+    gram_ptr,
+    coefficients_ptr,
+    multiplier_ptr,
+    clip_scale_ptr,
+    norm_ptr,
+    finite_ptr,
+    max_norm_bits,
+    CLIP: tl.constexpr,
+):
+    rr, rf, ff = tl.load(gram_ptr), tl.load(gram_ptr + 1), tl.load(gram_ptr + 2)
+    a, b = tl.load(coefficients_ptr).to(tl.float32), tl.load(coefficients_ptr + 1).to(tl.float32)
+    max_norm = as_double(max_norm_bits)
+    clip_scale, norm, finite = clip(rr, rf, ff, a.to(tl.float64), b.to(tl.float64), max_norm, CLIP)
+    tl.store(multiplier_ptr, a)
+    tl.store(multiplier_ptr + 1, b)
+    tl.store(clip_scale_ptr, clip_scale.to(tl.float32))
+    tl.store(norm_ptr, norm.to(tl.float32))
+    tl.store(finite_ptr, finite)
+
+
+def clip_combination(
+    gram: Tensor, coefficients: Tensor, max_norm: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    multiplier = gram.new_empty((2,), dtype=torch.float32)
+    clip_scale, norm = (gram.new_empty((), dtype=torch.float32) for _ in range(2))
+    finite = gram.new_empty((), dtype=torch.bool)
+    clip_combination_kernel[(1,)](
+        gram.contiguous(),
+        coefficients.contiguous(),
+        multiplier,
+        clip_scale,
+        norm,
+        finite,
+        double_bits(1.0 if max_norm is None else max_norm),
         CLIP=max_norm is not None,
         num_warps=1,
     )

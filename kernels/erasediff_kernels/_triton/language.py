@@ -185,7 +185,7 @@ def stochastic_round(x, word, DTYPE: tl.constexpr):
 
 @triton.jit
 def mask_bits(mask_ptr, offsets, inside):
-    """Whether the elements take part: bit offset % 8 of byte offset // 8."""
+    """Mask bits of elements, True for those that take part: bit offset % 8 of byte offset // 8."""
     byte = tl.load(mask_ptr + (offsets >> 3), mask=inside, other=0)
     return ((byte >> (offsets & 7).to(tl.uint8)) & 1) != 0
 

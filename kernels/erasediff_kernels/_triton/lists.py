@@ -59,7 +59,7 @@ class Launch:
     table: Tensor
     owners: Tensor
     host: Tensor
-    """Where the table was copied from: a CUDA graph copies it again at each replay."""
+    """Source of the table on the host: a CUDA graph copies it again at each replay."""
 
     @property
     def chunks(self) -> int:

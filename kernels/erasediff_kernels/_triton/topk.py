@@ -48,7 +48,7 @@ def topk_encode_kernel(preactivations_ptr, values_ptr, indices_ptr, N, k, KEPT: 
 
 def topk_encode(preactivations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if preactivations.dtype == torch.float64:
-        raise NotImplementedError("topk_encode in Triton sorts 32 bits: convert float64 to float32, or use `reference`")
+        raise NotImplementedError("topk_encode in Triton sorts 32 bits; convert float64 to float32, or use `reference`")
     count, latents = preactivations.shape
     values = preactivations.new_empty((count, k))
     indices = preactivations.new_empty((count, k), dtype=torch.int32)

@@ -32,7 +32,9 @@ def constrained_adamw_(
     exp_avg_absmaxes: Sequence[Tensor] = (),
     exp_avg_sq_absmaxes: Sequence[Tensor] = (),
 ) -> None:
-    """AdamW (Loshchilov & Hutter, ICLR 2019) on delta = clip_scale (retain + multiplier forget), in place.
+    """AdamW (Loshchilov & Hutter, ICLR 2019) on a combination of two gradients, in place.
+
+    delta = clip_scale (retain + multiplier forget), or clip_scale (a retain + b forget) where `multiplier` is (a, b).
 
     Nothing at all changes where `finite` is False. Otherwise step += 1 and, with t = step:
 
@@ -49,7 +51,8 @@ def constrained_adamw_(
         exp_avgs, exp_avg_sqs: m and v, float32 or the parameter's dtype, with the parameter's shape and strides; or,
             where the absmaxes are given, codes of 8 bits for them, int8 and uint8.
         retain, forget: gradients of the parameters' shapes, any floating dtype; `forget` may be empty.
-        multiplier, clip_scale, finite: 0-D tensors from `constraint_multiplier`.
+        multiplier, clip_scale, finite: from `constraint_multiplier` or `clip_combination`. `multiplier` is 0-D float32
+            or float64, or both coefficients as a contiguous [2]; `clip_scale` 0-D of these types; `finite` 0-D bool.
         lr: 0-D float32 (or float64) tensor.
         step: 0-D float32 tensor, the number of applied steps; written.
         beta1, beta2, eps, weight_decay: as in `torch.optim.AdamW`.
@@ -80,7 +83,8 @@ def constrained_adamw_(
         (exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes),
         retain,
         forget,
-        (ema, copies, masks),
+        (ema, copies),
+        masks,
         (multiplier, clip_scale, finite, lr, step),
         (beta1, beta2, eps, weight_decay, ema_decay),
         rounding_key,

@@ -27,7 +27,7 @@ def constrained_sgd_(
     masks: Sequence[Tensor] = (),
     rounding_key: Tensor | None = None,
 ) -> None:
-    """SGD with momentum and decoupled weight decay on delta = clip_scale (retain + multiplier forget), in place.
+    """SGD with momentum and decoupled weight decay on delta, the combination as in `constrained_adamw_`, in place.
 
     Nothing at all changes where `finite` is False. Otherwise step += 1 and
 
@@ -37,8 +37,13 @@ def constrained_sgd_(
         ema += (1 - ema_decay) (p - ema)
 
     Args:
-        momentum_buffers: b, float32 or the parameter's dtype; empty when `momentum` is 0.
-        (the others): as in `constrained_adamw_`.
+        params, retain, forget: as in `constrained_adamw_`.
+        momentum_buffers: b, float32 or the parameter's dtype, with the parameter's shape and strides; empty when
+            `momentum` is 0.
+        multiplier, clip_scale, finite, lr, step: as in `constrained_adamw_`.
+        momentum, nesterov: as in `torch.optim.SGD`, without dampening.
+        weight_decay: decoupled, unlike `torch.optim.SGD`'s.
+        ema, ema_decay, copies, masks, rounding_key: as in `constrained_adamw_`.
 
     Raises:
         ValueError: for lists, shapes, strides, dtypes or devices that do not match; momentum without buffers, buffers
@@ -46,7 +51,7 @@ def constrained_sgd_(
     """
     if params and bool(momentum_buffers) != (momentum != 0.0):
         raise ValueError(
-            f"momentum is {momentum} and there are {len(momentum_buffers)} momentum_buffers: give one per parameter "
+            f"momentum is {momentum} and there are {len(momentum_buffers)} momentum_buffers; give one per parameter "
             "with momentum, and none without"
         )
     if nesterov and momentum == 0.0:
@@ -57,7 +62,8 @@ def constrained_sgd_(
         (momentum_buffers,),
         retain,
         forget,
-        (ema, copies, masks),
+        (ema, copies),
+        masks,
         (multiplier, clip_scale, finite, lr, step),
         (momentum, nesterov, weight_decay, ema_decay),
         rounding_key,

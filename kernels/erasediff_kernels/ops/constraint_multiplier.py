@@ -5,22 +5,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from erasediff_kernels.ops._checks import check_choice
+from erasediff_kernels.ops._checks import check_choice, check_gram, check_max_norm
 
 BARRIERS = ("norm", "gap", "fixed", "cosine")
 
 
 class Constraint(NamedTuple):
-    """What the update needs to know about the two gradients: 0-D tensors on their device."""
+    """Coefficients of an update from two gradients, delta = clip_scale (a r + b g), as tensors on their device."""
 
     multiplier: Tensor
-    """lambda in delta = r + lambda g; float32."""
+    """lambda, 0-D float32, where a = 1 and b = lambda; or (a, b), float32 [2]."""
     clip_scale: Tensor
-    """What delta is multiplied by; float32."""
+    """Factor of the whole combination; 0-D float32."""
     norm: Tensor
-    """|delta| before clipping; float32."""
+    """|a r + b g|, before clipping; 0-D float32."""
     finite: Tensor
-    """False where anything is infinite or NaN, and the step must be skipped; bool."""
+    """False where anything is infinite or NaN, and the step must be skipped; 0-D bool."""
 
 
 def constraint_multiplier(
@@ -51,18 +51,17 @@ def constraint_multiplier(
         max_norm: the largest norm of the step; None leaves it as it is.
 
     Raises:
-        ValueError: for an unknown barrier, a gap missing or not asked for, another shape or dtype of gram.
+        ValueError: for an unknown barrier, a gap where the barrier takes none or the other way round, another shape or
+            dtype of gram.
     """
     check_choice("barrier", barrier, BARRIERS)
-    if gram.shape != (3,) or gram.dtype != torch.float64:
-        raise ValueError(f"gram is {gram.dtype} with shape {tuple(gram.shape)}: pass what gradient_gram returned")
+    check_gram(gram)
     if (barrier == "gap") != (gap is not None):
         raise ValueError("barrier 'gap' needs gap=L_f(theta) - L_f(phi_K), and the other barriers take none")
     if gap is not None and (gap.dim() != 0 or not gap.dtype.is_floating_point or gap.device != gram.device):
         raise ValueError(
-            f"gap is {gap.dtype} with shape {tuple(gap.shape)} on {gap.device}: give a 0-D floating tensor on "
+            f"gap is {gap.dtype} with shape {tuple(gap.shape)} on {gap.device}; give a 0-D floating tensor on "
             f"{gram.device}"
         )
-    if max_norm is not None and not max_norm > 0.0:
-        raise ValueError(f"max_norm is {max_norm}: it must be positive, or None for no clipping")
+    check_max_norm(max_norm)
     return Constraint(*torch.ops.erasediff.constraint_multiplier(gram, barrier, eta, gap, max_norm))

@@ -28,10 +28,10 @@ def gradient_gram(retain: Sequence[Tensor], forget: Sequence[Tensor], masks: Seq
         ValueError: for lists that do not match, or an empty `retain`.
     """
     if not retain:
-        raise ValueError("retain is empty: give at least one gradient")
-    accepting = _dispatch.accepting("gradient_gram", retain, forget, masks)
-    if accepting is not None:
-        gram: Tensor | None = accepting(retain, forget, masks)
+        raise ValueError("retain is empty; give at least one gradient")
+    compiled = _dispatch.fast_path("gradient_gram", retain, forget, masks)
+    if compiled is not None:
+        gram: Tensor | None = compiled(retain, forget, masks)
         if gram is not None:
             return gram
     device = retain[0].device

@@ -1,4 +1,4 @@
-"""Bit masks for saliency and pruning: which elements of a parameter take part in the step."""
+"""Bit masks for saliency and pruning, of the elements of a parameter that take part in the step."""
 
 from collections.abc import Sequence
 from math import prod
@@ -25,10 +25,10 @@ def pack_mask(mask: Tensor) -> Tensor:
         ValueError: if the mask is not boolean, or has gaps in memory.
     """
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}: compare it with something first, it must be torch.bool")
+        raise ValueError(f"mask is {mask.dtype}; compare it with something first, it must be torch.bool")
     if not is_dense(mask):
         raise ValueError(
-            f"mask has strides {mask.stride()}, which leaves gaps in memory or overlaps: make it contiguous"
+            f"mask has strides {mask.stride()}, which leaves gaps in memory or overlaps; make it contiguous"
         )
     return pack_bits(flat(mask))
 
@@ -39,6 +39,9 @@ def unpack_mask(packed: Tensor, shape: int | Sequence[int] | Tensor) -> Tensor:
     Args:
         packed: uint8 [ceil(n / 8)].
         shape: the mask's shape, or its number of elements, or a tensor with its shape and strides.
+
+    Returns:
+        bool of that shape (1-D for a number of elements) on the same device; True: the element takes part.
 
     Raises:
         ValueError: if the number of bytes is not that of the shape.

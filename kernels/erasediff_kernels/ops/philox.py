@@ -27,7 +27,7 @@ def philox_bits(sample_ids: Tensor, key: Tensor, role: int, words: int) -> Tenso
     """
     check_address(sample_ids, key, role)
     if words < 0:
-        raise ValueError(f"words is {words}: it cannot be negative")
+        raise ValueError(f"words is {words}; it cannot be negative")
     result: Tensor = torch.ops.erasediff.philox_bits(sample_ids, key, role, words)
     return result
 
@@ -57,6 +57,6 @@ def philox_noise(
     check_address(sample_ids, key, role)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     if dtype not in DATA_DTYPES:
-        raise ValueError(f"dtype is {dtype}: choose float32, bfloat16, float16 or float64")
+        raise ValueError(f"dtype is {dtype}; choose float32, bfloat16, float16 or float64")
     result: Tensor = torch.ops.erasediff.philox_noise(sample_ids, key, role, shape, distribution, dtype)
     return result

@@ -36,10 +36,10 @@ def scatter_outer(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -
     check_data("values", values)
     check_code("values", values, indices)
     if rows.dim() != 2 or rows.shape[0] != values.shape[0]:
-        raise ValueError(f"rows has shape {tuple(rows.shape)}: give one row for each of the {values.shape[0]} codes")
+        raise ValueError(f"rows has shape {tuple(rows.shape)}; give one row for each of the {values.shape[0]} codes")
     if rows.dtype != values.dtype or rows.device != values.device:
-        raise ValueError(f"rows is {rows.dtype} on {rows.device}: it must be like values, {values.dtype}")
+        raise ValueError(f"rows is {rows.dtype} on {rows.device}; it must be like values, {values.dtype}")
     if latents < 1:
-        raise ValueError(f"latents is {latents}: it must be at least 1")
+        raise ValueError(f"latents is {latents}; it must be at least 1")
     outer: Tensor = torch.ops.erasediff.scatter_outer(values, rows, *group_by_latent(indices, latents))
     return outer

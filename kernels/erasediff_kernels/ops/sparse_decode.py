@@ -34,10 +34,10 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
     if bias is not None:
         if bias.shape != weight.shape[1:]:
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)}: it must be ({weight.shape[1]},), a row of the weight"
+                f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[1]},), a row of the weight"
             )
         if bias.dtype != values.dtype or bias.device != values.device:
-            raise ValueError(f"bias is {bias.dtype} on {bias.device}: it must be like values, {values.dtype}")
+            raise ValueError(f"bias is {bias.dtype} on {bias.device}; it must be like values, {values.dtype}")
     decoded: Tensor = torch.ops.erasediff.sparse_decode(values, indices, weight, bias)
     return decoded
 

@@ -36,9 +36,9 @@ def topk_encode(preactivations: Tensor, k: int) -> SparseCode:
     """
     check_data("preactivations", preactivations)
     if preactivations.dim() != 2:
-        raise ValueError(f"preactivations has shape {tuple(preactivations.shape)}: flatten it to rows, [N, n]")
+        raise ValueError(f"preactivations has shape {tuple(preactivations.shape)}; flatten it to rows, [N, n]")
     if not 1 <= k <= min(preactivations.shape[1], LARGEST_K):
-        raise ValueError(f"k is {k}: it must lie in 1 .. {min(preactivations.shape[1], LARGEST_K)}")
+        raise ValueError(f"k is {k}; it must lie in 1 .. {min(preactivations.shape[1], LARGEST_K)}")
     return SparseCode(*torch.ops.erasediff.topk_encode(preactivations, k))
 
 

@@ -1,9 +1,9 @@
-"""Reference of `gradient_gram` and `constraint_multiplier`."""
+"""Reference of `gradient_gram`, `constraint_multiplier` and `clip_combination`."""
 
 import torch
 from torch import Tensor
 
-from erasediff_kernels._storage import flat, is_dense, unpack_bits
+from erasediff_kernels._storage import flat, has_layout_of, is_dense, unpack_bits
 
 
 def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor]) -> Tensor:
@@ -11,7 +11,7 @@ def gradient_gram(retain: list[Tensor], forget: list[Tensor], masks: list[Tensor
     products = []
     for index, r in enumerate(retain):
         pair = [r, forget[index]] if forget else [r]
-        same_layout = is_dense(r) and all(t.stride() == r.stride() for t in pair)
+        same_layout = is_dense(r) and all(has_layout_of(t, r) for t in pair)
         pair = [(flat(t) if same_layout else t.reshape(-1)).double() for t in pair]
         if masks:
             kept = unpack_bits(masks[index], r.numel())
@@ -28,7 +28,6 @@ def constraint_multiplier(
     gram: Tensor, barrier: str, eta: float, gap: Tensor | None, max_norm: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rr, rf, ff = gram.double().unbind()
-    finite = torch.isfinite(rr) & torch.isfinite(rf) & torch.isfinite(ff)
     divisor = torch.where(ff == 0.0, 1.0, ff)
     if barrier == "fixed":
         multiplier = torch.full_like(ff, eta)
@@ -38,16 +37,27 @@ def constraint_multiplier(
         elif barrier == "gap":
             assert gap is not None
             multiplier = (eta * gap.double().clamp_min(0.0) - rf) / divisor
-            finite = finite & torch.isfinite(gap)
         elif barrier == "cosine":
             product = rr * ff
             multiplier = eta - rf / torch.where(product == 0.0, 1.0, product).sqrt()
         else:
             raise AssertionError(barrier)
         multiplier = torch.where(ff == 0.0, 0.0, multiplier.clamp_min(0.0))
-    # The norm of the combination that will be applied, hence with the multiplier as fp32 holds it.
-    multiplier = multiplier.float()
-    applied = multiplier.double()
-    norm = (rr + 2.0 * applied * rf + applied.square() * ff).clamp_min(0.0).sqrt()
+    coefficients = torch.stack((torch.ones_like(multiplier), multiplier))
+    rounded, clip_scale, norm, finite = clip_combination(gram, coefficients, max_norm)
+    if gap is not None:
+        finite = finite & torch.isfinite(gap)
+    return rounded[1].clone(), clip_scale, norm, finite
+
+
+def clip_combination(
+    gram: Tensor, coefficients: Tensor, max_norm: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rr, rf, ff = gram.double().unbind()
+    # The norm of the combination that will be applied, hence with the coefficients as fp32 holds them.
+    rounded = coefficients.float()
+    a, b = rounded.double().unbind()
+    norm = (a * a * rr + 2.0 * a * b * rf + b * b * ff).clamp_min(0.0).sqrt()
     clip_scale = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
-    return multiplier, clip_scale.float(), norm.float(), finite & torch.isfinite(norm)
+    finite = torch.isfinite(gram).all() & torch.isfinite(norm)
+    return rounded.clone(), clip_scale.float(), norm.float(), finite

@@ -1,15 +1,9 @@
-"""Reference of `topk_encode`, `sparse_decode` and of its gradients, `gather_dot`, `scatter_outer`."""
+"""Reference of `sparse_decode` and of its gradients, `gather_dot`, `scatter_outer`."""
 
 import torch
 from torch import Tensor
 
 from erasediff_kernels.reference.noise import widen
-
-
-def topk_encode(preactivations: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # A stable sort leaves equal values in the order of their indices.
-    values, indices = preactivations.relu().sort(dim=1, descending=True, stable=True)
-    return values[:, :k].contiguous(), indices[:, :k].to(torch.int32).contiguous()
 
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from erasediff.config import Config, differences, load_config, parse_assignments
+from erasediff.config import (
+    Config,
+    UnlearnConfig,
+    differences,
+    for_text_to_image,
+    given_settings,
+    load_config,
+    parse_assignments,
+)
 from erasediff.errors import UserError
 
 
@@ -79,3 +87,56 @@ def test_assignments_are_read_as_yaml() -> None:
 
 def test_differences_name_both_values() -> None:
     assert differences(Config(), load_config(None, {"train.lr": 1.0})) == {"train.lr": (Config().train.lr, 1.0)}
+
+
+@pytest.mark.parametrize(("alias", "name"), [("pixel_model", "model"), ("dataset", "data")])
+def test_a_section_has_a_clearer_name_too(tmp_path: Path, alias: str, name: str) -> None:
+    key, value = {"model": ("conditional", False), "data": ("exclude", [3])}[name]
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{alias}: {{{key}: {value}}}\n")
+    config = load_config(path)
+    assert config == load_config(None, {f"{alias}.{key}": value}) == load_config(None, {f"{name}.{key}": value})
+    assert config != Config()
+    # A flag of the command line reaches the section by its own name.
+    assert load_config(path, {f"{name}.{key}": getattr(getattr(Config(), name), key)}) == Config()
+    assert f"\n{name}:\n" in config.to_yaml()
+    path.write_text(f"{alias}: {{}}\n{name}: {{}}\n")
+    with pytest.raises(UserError, match=f"both {alias} and {name}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning", "written"),
+    [
+        ("fp32", "fp32", "float32"),
+        ("float32", "fp32", "float32"),
+        ("bf16-mixed", "bf16-mixed", "bfloat16"),
+        ("bfloat16", "bf16-mixed", "bfloat16"),
+        ("bf16-true", "bf16-true", "bf16-true"),
+    ],
+)
+def test_a_precision_is_written_as_runs_have_always_written_it(
+    tmp_path: Path, word: str, meaning: str, written: str
+) -> None:
+    config = load_config(None, {"precision": word})
+    assert config.precision == meaning
+    assert f"\nprecision: {written}\n" in config.to_yaml()
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_true_bfloat16_is_of_the_weights_too() -> None:
+    config = for_text_to_image(load_config(None, {"precision": "bf16-true"}))
+    assert config.text_to_image.weights == "bfloat16"
+    assert for_text_to_image(config) == config
+    assert for_text_to_image(load_config(None, {"precision": "bf16-mixed"})).text_to_image.weights == "float32"
+    with pytest.raises(UserError, match=r"omit text_to_image\.weights"):
+        for_text_to_image(load_config(None, {"precision": "bf16-true", "text_to_image.weights": "float32"}))
+
+
+def test_given_settings_are_those_of_a_person(tmp_path: Path) -> None:
+    config = load_config(None, {"unlearn.eta": 0.5, "esd.eta": 1.0, "seed": 3})
+    assert given_settings(config) == ["unlearn.eta", "esd.eta"]
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert given_settings(load_config(tmp_path / "config.yaml")) == []
+    assert given_settings(Config(unlearn=UnlearnConfig(eta=2.0))) == ["unlearn.eta"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
 
@@ -30,7 +30,7 @@ def forget_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", list(NANO))
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_unlearning_from_the_cache(
     name: str, nano_folder: Callable[[str], Path], forget_folder: Path, tmp_path: Path
 ) -> None:

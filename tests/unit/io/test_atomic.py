@@ -79,7 +79,7 @@ import resource, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from erasediff.errors import UserError
-from erasediff.runs import atomic
+from erasediff.io import atomic
 import errno
 errno.ENOSPC = errno.EFBIG
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file
 from torch import nn
 
@@ -175,7 +175,7 @@ run: {log_every: 1, checkpoint_every: 1}
 
 
 @pytest.mark.usefixtures("here", "one_thread")
-@pytest.mark.parametrize("name", list(NANO))
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_a_prompt_alone_is_enough(run: Callable[..., None], name: str, nano_folder: Callable[[str], Path]) -> None:
     source = nano_folder(name)
     erase = ("--method", "esd", "--forget-prompts", "a sneaker;a shoe", "--set", "esd.erase_from=a boot")
@@ -206,7 +206,7 @@ def test_resumed_from_a_checkpoint_ends_with_the_same_files(
     ("flags", "said"),
     [
         (("--method", "esd"), "--forget-prompts"),
-        (("--method", "finetune", "--set", "esd.eta=2"), "esd.eta is for --method esd"),
+        (("--method", "finetune", "--set", "esd.eta=2"), "The method finetune does not read esd.eta, a setting of esd"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +39,7 @@ class Counted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", list(NANO))
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_dispatched_attention_predicts_the_same(
     name: str, nano: Any, nano_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler, DiffusionPipeline
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff_kernels import ConstrainedAdamW
 
-FAMILIES = list(NANO)
+FAMILIES = FAMILY_EXAMPLES
 COUNT = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 
 import erasediff.models
 from erasediff import EraseDiff
@@ -117,12 +117,12 @@ def toy_folder(toy: ModuleType, nano_folder: Folder, tmp_path: Path) -> Path:
 
 
 def test_families_are_those_of_the_package() -> None:
-    assert set(families()) == {name.removesuffix("_v_prediction") for name in NANO}
+    assert set(families()) == {name.removesuffix("_v_prediction") for name in FAMILY_EXAMPLES}
     with pytest.raises(ValueError, match="no model family 'toy': give one of"):
         family_named("toy")
 
 
-@pytest.mark.parametrize("name", list(NANO))
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_a_network_tells_its_family(name: str, nano: Any) -> None:
     pipeline = nano.NANO[name]()
     family = family_of_denoiser(getattr(pipeline, "unet", None) or pipeline.transformer)

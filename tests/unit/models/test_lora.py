@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from erasediff.models.trainable import select
 from erasediff_kernels import ConstrainedAdamW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = list(NANO)
+FAMILIES = FAMILY_EXAMPLES
 KOHYA = ["sd", "sd_v_prediction", "sdxl"]
 Folder = Callable[[str], Path]
 

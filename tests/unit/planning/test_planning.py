@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from nano import NANO
+from nano import FAMILY_EXAMPLES
 from torch.utils.flop_counter import FlopCounterMode
 
 from erasediff.cli import main
@@ -178,7 +178,7 @@ def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None
     assert partitioned.teacher == pytest.approx(whole / 2, abs=4)
 
 
-@pytest.mark.parametrize("family", list(NANO))
+@pytest.mark.parametrize("family", FAMILY_EXAMPLES)
 def test_every_family_is_planned_from_its_folder(family: str, nano_folder: Any) -> None:
     network = network_of(str(nano_folder(family)), resolution=32)
     traced = trace(network, batch_size=1)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, RunConfig
 from erasediff.diffusion import Batch
-from erasediff.errors import UserError
+from erasediff.errors import Interrupted, UserError
 from erasediff.methods import StepReport
-from erasediff.training.graceful_stop import Interrupted
 from erasediff.training.loop import Outcome, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder

@@ -1,4 +1,3 @@
-import inspect
 import os
 import time
 from dataclasses import asdict
@@ -9,24 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli import options
+from erasediff.cli.commands.unlearn import build_job
 from erasediff.cli.output import emit, messages
-from erasediff.cli.session import instead_of_the_plan
 from erasediff.errors import UserError
 
 if TYPE_CHECKING:
     from erasediff.training.job import TrainingJob
     from erasediff.workflows.benchmark_step import Bench
 
-OWN = ("out", "resume", "dry_run", "as_json")
-"""The parameters of ``unlearn`` that only make sense for a run."""
-
 
 def bench(
     *,
-    turns: Annotated[int, typer.Option(min=2, help="Steps of each contender that count.")] = 20,
+    turns: Annotated[int, typer.Option(min=2, help="Timed steps of each contender.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Append a JSON line for each contender to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the lines of --out, as .svg, .png or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the results in --out, as .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     **flags: Any,
 ) -> None:
@@ -35,44 +31,32 @@ def bench(
     The settings are those of `erasediff unlearn`; samples are noise of the images' size, and nothing is saved.
     """
     if plot is not None and out is None:
-        raise UserError("The plot is drawn from a file of results: say with --out which.")
+        raise UserError("The plot is drawn from a file of results; name one with --out.")
 
-    def measure(session: "TrainingJob") -> None:
-        from erasediff.report.figures import draw
-        from erasediff.workflows.benchmark_step import bench as measured
+    _, job = build_job(**flags, dry_run=True)
+    from erasediff.report.figures import draw
+    from erasediff.training.job import TrainingJob
+    from erasediff.workflows.benchmark_step import bench as measure
 
-        with messages.status("Warming up") as status:
-            done = iter(range(1, turns + 3))
-            result = measured(session, turns=turns, progress=lambda: status.update(f"Turn {next(done)} of {turns + 2}"))
-        if out is not None:
-            _append(out, _lines(result, session))
-        if plot is not None and out is not None:
-            draw(out, plot)
-        emit(asdict(result), as_json=as_json, shown=None if as_json else _table(result))
-
-    with instead_of_the_plan(measure):
-        unlearn(**flags, dry_run=True)
-
-
-def _with_flags_of_unlearn() -> inspect.Signature:
-    """typer reads the signature: bench's own parameters, then unlearn's."""
-    own = [p for p in inspect.signature(bench).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    theirs = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(unlearn).parameters.values()
-        if parameter.name not in OWN
-    ]
-    return inspect.Signature([*theirs, *own], return_annotation=None)
+    assert isinstance(job, TrainingJob)
+    with job.thread_scope(), messages.status("Warming up") as status:
+        done = iter(range(1, turns + 3))
+        result = measure(job, turns=turns, progress=lambda: status.update(f"Turn {next(done)} of {turns + 2}"))
+    if out is not None:
+        _append(out, _lines(result, job))
+    if plot is not None and out is not None:
+        draw(out, plot)
+    emit(asdict(result), as_json=as_json, shown=None if as_json else _table(result))
 
 
-bench.__signature__ = _with_flags_of_unlearn()  # type: ignore[attr-defined]
+bench.__signature__ = options.signature(bench, build_job)  # type: ignore[attr-defined]
 
 
-def _lines(result: "Bench", session: "TrainingJob") -> list[dict[str, Any]]:
+def _lines(result: "Bench", job: "TrainingJob") -> list[dict[str, Any]]:
     common = {name: value for name, value in asdict(result).items() if name != "contenders"}
     common |= {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": str(session.config.unlearn.model),
+        "model": str(job.config.unlearn.model),
         "load": round(os.getloadavg()[0], 1),
         "versions": {library: version(library) for library in ("erasediff", "torch", "diffusers")},
     }

@@ -22,14 +22,16 @@ def compare(
         str | None, typer.Option(help="What to forget: digits for each of the ten, or such as digits/3,digits/8.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="As in base,erasediff,salun; base is the model as it was. All unless told.")
+        str | None,
+        typer.Option(help="Methods such as base,erasediff,salun; base is the original model. By default all."),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Of the unlearning, as in 0,1,2.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of the unlearning, such as 0,1,2.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for lines, page and runs; what is there is not run again.")
+        Path | None,
+        typer.Option("--out", help="Folder for results, report and runs; runs that are there are not repeated."),
     ] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="A trial: one digit, few steps; the numbers mean nothing.")
+        bool, typer.Option("--short", help="A smoke test: one digit, few steps; the numbers mean nothing.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:

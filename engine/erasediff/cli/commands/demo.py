@@ -25,7 +25,7 @@ def demo(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Unlearn a digit (3 unless told), beside three controls, and write a report with pictures and numbers.
+    """Unlearn a digit (3 by default), beside three controls, and write a report with pictures and numbers.
 
     The base model is trained once and kept in ~/.cache/erasediff, or in the folder that ERASEDIFF_CACHE names.
     """

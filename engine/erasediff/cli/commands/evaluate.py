@@ -8,7 +8,7 @@ from erasediff.cli.output import emit, loading, messages, metrics_table
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="The diffusers folder to judge.")],
+    model: Annotated[Path, typer.Option(help="The diffusers folder to evaluate.")],
     forget: Annotated[str, typer.Option(help="The classes that it should have forgotten, such as 3 or 3,5.")],
     base: Annotated[Path | None, typer.Option(help="The model that it was unlearned from, to compare with.")] = None,
     guidance: options.Guidance = None,
@@ -18,7 +18,7 @@ def evaluate(
     settings: options.Settings = None,
     as_json: options.Json = False,
 ) -> None:
-    """Judge what a model draws, with a classifier that has only ever seen real images."""
+    """Evaluate samples of a model with a classifier trained on real images."""
     full_config = options.configure(config, settings, sample__guidance_scale=guidance, seed=seed, device=device)
     forgotten = options.class_numbers(forget) or []
     with loading(messages):

@@ -3,19 +3,26 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from erasediff.cli.output import emit, loading, messages, results
 from erasediff.config import Config
+from erasediff.config.method_index import import_methods, method_index
 
 LIBRARIES = ("erasediff", "torch", "diffusers", "safetensors", "scikit-learn")
 
 
 def info(
     config: Annotated[bool, typer.Option("--config", help="Print every setting with its default, as YAML.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="List the unlearning methods and their settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Show versions, devices and which implementation of the operators would run here."""
+    if methods:
+        _print_methods(as_json)
+        return
     if config:
+        import_methods()
         if as_json:
             emit(Config().model_dump(mode="json"), as_json=True)
         else:
@@ -25,12 +32,22 @@ def info(
         import torch
 
         from erasediff.io.cache_dir import cache_folder
-        from erasediff_kernels._dispatch import available
+        from erasediff_kernels import available_backends
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found: dict[str, Any] = {"python": platform.python_version()}
-    found |= {library: version(library) for library in LIBRARIES}
-    found["threads"] = torch.get_num_threads()
-    found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found["operators"] = {device: list(available(device)) for device in devices}
-    found["cache"] = str(cache_folder())
-    emit(found, as_json=as_json)
+    facts: dict[str, Any] = {"python": platform.python_version()}
+    facts |= {library: version(library) for library in LIBRARIES}
+    facts["threads"] = torch.get_num_threads()
+    facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts["operators"] = {device: list(available_backends(device)) for device in devices}
+    facts["cache"] = str(cache_folder())
+    emit(facts, as_json=as_json)
+
+
+def _print_methods(as_json: bool) -> None:
+    """One row per method, read from the registry without importing torch."""
+    entries = method_index().values()
+    table = Table("Method", "Summary", "Settings", box=None, padding=(0, 2, 0, 0))
+    for entry in entries:
+        table.add_row(entry.name, entry.summary, f"{entry.section}.*" if entry.section else "")
+    listed = {entry.name: {"summary": entry.summary, "section": entry.section} for entry in entries}
+    emit(listed, as_json=as_json, shown=table)

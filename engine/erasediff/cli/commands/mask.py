@@ -12,7 +12,7 @@ def mask(
     mask: Annotated[Path, typer.Option(help="The mask.safetensors of a pruning run.")],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     restore_from: Annotated[
-        Path | None, typer.Option(help="The original, whose weights come back where the mask pruned them.")
+        Path | None, typer.Option(help="The original model, whose weights are restored where the mask pruned them.")
     ] = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,

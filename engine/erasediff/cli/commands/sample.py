@@ -17,7 +17,7 @@ def sample(
     ] = None,
     lora: options.Lora = None,
     saemnesia: Annotated[
-        Path | None, typer.Option(help="Text-to-image: the folder OUT/saemnesia of concepts to erase while sampling.")
+        Path | None, typer.Option(help="Text-to-image: the eraser OUT/saemnesia to attach while sampling.")
     ] = None,
     guidance: options.Guidance = None,
     seed: options.Seed = None,

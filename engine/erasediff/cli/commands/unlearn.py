@@ -1,17 +1,24 @@
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from erasediff.cli import options
-from erasediff.cli.output import emit, loading, messages
+from erasediff.cli.output import loading, messages
 from erasediff.cli.session import launch_workers, resolve_run, run_job
+from erasediff.config.method_index import method_index
+from erasediff.config.schema import or_list
+
+if TYPE_CHECKING:
+    from erasediff.training.job import StandaloneJob, TrainingJob
+    from erasediff.training.run_dir import RunPlace
 
 
-def unlearn(
-    out: options.RunOut = None,
+def build_job(
+    *,
+    out: Path | None = None,
     model: Annotated[
-        Path | None, typer.Option(help="What to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
+        Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
     ] = None,
     forget: Annotated[str | None, typer.Option(help="Digits: classes to forget, such as 3 or 3,5.")] = None,
     retain: Annotated[str | None, typer.Option(help="Digits: classes to retain; by default all others.")] = None,
@@ -27,32 +34,30 @@ def unlearn(
     forget_files: Annotated[Path | None, typer.Option(help="Forget the images of --data in this list.")] = None,
     forget_data: Annotated[str | None, typer.Option(help="Forget all images of another folder or data set.")] = None,
     forget_prompts: Annotated[
-        str | None, typer.Option(help="Forget what the model makes of prompts: 'a;b', or a .txt file.")
+        str | None, typer.Option(help="Forget the images that the model generates for prompts: 'a;b', or a .txt file.")
     ] = None,
     retain_prompts: Annotated[
-        str | None, typer.Option(help="Retain what the model makes of prompts: 'a;b', or a .txt file.")
+        str | None, typer.Option(help="Retain the images that the model generates for prompts: 'a;b', or a .txt file.")
     ] = None,
     anchor_prompts: Annotated[
         str | None,
-        typer.Option(help="What --target relabel puts in the place; by default chosen among what is retained."),
+        typer.Option(
+            help="Prompts to relabel the forgotten concept to; by default chosen among the retained captions."
+        ),
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(help="full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
+        typer.Option(help="Weights to train: full, xattn, xattn-kv, noxattn, selfattn, notime, re:EXPRESSION or lora."),
     ] = None,
     lora: options.Lora = None,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Name broken images and go on without them.")
-    ] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Report broken images and skip them.")] = False,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="erasediff, esd, pruning, saemnesia, salun, selective-amnesia, retrain, finetune or neggrad."
-        ),
+        typer.Option(help=f"{or_list(list(method_index()))}; `erasediff info --methods` describes them."),
     ] = None,
-    barrier: Annotated[str | None, typer.Option(help="norm, gap, fixed or cosine.")] = None,
-    eta: Annotated[float | None, typer.Option(help="The barrier's strength (fixed: the multiplier itself).")] = None,
-    target: Annotated[str | None, typer.Option(help="uniform, gaussian or relabel.")] = None,
+    barrier: Annotated[str | None, typer.Option(help="Barrier: norm, gap, fixed or cosine.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Strength of the barrier (fixed: the multiplier itself).")] = None,
+    target: Annotated[str | None, typer.Option(help="Forget target: uniform, gaussian or relabel.")] = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
@@ -65,20 +70,14 @@ def unlearn(
     deepspeed_config: options.DeepSpeedConfig = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
-    resume: options.Resume = None,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-) -> None:
-    """Make a model forget, and save the result in OUT/model as a diffusers folder.
+    resume: str | None = None,
+    dry_run: bool = False,
+) -> "tuple[RunPlace | None, TrainingJob | StandaloneJob]":
+    """The unlearning run that flags describe, and where it goes: nowhere, if it is to be measured.
 
-    A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
+    Its parameters are the flags that ``unlearn`` and ``bench`` share, besides ``out``, ``resume`` and ``dry_run``.
     """
-    place, full_config = resolve_run(
-        out,
-        resume,
-        config,
-        settings,
-        dry_run=dry_run,
+    flags: dict[str, Any] = dict(
         unlearn__model=model,
         unlearn__forget=options.class_numbers(forget),
         unlearn__retain=options.class_numbers(retain),
@@ -104,14 +103,28 @@ def unlearn(
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
     )
-    if full_config.unlearn.method == "saemnesia":
-        with loading(messages):
-            from erasediff.workflows.erase_sae import erase_at
-        emit(erase_at(place, full_config, messages), as_json=as_json)
-        return
+    place, full_config = resolve_run(out, resume, config, settings, dry_run=dry_run, **flags)
     launch_workers(full_config, "unlearn")
     with loading(messages):
         from erasediff.workflows.unlearn import unlearning_job
-    if place is not None:
-        place.check()
-    run_job(unlearning_job(full_config, messages, rehearse=place is None), place, as_json=as_json)
+    given = options.given(settings, **flags)
+    return place, unlearning_job(full_config, messages, place, given)
+
+
+def unlearn(
+    *,
+    out: options.RunOut = None,
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    **flags: Any,
+) -> None:
+    """Make a model forget, and save the result in OUT/model as a diffusers folder.
+
+    A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
+    """
+    place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
+    run_job(job, place, as_json=as_json)
+
+
+unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Compile and link the CUDA extension for sm_80, sm_90 and sm_100, and check what the compiler made of it.
 
-`python csrc/aot.py`; no GPU is needed. A kernel fails that spills registers, uses local memory or a stack, or that does
-not move its data with 128-bit loads and stores.
+`python tools/aot_cuda.py`; no GPU is needed. A kernel fails that spills registers, uses local memory or a stack, or
+that does not move its data with 128-bit loads and stores.
 """
 
 import os
@@ -14,27 +14,11 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from aot_cases import CUDA_WIDE
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "aot"
 ARCHITECTURES = ("8.0", "9.0", "10.0")
-# Which memory instructions of a kernel must have 128 bits.
-WIDE = {
-    "gradient_gram_kernel": ("LDG",),
-    "constrained_update_kernel": ("LDG", "STG"),
-    "constrained_update_codes_kernel": ("LDG", "STG"),
-    "squared_error_kernel": ("LDG", "STG"),
-    "add_noise_kernel": ("LDG", "STG"),
-    "philox_noise_kernel": ("STG",),
-    "philox_bits_kernel": (),
-    "sum_columns": (),
-    "prepare_step": (),
-    "constraint_multiplier_kernel": (),
-    "topk_encode_kernel": (),
-    "sparse_decode_kernel": ("LDG", "STG"),
-    "gather_dot_kernel": ("LDG",),
-    "scatter_pieces_kernel": ("LDG", "STG"),
-    "scatter_seams_kernel": ("LDG", "STG"),
-}
 
 
 def tool(name: str) -> str:
@@ -57,7 +41,13 @@ def build() -> Path:
         "TORCH_CUDA_ARCH_LIST": ";".join(ARCHITECTURES),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
     }
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", BUILD / "lib", "--build-temp", BUILD / "temp"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        f"--build-lib={BUILD / 'lib'}",
+        f"--build-temp={BUILD / 'temp'}",
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(result.stdout + result.stderr)
@@ -106,18 +96,18 @@ def memory_instructions(library: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def short_name(function: str) -> str:
-    for name in WIDE:
+    for name in CUDA_WIDE:
         if name in function:
             return name
     return function
 
 
 def wide_instructions(function: str) -> tuple[str, ...]:
-    """Which of its memory instructions must have 128 bits; none of a kernel's variant for one element at a time."""
-    return () if "kernelILi1E" in function else WIDE.get(short_name(function), ())
+    """Memory instructions that must have 128 bits; none in a kernel's variant for one element at a time."""
+    return () if "kernelILi1E" in function else CUDA_WIDE.get(short_name(function), ())
 
 
-def complaints(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
+def violations(function: str, used: dict[str, int], instructions: Counter[str]) -> list[str]:
     wrong = [f"{name.lower()} of {used[name]} bytes" for name in ("STACK", "LOCAL") if used.get(name)]
     wrong += [f"{instructions[name]} {name}" for name in ("LDL", "STL") if instructions[name]]
     wrong += [f"no 128-bit {name}" for name in wide_instructions(function) if not instructions[f"{name}.128"]]
@@ -137,7 +127,7 @@ def main() -> int:
     table: dict[tuple[str, str], list[tuple[int, Counter[str]]]] = defaultdict(list)
     for (architecture, function), kernel in sorted(used.items()):
         counts = instructions[architecture, function]
-        failures += [f"{architecture} {function}: {wrong}" for wrong in complaints(function, kernel, counts)]
+        failures += [f"{architecture} {function}: {wrong}" for wrong in violations(function, kernel, counts)]
         table[short_name(function), architecture].append((kernel["REG"], counts))
     print(f"{'kernel':30} {'arch':7} {'variants':>8} {'registers':>10} {'LDG.128':>8} {'STG.128':>8} {'local':>6}")
     for (name, architecture), kernels in sorted(table.items()):

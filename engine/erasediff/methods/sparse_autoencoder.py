@@ -1,22 +1,24 @@
-"""Erase the concepts of prompts from a text-to-image model with a sparse autoencoder; its weights stay as they are."""
+"""SAEmnesia: a sparse autoencoder at one block erases concepts of prompts; the model's weights stay as they are."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from rich.console import Console
 
-from erasediff.config import Config, for_text_to_image
+from erasediff.config import Config
+from erasediff.config.fields import Count, Fraction, NonNegative, Positive, Section
 from erasediff.errors import UserError
-from erasediff.io.atomic import atomic_write, check_new
+from erasediff.io.atomic import check_new
 from erasediff.io.cache_dir import cache_folder
+from erasediff.methods.spec import MethodSpec, Requirements, RunContext
 from erasediff.models.base import LatentModel
 from erasediff.sae import (
     ActivationCache,
@@ -32,44 +34,109 @@ from erasediff.sae import (
 from erasediff.sae.concepts import calibrate, measure_maps
 from erasediff.sae.eraser import sample_bank
 from erasediff.sae.hooks import block_of
-from erasediff.training.job import set_up_device
-from erasediff.training.run_dir import ERASER, RunPlace
 from erasediff.utils.progress import progress_bar
-from erasediff.workflows.load_model import load_checkpoint
 
+ERASER = "saemnesia"
+"""Name of the eraser's folder in a run's folder."""
 HELD_OUT = 1 << 20
 """Added to the seed of images that nothing is trained on."""
 
+Template = Annotated[str, Field(pattern=r"\{\}")]
 
-def erase_with_autoencoder(config: Config, out: Path, console: Console) -> dict[str, Any]:
-    """Write OUT/saemnesia, which ``ConceptEraser.load`` reads, and the configuration; returns what is reported of it.
+
+class SaemnesiaConfig(Section):
+    """Settings of SAEmnesia: a sparse autoencoder at one block of the denoiser.
+
+    Attributes:
+        block: whose output is edited; objects' block in Stable Diffusion 1.5 by default.
+        templates: prompts with {} where a concept's name goes; its images take turns.
+        images_per_prompt: images of each prompt, in ``num_inference_steps`` with ``guidance_scale``.
+        crossed: concepts and thresholds are learned under other images' prompts too (``collect_activations``).
+        held_out: further images of each prompt: thresholds are calibrated on them, and detection is measured.
+        false_positives: share of other concepts' patches, or images, that a threshold may let through at a timestep.
+        num_inference_steps: sampling steps of these images.
+        guidance_scale: classifier-free guidance of these images.
+        expansion: latents per input dimension, n / d.
+        k: active latents per patch.
+        epochs: of the unsupervised stage.
+        lr: of the unsupervised stage.
+        supervised_epochs: of the second stage.
+        supervised_lr: of the second stage.
+        batch_size: patches in a step.
+        dead_after: patches after which a latent that was not active counts as dead.
+        weight: of the second stage's supervision, as in ``Supervision``; ours, since none is published.
+        decorrelation: likewise.
+        sparsity: likewise.
+        detection: as in ``ConceptEraser``; "published" is the paper's.
+        intervention: likewise. "move" replaces a concept by text_to_image.anchor_prompts, or the nearest concept.
+        strength: as in ``ConceptEraser``.
+        distance: as in ``ConceptEraser``.
+        bank: patches kept per timestep for "replace".
+        eraser: sampling: the folder of an eraser to attach; unlearning: one whose latents are used again, so that
+            the prompts to forget, which it must know, are erased besides what it erases.
+    """
+
+    block: str = "up_blocks.1.attentions.1"
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("{}",)
+    images_per_prompt: Count = 80
+    crossed: bool = True
+    held_out: Count = 20
+    false_positives: Fraction = 0.05
+    num_inference_steps: Count = 50
+    guidance_scale: NonNegative = 9.0
+    expansion: Count = 16
+    k: Annotated[int, Field(gt=0, le=1024)] = 32
+    epochs: Count = 5
+    lr: Positive = 4e-4
+    supervised_epochs: Count = 5
+    supervised_lr: Positive = 5e-6
+    batch_size: Count = 4096
+    dead_after: Count = 10_000_000
+    weight: NonNegative = 10.0
+    decorrelation: NonNegative = 0.1
+    sparsity: NonNegative = 1e-5
+    detection: Literal["published", "patch", "image"] = "image"
+    intervention: Literal["published", "steer", "replace", "move"] = "move"
+    strength: float = -1.0
+    distance: Positive = 1.5
+    bank: Count = 256
+    eraser: Path | None = None
+
+
+def run(context: RunContext) -> dict[str, Any]:
+    """Write OUT/saemnesia, which ``ConceptEraser.load`` reads; returns what is reported of it.
 
     Activations come from the cache where they are there, and training goes on from OUT/training where a killed run left
     its state. Each prompt to forget and each prompt to retain is a concept with a latent of its own. With
-    ``config.saemnesia.eraser`` nothing is trained: the latents that it has serve for more prompts to forget. UserError
-    for missing prompts, a checkpoint or block that cannot be used, and an OUT/saemnesia that exists.
+    ``saemnesia.eraser`` nothing is trained: the latents that it has serve for more prompts to forget.
+
+    Raises:
+        UserError: for missing prompts, a checkpoint or block that cannot be used, and an OUT/saemnesia that exists.
     """
     began = time.perf_counter()
-    config = for_text_to_image(config)
-    forgotten, retained = config.images.forget_prompts, config.images.retain_prompts
-    if config.unlearn.model is None:
-        raise UserError("Say with --model which model to unlearn from.")
-    if config.saemnesia.eraser is None and not (forgotten and retained):
-        raise UserError("saemnesia tells concepts apart: give --forget-prompts and --retain-prompts.")
+    config, out = context.config, context.out
+    settings, forgotten, retained = config.section(SaemnesiaConfig), *_prompts(config)
     check_new(out / ERASER)
-    if config.saemnesia.eraser is None:
-        eraser, measured = _made(config, forgotten, retained, out, console)
+    if settings.eraser is None:
+        eraser, measured = _made(context, forgotten, retained)
     else:
-        eraser, measured = _extended(config, ConceptEraser.load(config.saemnesia.eraser), forgotten), {}
+        eraser, measured = _extended(config, ConceptEraser.load(settings.eraser), forgotten), {}
     eraser.save(out / ERASER)
-    atomic_write(out / "config.yaml", config.to_yaml())
     shutil.rmtree(out / "training", ignore_errors=True)
     counts = {"concepts": len(eraser.concepts), "erased": len(eraser.erased)}
     return {"eraser": str(out / ERASER), **counts, **measured, "seconds": time.perf_counter() - began}
 
 
+def _prompts(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(prompts to forget, prompts to retain). UserError without them, unless an eraser knows its concepts already."""
+    forgotten, retained = config.images.forget_prompts, config.images.retain_prompts
+    if config.section(SaemnesiaConfig).eraser is None and not (forgotten and retained):
+        raise UserError("saemnesia learns to tell concepts apart; give both --forget-prompts and --retain-prompts.")
+    return forgotten, retained
+
+
 def _extended(config: Config, eraser: ConceptEraser, forgotten: Sequence[str]) -> ConceptEraser:
-    settings = config.saemnesia
+    settings = config.section(SaemnesiaConfig)
     before = [eraser.concepts[number] for number in eraser.erased]
     return replace(
         eraser.erasing([*before, *forgotten], config.text_to_image.anchor_prompts),
@@ -81,17 +148,17 @@ def _extended(config: Config, eraser: ConceptEraser, forgotten: Sequence[str]) -
 
 
 def _made(
-    config: Config, forgotten: Sequence[str], retained: Sequence[str], out: Path, console: Console
+    context: RunContext, forgotten: Sequence[str], retained: Sequence[str]
 ) -> tuple[ConceptEraser, dict[str, Any]]:
     """The eraser after both trainings, and what is reported of it."""
-    settings = config.saemnesia
-    assert config.unlearn.model is not None
-    model = load_checkpoint(config, config.unlearn.model, set_up_device(config))
+    config, out, console = context.config, context.out, context.console
+    settings = config.section(SaemnesiaConfig)
+    model = context.load_model()
     block_of(model.denoiser, settings.block)
     # In an order that does not depend on which are forgotten: their activations then serve for others, too.
     concepts = tuple(sorted({*forgotten, *retained}))
     if settings.crossed and config.images.encode_batch_size == 1:
-        raise UserError("Prompts change places within a batch: set images.encode_batch_size to 2 or more.")
+        raise UserError("saemnesia.crossed swaps prompts within a batch; set images.encode_batch_size to 2 or more.")
     cache = _activations(config, model, concepts, settings.images_per_prompt, config.seed, console)
     held_out = _activations(config, model, concepts, settings.held_out, config.seed + HELD_OUT, console)
     autoencoder, measured = _trained(config, cache, len(concepts), model.device, out, console)
@@ -127,13 +194,13 @@ def _made(
 
 
 def _supervising(config: Config, cache: ActivationCache) -> ActivationCache:
-    return cache.with_crossed() if config.saemnesia.crossed else cache
+    return cache.with_crossed() if config.section(SaemnesiaConfig).crossed else cache
 
 
 def _activations(
     config: Config, model: LatentModel, concepts: Sequence[str], images: int, seed: int, console: Console
 ) -> ActivationCache:
-    settings = config.saemnesia
+    settings = config.section(SaemnesiaConfig)
     with progress_bar(console, "Activations", len(concepts) * images) as bar:
         return collect_activations(
             model,
@@ -154,7 +221,7 @@ def _trained(
     config: Config, cache: ActivationCache, concepts: int, device: torch.device, out: Path, console: Console
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """The autoencoder after both stages, and what is reported of it, the latents assigned included."""
-    settings = config.saemnesia
+    settings = config.section(SaemnesiaConfig)
     dim = cache.read(0).x.shape[1]
     autoencoder = SparseAutoencoder(dim, settings.expansion * dim, settings.k, config.seed).to(device)
     first = SaeTraining(
@@ -201,20 +268,12 @@ def _trained(
     return autoencoder, {"fvu": unsupervised["fvu"], "fvu_supervised": measured["fvu"], "assigned": assigned}
 
 
-def erase_at(place: RunPlace | None, config: Config, console: Console) -> dict[str, Any]:
-    """``erase_with_autoencoder`` in the folder of ``place``. UserError for a dry run, and for one to be resumed."""
-    if place is None:
-        raise UserError("saemnesia trains no weight of the model, so there is no step to plan: omit --dry-run.")
-    if place.resuming:
-        raise UserError("saemnesia goes on by itself from what a killed run left in --out: omit --resume.")
-    return erase_with_autoencoder(config, place.path, console)
-
-
-@contextmanager
-def erasing(config: Config, model: LatentModel) -> Iterator[None]:
-    """Within the block ``model`` samples without the concepts of ``config.saemnesia.eraser``, where there is one."""
-    if config.saemnesia.eraser is None:
-        yield
-        return
-    with ConceptEraser.load(config.saemnesia.eraser).attached(model.denoiser):
-        yield
+SPEC = MethodSpec(
+    name="saemnesia",
+    summary="concept latents of a sparse autoencoder, edited while sampling (SAEmnesia)",
+    config=SaemnesiaConfig,
+    reads=lambda _: {"model", "method"},
+    needs=lambda _: Requirements(retain=False, forget=False),
+    run=run,
+    single_process_reason="its autoencoder is trained on one device",
+)

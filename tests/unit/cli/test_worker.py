@@ -1,0 +1,59 @@
+"""A rank that ends with an error: its own traceback, unless another process is really gone."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from torch.distributed import TCPStore
+
+from erasediff.cli import worker
+from erasediff.cli.worker import Heartbeat
+from erasediff.parallel.control_plane import ControlPlane
+
+
+def test_an_error_that_speaks_of_connections_keeps_its_traceback() -> None:
+    """As a failed download does: only a process that is gone makes an error another rank's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = """
+from erasediff.cli.worker import run_as_rank
+def command():
+    raise RuntimeError("Connection reset by the hub: timed out")
+run_as_rank(command)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **rank}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "Rank 0 failed:\nTraceback" in ended.stderr
+    assert "another process" not in ended.stderr.lower()
+
+
+def test_a_process_is_lost_when_its_heartbeat_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.3)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second, silent = (
+        Heartbeat(ControlPlane(store, rank, size)) if rank < 2 else ControlPlane(store, rank, size)
+        for rank, size in ((0, 2), (1, 3), (2, 3))
+    )
+    assert isinstance(first, Heartbeat)
+    assert isinstance(second, Heartbeat)
+    assert isinstance(silent, ControlPlane)
+    assert not first.lost()
+    assert second.lost()
+    silent.shutdown(0.0)
+    # A rank that has ended well is not lost.
+    assert not second.lost()
+
+
+def test_a_peer_that_reports_its_failure_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    beats = [Heartbeat(ControlPlane(store, rank, 2)) for rank in range(2)]
+    beats[1].peers.fail(1, "Rank 1 failed")
+    assert beats[0].lost()
