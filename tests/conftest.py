@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests find the modules of this folder by their name.
+sys.path.insert(0, str(Path(__file__).parent))
 # A slow machine is no failure.
 settings.register_profile("erasediff", deadline=None)
 settings.load_profile("erasediff")
@@ -23,12 +24,10 @@ settings.load_profile("erasediff")
 @pytest.fixture(scope="session")
 def nano() -> ModuleType:
     """The module ``tests/nano.py``."""
-    spec = importlib.util.spec_from_file_location("nano", Path(__file__).with_name("nano.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    # Here, since the kernels' tests run where nothing but the kernels is installed.
+    import nano
+
+    return nano
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +57,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``run(*arguments, code=0)``: the command line, in this process, which ends with that exit code."""
-    # Here, since the kernels' tests run where nothing but the kernels is installed.
     from erasediff.cli import main
 
     def command(*arguments: object, code: int = 0) -> None:

@@ -218,6 +218,8 @@ NANO: dict[str, Callable[[], Any]] = {
     "sd3": sd3,
     "flux": flux,
 }
+FAMILY_EXAMPLES = list(NANO)
+"""What tests of every family are run with: a new family adds its model to ``NANO`` alone."""
 
 
 def save(name: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:

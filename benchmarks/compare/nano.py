@@ -121,13 +121,13 @@ class NanoTask:
         model = _model(path)
         batches = Repeated(self._latents(model), model.encode_prompts([prompt(self.label)]), batch_size=32)
         curve = relearning_curve(
-            model.denoiser_module,
+            model.denoiser,
             model.process,
             batches,
             lambda: self._rate(model, prompt(self.label), case.seed, count=self.per_class),
             steps=RELEARNING_STEPS,
             lr=RELEARNING_LR,
-            denoiser=model.denoiser,
+            denoiser=model.predict,
             seed=case.seed,
         )
         return {"images": ATTACKED_IMAGES, "lr": RELEARNING_LR, "curve": curve}
@@ -191,7 +191,7 @@ def _model(path: Path) -> StableDiffusion:
     model = load_text_to_image(found, device="cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, StableDiffusion)
     if path.name == ERASER:
-        ConceptEraser.load(path).attach(model.denoiser_module)
+        ConceptEraser.load(path).attach(model.denoiser)
     return model
 
 

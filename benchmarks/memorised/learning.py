@@ -113,13 +113,13 @@ def learn_by_heart(
     repeats = round(settings.share / (1 - settings.share) * len(cached) / len(entries))
     repeated = replace(cached, entries=cached.entries + tuple(entries) * repeats)
 
-    network = model.denoiser_module
+    network = model.denoiser
     optimizer = ConstrainedAdamW(network.parameters(), settings.lr)
     method = FineTune(
         network,
         optimizer,
         process=model.process,
-        denoiser=model.denoiser,
+        denoiser=model.predict,
         min_snr_gamma=settings.min_snr_gamma,
         seed=seed,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from erasediff.evaluation.distances import frechet_distance, kernel_distance
 from erasediff.evaluation.memorization import image_losses, membership_auc, nearest, reproduces
 from erasediff.io.atomic import atomic_file
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.load import load_text_to_image
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
@@ -93,7 +93,7 @@ class Reader:
             **self._membership(model),
         }, drawn.reshape(count, self.copies, *drawn.shape[1:])
 
-    def _draw(self, model: TextToImageModel, prompts: list[str]) -> Tensor:
+    def _draw(self, model: LatentModel, prompts: list[str]) -> Tensor:
         return as_grey(
             model.sample(
                 prompts,
@@ -104,7 +104,7 @@ class Reader:
             )
         )
 
-    def _membership(self, model: TextToImageModel) -> dict[str, float]:
+    def _membership(self, model: LatentModel) -> dict[str, float]:
         """Losses of the memorised images and of unseen ones of their classes, both under the same captions."""
         members, labels = self.train.images[self.memorised.index], self.memorised.labels
         others = torch.cat(
@@ -123,10 +123,10 @@ class Reader:
         found: dict[str, float] = {}
         for name, texts in captions.items():
             losses = image_losses(
-                model.denoiser_module,
+                model.denoiser,
                 {"sample": latents, **model.encode_prompts(texts)},
                 process=model.process,
-                denoiser=model.denoiser,
+                denoiser=model.predict,
                 draws=TIMESTEP_DRAWS,
                 seed=self.seed,
             )
@@ -140,7 +140,7 @@ class Reader:
 
 
 @torch.no_grad()
-def _reconstructed(model: TextToImageModel, images: Tensor) -> Tensor:
+def _reconstructed(model: LatentModel, images: Tensor) -> Tensor:
     """uint8 [K, H, W, 3] of uint8 [K, H, W]: as near as any sample can come."""
     pixels = model.decode_latents(model.encode_images(as_rgb(images)))
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -89,12 +89,12 @@ def train_denoiser(
     )
     model.release_encoders()
     # Averaged over about the last tenth of the training, however long it is.
-    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), LEARNING_RATE, ema_decay=max(0.0, 1 - 10 / steps))
+    optimizer = ConstrainedAdamW(model.denoiser.parameters(), LEARNING_RATE, ema_decay=max(0.0, 1 - 10 / steps))
     method = FineTune(
-        model.denoiser_module,
+        model.denoiser,
         optimizer,
         process=model.process,
-        denoiser=model.denoiser,
+        denoiser=model.predict,
         min_snr_gamma=MIN_SNR_GAMMA,
         seed=seed,
     )
@@ -102,7 +102,7 @@ def train_denoiser(
     run.mkdir(parents=True, exist_ok=True)
     run_steps(
         method,
-        model.denoiser_module,
+        model.denoiser,
         RunFolder(run, Checkpoint.newest(run)),
         steps=steps,
         settings=RunConfig(checkpoint_every=500, keep_checkpoints=1),

@@ -98,7 +98,7 @@ def measure(
         raise UserError(f"There is no class {forgotten}: choose one of {', '.join(CLASSES)}.")
     model = load_text_to_image(path, device=device)
     if saemnesia is not None:
-        ConceptEraser.load(saemnesia).attach(model.denoiser_module)
+        ConceptEraser.load(saemnesia).attach(model.denoiser)
     labels = torch.arange(len(CLASSES)).repeat_interleave(count)
     with progress_bar(console, "Sampling", len(labels)) as bar:
         drawn = model.sample(

@@ -19,7 +19,7 @@ from erasediff.data import Buckets, CachedBatches, CachedImages, LatentCache, St
 from erasediff.diffusion import Relabel
 from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import EraseDiff, Norm
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.load import load_text_to_image
 from erasediff.parallel.full_weights import ema_weights
 from erasediff_kernels import ConstrainedAdamW
@@ -33,7 +33,7 @@ class Contender:
     """
 
     name: str
-    model: TextToImageModel
+    model: LatentModel
     step: Callable[[], None]
     result: Callable[[], AbstractContextManager[None]] = nullcontext
     steps: int = 0
@@ -89,14 +89,14 @@ class Task:
 def erasediff(task: Task, lr: float, eta: float, ema_decay: float | None) -> Contender:
     """The engine's step as ``erasediff unlearn`` takes it: barrier norm, relabelling and retention by the original."""
     model = load_text_to_image(task.checkpoint)
-    network = model.denoiser_module
+    network = model.denoiser
     teacher = copy.deepcopy(network)
     optimizer = ConstrainedAdamW(network.parameters(), lr, ema_decay=ema_decay)
     method = EraseDiff(
         network,
         optimizer,
         process=model.process,
-        denoiser=model.denoiser,
+        denoiser=model.predict,
         barrier=Norm(eta),
         target=Relabel(model.encode_prompts([task.anchor]), teacher),
         retain_teacher=teacher,
@@ -120,13 +120,13 @@ def erasediff(task: Task, lr: float, eta: float, ema_decay: float | None) -> Con
 def published(task: Task, settings: Published, ema_decay: float | None) -> Contender:
     """The public loop, repaired, over the same batches; averaged weights are none of the scripts'."""
     model = load_text_to_image(task.checkpoint)
-    network = model.denoiser_module
+    network = model.denoiser
     retain, forget = task.batches()
     pass_length = -(-len(task.forget) // task.batch_size)
     loop = PublishedLoop(
         network,
         process=model.process,
-        denoiser=model.denoiser,
+        denoiser=model.predict,
         anchor=model.encode_prompts([task.anchor]),
         retain=retain,
         forget=forget,

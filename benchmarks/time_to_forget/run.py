@@ -21,7 +21,7 @@ from published import Published
 from rich.console import Console
 
 from erasediff.errors import UserError
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.load import load_text_to_image
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
@@ -64,7 +64,7 @@ class Looker:
     asked: int
     others: int
 
-    def look(self, model: TextToImageModel, number: int, *, whole: bool = False) -> Look:
+    def look(self, model: LatentModel, number: int, *, whole: bool = False) -> Look:
         """The others are drawn only where enough is forgotten, or the ``whole`` is asked for: they cost more."""
         forgotten = self._recognised(model, [self.forgotten] * self.asked, number)
         if forgotten > FORGOTTEN_LIMIT and not whole:
@@ -73,7 +73,7 @@ class Looker:
         # As many of each: the mean over classes is the mean over samples.
         return Look(forgotten=forgotten, retained=self._recognised(model, labels, number))
 
-    def _recognised(self, model: TextToImageModel, labels: list[int], number: int) -> float:
+    def _recognised(self, model: LatentModel, labels: list[int], number: int) -> float:
         drawn = model.sample(
             [prompt(label) for label in labels],
             guidance_scale=GUIDANCE_SCALE,

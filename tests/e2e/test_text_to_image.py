@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from erasediff.config import Config, for_text_to_image, load_config
 from erasediff.models.trainable import select
 from erasediff.workflows.unlearn_latent import text_to_image_job
 
-FAMILIES = ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"]
+FAMILIES = FAMILY_EXAMPLES
 NANO = """
 threads: 1
 images: {height: 32, width: 32, bucket_step: 16, images_per_prompt: 2}

@@ -54,7 +54,7 @@ def home(nano_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "model.ckpt").write_bytes(b"\x80\x04.")
     (home / "nothing").mkdir()
 
-    unet: Any = load_text_to_image(nano_folder("sdxl")).denoiser_module
+    unet: Any = load_text_to_image(nano_folder("sdxl")).denoiser
     lora.add(unet, rank=1, targets=select(unet, "xattn"))
     lora.save(unet, home / "sdxl-lora.safetensors", family="sdxl")
     PixelModel.build(num_classes=10, seed=0, block_out_channels=(8, 8), layers_per_block=1).save(home / "digits")

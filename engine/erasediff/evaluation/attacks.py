@@ -94,8 +94,8 @@ class PromptSearch:
     ) -> None:
         self.model, self.latents, self.vocabulary, self.seed = model, latents, list(vocabulary), seed
         self.tokens = torch.tensor([word_id(model, word) for word in vocabulary], device=model.device)
-        self.network = model.denoiser_module.requires_grad_(False).eval()
-        self.objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.denoiser)
+        self.network = model.denoiser.requires_grad_(False).eval()
+        self.objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.predict)
         self.slots = torch.arange(min(batch_size, len(latents)), device=model.device)
 
     def search(self, prompt: str, *, words: int = 3, steps: int = 30, candidates: int = 8) -> Found:
@@ -175,8 +175,8 @@ def textual_inversion(
     token, ids = word_id(model, word), token_ids(model, prompt)
     if token not in ids:
         raise ValueError(f'"{word}" is not in the prompt "{prompt}"')
-    network = model.denoiser_module.requires_grad_(False).eval()
-    objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.denoiser)
+    network = model.denoiser.requires_grad_(False).eval()
+    objective = DenoisingObjective(process=model.process.to(model.device), denoiser=model.predict)
     vector = embeddings(model)[token].detach().float().clone().requires_grad_()
     optimizer = torch.optim.Adam([vector], lr)
     slots = torch.arange(batch_size, device=model.device)

@@ -19,7 +19,7 @@ from erasediff.errors import UserError
 from erasediff.io.atomic import check_new
 from erasediff.io.cache_dir import cache_folder
 from erasediff.methods.spec import MethodSpec, Requirements, RunContext
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.sae import (
     ActivationCache,
     ConceptEraser,
@@ -154,7 +154,7 @@ def _made(
     config, out, console = context.config, context.out, context.console
     settings = config.section(SaemnesiaConfig)
     model = context.load_model()
-    block_of(model.denoiser_module, settings.block)
+    block_of(model.denoiser, settings.block)
     # In an order that does not depend on which are forgotten: their activations then serve for others, too.
     concepts = tuple(sorted({*forgotten, *retained}))
     if settings.crossed and config.images.encode_batch_size == 1:
@@ -198,7 +198,7 @@ def _supervising(config: Config, cache: ActivationCache) -> ActivationCache:
 
 
 def _activations(
-    config: Config, model: TextToImageModel, concepts: Sequence[str], images: int, seed: int, console: Console
+    config: Config, model: LatentModel, concepts: Sequence[str], images: int, seed: int, console: Console
 ) -> ActivationCache:
     settings = config.section(SaemnesiaConfig)
     with progress_bar(console, "Activations", len(concepts) * images) as bar:

@@ -17,7 +17,7 @@ from erasediff.diffusion.batch import Batch, Denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.methods.base import SolverOptions, StepReport
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 
 Space = Literal["pixel", "latent"]
 """Of a model: images themselves, or latents of an autoencoder."""
@@ -88,7 +88,7 @@ class RunContext:
     """
 
     config: Config
-    load_model: Callable[[], TextToImageModel]
+    load_model: Callable[[], LatentModel]
     out: Path
     console: Console
 

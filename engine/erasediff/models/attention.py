@@ -1,4 +1,4 @@
-"""Attention by diffusers' dispatcher, with a backend that has been seen to run on the device."""
+"""Attention backends: diffusers' dispatcher, with a backend that was probed on the device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """``backend`` is set; ``refused`` says for each one that was tried before it why it cannot run."""
+    """The backend that is set.
+
+    Attributes:
+        backend: One of ``BACKENDS``.
+        refused: The reason of each backend that was tried before it and cannot run.
+    """
 
     backend: str
     refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{backend} cannot run: {reason}" for backend, reason in self.refused.items())
+        return f"{self.backend} ({reasons})" if reasons else self.backend
 
 
 def set_attention(
@@ -33,26 +42,32 @@ def set_attention(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> AttentionChoice:
-    """Let all attention of a denoiser run by ``choice``: "native" (torch), "xformers", "flash" (flash-attn) or "auto".
+    """Let all attention of a denoiser run by one backend, probed forward and backward with each of its head sizes.
 
-    A backend is probed, forward and backward, with each of its head sizes. ``dtype`` is that of autocast if there is
-    one, None for the weights' own; ``device`` None is the weights' own. UserError for an explicit choice that cannot
-    run.
+    Args:
+        module: The denoiser.
+        choice: "native" (torch), "xformers", "flash" (flash-attn), or "auto" for the first that runs.
+        dtype: That of autocast if there is one; None for the weights' own.
+        device: None for the weights' own.
+
+    Raises:
+        UserError: The choice cannot run here, or the denoiser has attention that takes no backend.
     """
     if choice not in ("auto", *BACKENDS):
         raise UserError(f"There is no attention {choice!r}: give auto, {', '.join(BACKENDS)}.")
     weight = next(module.parameters())
-    place = device or weight.device
+    device = device or weight.device
+    _check_processors(module)
     heads = sorted({(attention.heads, attention.inner_dim // attention.heads) for attention in _attentions(module)})
     refused: dict[str, str] = {}
     for backend in BACKENDS if choice == "auto" else (choice,):
-        reason = _probe(backend, heads, place, dtype or weight.dtype)
+        reason = _probe(backend, heads, device, dtype or weight.dtype)
         if reason is None:
             use_backend(module, backend)
             return AttentionChoice(backend, refused)
         refused[backend] = reason
     tried = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
-    raise UserError(f"Attention cannot run this way on {place}: {tried}.")
+    raise UserError(f"Attention cannot run this way on {device}: {tried}.")
 
 
 def use_backend(module: nn.Module, backend: str) -> None:
@@ -60,11 +75,26 @@ def use_backend(module: nn.Module, backend: str) -> None:
 
     diffusers' own ``set_attention_backend`` passes by UNets and SD3, whose processors call torch directly, and changes
     what every other model in the process uses.
+
+    Raises:
+        UserError: The denoiser has attention that takes no backend.
     """
+    _check_processors(module)
     for attention in _attentions(module):
         if type(attention.processor) in DISPATCHED:
             attention.set_processor(DISPATCHED[type(attention.processor)]())
         attention.processor._attention_backend = AttentionBackendName(backend)
+
+
+def _check_processors(module: nn.Module) -> None:
+    """UserError for a processor that would ignore a backend: those that heed one have the class attribute."""
+    for attention in _attentions(module):
+        cls = type(attention.processor)
+        if cls not in DISPATCHED and not hasattr(cls, "_attention_backend"):
+            raise UserError(
+                f"The attention of this model runs by {cls.__name__}, which takes no backend: set the processor of "
+                "diffusers' own model, or leave the attention as it is."
+            )
 
 
 def _attentions(module: nn.Module) -> Iterator[Any]:

@@ -6,16 +6,33 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.family import JOINT_SUBSETS
+from erasediff.models.pipeline import build_pipeline
 
 MAX_T5_TOKENS = 512
+TIMESTEP_SCALE = 1000
+"""diffusers' FluxTransformer2DModel multiplies its timestep by it, whatever the scheduler; FluxPipeline divides."""
 TRAINING_GUIDANCE = 1.0
 """At 1 the distilled network predicts without guidance, which is what a denoising loss is about."""
+FLUX_1_DEV: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+"""FLUX.1-dev's transformer, 11.90 billion parameters (its published config.json)."""
 
 
 class Flux(LatentModel):
@@ -26,20 +43,39 @@ class Flux(LatentModel):
 
     family = "flux"
     denoiser_component = "transformer"
+    denoiser_class = FluxTransformer2DModel
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     pipeline_class = FluxPipeline
     flow = True
     default_guidance = 3.5
     architecture = "flux-1"
+    subsets = JOINT_SUBSETS
+    reference_configs: ClassVar = {"flux": (FLUX_1_DEV, 1024)}
 
     @property
     def size_multiple(self) -> int:
         return 2 * self.latent_scale
 
-    @property
-    def default_size(self) -> tuple[int, int]:
+    @classmethod
+    def default_latent_size(cls, config: Any) -> tuple[int, int]:
         # The transformer's configuration does not say; FLUX.1 was trained around one megapixel.
-        return 128 * self.latent_scale, 128 * self.latent_scale
+        return 128, 128
+
+    @classmethod
+    def dummy_inputs(
+        cls, config: Any, batch_size: int, latent_size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Any]:
+        height, width = latent_size
+        patches = (height // 2) * (width // 2)
+        shapes = {
+            "hidden_states": (batch_size, patches, config.in_channels),
+            "encoder_hidden_states": (batch_size, MAX_T5_TOKENS, config.joint_attention_dim),
+            "pooled_projections": (batch_size, config.pooled_projection_dim),
+            "img_ids": (patches, 3),
+            "txt_ids": (MAX_T5_TOKENS, 3),
+        }
+        zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        return {**zeros, "guidance": torch.ones(batch_size, device=device) if config.guidance_embeds else None}
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         transformer, vae = self.configs["transformer"], self.configs["vae"]
@@ -49,7 +85,7 @@ class Flux(LatentModel):
         yield "the transformer's pooled_projection_dim", transformer.pooled_projection_dim, "CLIP's", clip.hidden_size
         yield "the transformer's joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = {name: condition[name].to(dtype) for name in ("encoder_hidden_states", "pooled_projections")}
         _, _, height, width = noisy_sample.shape
@@ -58,7 +94,7 @@ class Flux(LatentModel):
             guidance = torch.full_like(timesteps, TRAINING_GUIDANCE, dtype=torch.float32)
         prediction: Tensor = model(
             pack(noisy_sample.to(dtype)),
-            timestep=timesteps / 1000,
+            timestep=timesteps / TIMESTEP_SCALE,
             guidance=guidance,
             img_ids=positions(height // 2, width // 2, noisy_sample.device).to(dtype),
             txt_ids=torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=noisy_sample.device, dtype=dtype),
@@ -69,22 +105,25 @@ class Flux(LatentModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, pooled, _ = self._pipeline().encode_prompt(list(prompts), None, device=self.device, **self._text_length())
+        text, pooled, _ = build_pipeline(self).encode_prompt(
+            list(prompts), None, device=self.device, **self.text_length()
+        )
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
-    def _text_length(self) -> dict[str, Any]:
+    def text_length(self) -> dict[str, Any]:
         return {"max_sequence_length": min(MAX_T5_TOKENS, self.tokenizers["tokenizer_2"].model_max_length)}
 
-    def _negative(self, prompt: str, count: int) -> dict[str, Any]:
+    def negative_arguments(self, prompt: str, count: int) -> dict[str, Any]:
         if prompt:
             raise UserError("FLUX is sampled without a negative prompt: its guidance is part of the network.")
         return {}
 
-    def _packed(self, latents: Tensor) -> Tensor:
+    def packed(self, latents: Tensor) -> Tensor:
         return pack(latents)
 
-    def _unpacked(self, latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        return unpack(latents, *shape[1:])
+    def unpacked(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        _, height, width = shape
+        return unpack(latents, height, width)
 
 
 def pack(latents: Tensor) -> Tensor:

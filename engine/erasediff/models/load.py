@@ -1,31 +1,19 @@
-"""A checkpoint of a known family from wherever a user has it."""
+"""Loading of text-to-image models: diffusers folder, single file or hub repository."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 
 from erasediff.errors import UserError
-from erasediff.models.base import LatentModel, TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint.base import HOW_TO_CONVERT, PICKLES, Checkpoint
 from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
-from erasediff.models.checkpoint.hub import downloaded
+from erasediff.models.checkpoint.hub import downloaded, is_hub_id
 from erasediff.models.checkpoint.single_file import SingleFile
-from erasediff.models.flux import Flux
-from erasediff.models.sd3 import StableDiffusion3
-from erasediff.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from erasediff.models.family import family_of_pipeline
 
-PIPELINES: dict[str, type[LatentModel]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
-    "FluxPipeline": Flux,
-}
-"""By the "_class_name" of model_index.json. A new family is one file and one line here."""
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("model_index.json", *(f"*/*.{suffix}" for suffix in ("json", "txt", "model", "safetensors")))
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*", "*.fp32.*", "*openvino*", "*flax*")
 
@@ -38,23 +26,25 @@ def load_text_to_image(
     config: Path | None = None,
     prediction_type: str | None = None,
     empty: bool = False,
-) -> TextToImageModel:
-    """The model in ``source``: a diffusers folder, a single .safetensors file (SD 1.x, 2.x, SDXL), or a hub id.
+) -> LatentModel:
+    """Load the model in ``source``. Nothing is unpickled.
 
-    dtype:           of denoiser and text encoders; the VAE is float32
-    config:          for a single file of unusual size, or without access to the hub: a diffusers folder whose
-                     configurations and tokenizers it takes
-    prediction_type: for a single file that does not say it, "epsilon" or "v_prediction"
-    empty:           leave the denoiser's parameters on the meta device; ``denoiser_weights`` reads them one by one
+    Args:
+        source: A diffusers folder, a single .safetensors file (SD 1.x, 2.x, SDXL), or a hub id.
+        dtype: Of denoiser and text encoders; the VAE is float32.
+        device: Of all parts.
+        config: For a single file of unusual size, or without access to the hub: a diffusers folder whose configurations
+            and tokenizers it takes.
+        prediction_type: For a single file that does not say it, "epsilon" or "v_prediction".
+        empty: Leave the denoiser's parameters on the meta device; ``denoiser_weights`` reads them one by one.
 
-    Nothing is unpickled. UserError, before any weight is read, for a source that is missing, incomplete, damaged, a
-    pickle, of no known family, or whose parts contradict each other.
+    Raises:
+        UserError: The source is missing, incomplete, damaged, a pickle, of no known family, or its parts contradict
+            each other; before any weight is read.
     """
     checkpoint = open_checkpoint(source, config=config, prediction_type=prediction_type)
-    name = checkpoint.index.get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{source} is a {name}, which is not among the families known here: {', '.join(PIPELINES)}.")
-    return PIPELINES[name](checkpoint, dtype=dtype, device=device, empty=empty)
+    family = family_of_pipeline(checkpoint.index.get("_class_name"), source)
+    return family(checkpoint, dtype=dtype, device=device, empty=empty)
 
 
 def open_checkpoint(
@@ -73,6 +63,6 @@ def open_checkpoint(
         return DiffusersFolder(path)
     if path.exists():
         raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
-    if HUB_ID.fullmatch(str(source)):
+    if is_hub_id(str(source)):
         return DiffusersFolder(downloaded(str(source), FILES, VARIANTS))
     raise UserError(f"{source} does not exist.")

@@ -1,12 +1,11 @@
-"""Low-rank adapters of a denoiser (Hu et al. 2021) by peft, and their files with diffusers' and kohya's keys."""
+"""Low-rank adapters of a denoiser (Hu et al. 2021) by peft: added, merged, saved and loaded."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,41 +16,35 @@ from torch import Tensor, nn
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file
-from erasediff.io.tensor_file import StoredTensor, TensorFile, write_tensor_file
+from erasediff.io.tensor_file import StoredTensor, write_tensor_file
 from erasediff.models.checkpoint.base import PICKLES
-from erasediff.models.checkpoint.original_layout import LAYOUTS
+from erasediff.models.family import ModelFamily, family_named
+from erasediff.models.lora_file import PEFT_PREFIX, Adapter, adapter_tensors, read_adapters
 
 Keys = Literal["diffusers", "kohya"]
 ADAPTER = "default"
-COMPONENT = {"sd": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
-DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
-UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
-OF_TEXT_ENCODERS = ("lora_te", "text_encoder")
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """weight += alpha / rank up down, for ``down`` [rank, in, ...] and ``up`` [out, rank, ...]."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
 
 def add(
     module: nn.Module, *, rank: int, targets: Collection[str], alpha: float | None = None, seed: int = 0
 ) -> list[nn.Parameter]:
-    """Freeze ``module``, give the layers of ``targets`` an adapter, and return the adapters' parameters, float32.
+    """Freeze ``module`` and give the layers of ``targets`` an adapter.
 
-    targets: names of parameters, as ``selection.select`` returns them; their linear and convolutional layers take part
-    alpha:   the adapter's weight times its rank; None for the rank
+    The model predicts as before until a step is taken. The global random state is left as it was.
 
-    The model predicts as before until a step is taken. The global random state is left as it was. UserError where no
-    layer among the targets can be adapted.
+    Args:
+        module: The denoiser.
+        rank: The adapters' rank, at least 1.
+        targets: Names of parameters, as ``trainable.select`` returns them; their linear and convolutional layers take
+            part.
+        alpha: The adapter's scale times its rank; None for the rank.
+        seed: Of the adapters' first values.
+
+    Returns:
+        The adapters' parameters, float32.
+
+    Raises:
+        UserError: No layer among the targets can be adapted.
     """
     if rank < 1:
         raise UserError(f"The rank of a LoRA must be at least 1, not {rank}.")
@@ -62,7 +55,7 @@ def add(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(module, dict.fromkeys(adapted, (rank, rank if alpha is None else alpha)))
-        return _drawn(module)
+        return _initialised(module)
 
 
 def merge(module: nn.Module) -> None:
@@ -76,109 +69,121 @@ def merge(module: nn.Module) -> None:
 def save(module: nn.Module, path: Path, *, family: str, keys: Keys = "diffusers") -> None:
     """Write the adapters as one safetensors file, atomically, over any that is there.
 
-    "diffusers" is read by ``pipeline.load_lora_weights`` and holds alpha / rank within its values, since not every
-    reader looks elsewhere for it. "kohya" is what sd-scripts writes, SDXL's blocks counted as in the original layout.
-    UserError for kohya's keys of a family other than sd and sdxl.
+    Args:
+        module: The denoiser, with adapters of ``add``.
+        path: The file.
+        family: The model's ``LatentModel.family``.
+        keys: "diffusers" is read by ``pipeline.load_lora_weights`` and holds alpha / rank within its values, since not
+            every reader looks elsewhere for it. "kohya" is what sd-scripts writes, SDXL's blocks counted as in the
+            original layout.
+
+    Raises:
+        UserError: The family has no kohya keys.
+        ValueError: There are no adapters, or they are DoRA's or have biases.
     """
-    layers = {
-        name: Layer(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.lora_alpha[ADAPTER])
-        for name, layer in _adapters(module)
-    }
-    if not layers:
+    cls = family_named(family)
+    adapters = {}
+    for name, layer in _adapters(module):
+        if layer.use_dora.get(ADAPTER) or layer.lora_bias[ADAPTER]:
+            raise ValueError("a LoRA with DoRA's magnitudes or biases has no keys here: merge it")
+        alpha = layer.lora_alpha[ADAPTER]
+        adapters[name] = Adapter(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, alpha)
+    if not adapters:
         raise ValueError("the module has no LoRA to save")
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if keys == "kohya":
-            key = _kohya_name(name, family, module)
-            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = layer.down, layer.up
-            tensors[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
-        else:
-            key = f"{COMPONENT[family]}.{name}"
-            tensors[f"{key}.lora_A.weight"] = layer.down
-            tensors[f"{key}.lora_B.weight"] = layer.up * (layer.alpha / layer.rank)
+    tensors: dict[str, StoredTensor] = {}
+    for name, adapter in adapters.items():
+        key = _kohya_key(name, cls, module) if keys == "kohya" else f"{cls.denoiser_component}.{name}"
+        tensors |= adapter_tensors(adapter, key, kohya=keys == "kohya")
     with atomic_file(path) as partial:
-        write_tensor_file(partial, {key: _held(tensor) for key, tensor in tensors.items()}, {"format": "pt"})
+        write_tensor_file(partial, tensors, {"format": "pt"})
 
 
 def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
-    """Freeze ``module``, add the adapters of a file with either kind of keys, and return their parameters.
+    """Freeze ``module`` and add the adapters of a file of peft, diffusers or kohya, DoRA's included.
 
-    UserError for a file that is missing, damaged, no LoRA, for another family, or that also adapts text encoders.
+    Args:
+        module: The denoiser.
+        path: A .safetensors file, see ``lora_file.read_adapters``.
+        family: The model's ``LatentModel.family``.
+
+    Returns:
+        The adapters' parameters, float32.
+
+    Raises:
+        UserError: The file is missing, damaged, a pickle, no LoRA, for another model, also for text encoders, or holds
+            anything that is not applied.
     """
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code when it is opened: give a LoRA as .safetensors.")
-    layers = _read(TensorFile.open(path), _known_names(module, family), family)
+    cls = family_named(family)
+    adapters = read_adapters(path, _names_in_files(module, cls), cls.denoiser_component)
     adaptable = dict(_adaptable(module))
-    for name, layer in layers.items():
-        weight = adaptable[name].weight
-        if layer.down.shape[1:] != weight.shape[1:] or layer.up.shape[0] != weight.shape[0]:
+    for name, adapter in adapters.items():
+        layer = adaptable[name]
+        if adapter.down.shape[1:] != layer.weight.shape[1:] or adapter.up.shape[0] != layer.weight.shape[0]:
             raise UserError(f"{path} is a LoRA for another model: its {name} is of another size than this model's.")
-    parameters = _inject(module, {name: (layer.rank, layer.alpha) for name, layer in layers.items()})
+        if adapter.bias is not None and layer.bias is None:
+            raise UserError(f"{path} is a LoRA for another model: it adds to the bias of {name}, which has none.")
+    parameters = _inject(
+        module,
+        {name: (adapter.rank, adapter.alpha) for name, adapter in adapters.items()},
+        dora=any(adapter.magnitude is not None for adapter in adapters.values()),
+    )
     with torch.no_grad():
-        for name, adapted in _adapters(module):
-            adapted.lora_A[ADAPTER].weight.copy_(layers[name].down)
-            adapted.lora_B[ADAPTER].weight.copy_(layers[name].up)
-    return parameters
+        for name, layer in _adapters(module):
+            _fill(layer, adapters[name])
+    return parameters + [parameter for _, layer in _adapters(module) for parameter in _extra_parameters(layer)]
 
 
-def _read(file: TensorFile, known: Mapping[str, str], family: str) -> dict[str, Layer]:
-    """The layers of a file by the names of the modules they adapt; ``known``: from the names that files give them."""
-    alphas = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-    layers = {}
-    for key, down in file.tensors.items():
-        if key.startswith(OF_TEXT_ENCODERS):
-            raise UserError(
-                f"{file.path} also adapts text encoders, which are not trained here: give one for the denoiser."
-            )
-        suffix = next((suffix for suffix in DOWN if key.endswith(suffix)), None)
-        if suffix is None:
-            continue
-        base = key.removesuffix(suffix)
-        if base not in known:
-            raise UserError(
-                f"{file.path} is a LoRA for another model: this one, of the family {family}, has no {base}."
-            )
-        up = file.tensors.get(base + UP[DOWN.index(suffix)])
-        if up is None or len(up.shape) < 2 or up.shape[1] != down.shape[0]:
-            raise UserError(f"{file.path} is damaged: {base} lacks the other half of its adapter.")
-        alpha = file.tensors.get(f"{base}.alpha")
-        recorded = alphas.get(f"{COMPONENT[family]}.lora_alpha", down.shape[0])
-        layers[known[base]] = Layer(
-            down.load(), up.load(), float(alpha.load()) if alpha is not None else float(recorded)
-        )
-    if not layers:
-        raise UserError(f"{file.path} is not a LoRA: it holds no adapter.")
-    return layers
+def _fill(layer: Any, adapter: Adapter) -> None:
+    layer.lora_A[ADAPTER].weight.copy_(adapter.down)
+    layer.lora_B[ADAPTER].weight.copy_(adapter.up)
+    if adapter.bias is not None:
+        # peft gives either all layers such a bias or none.
+        layer.lora_B[ADAPTER].bias = nn.Parameter(adapter.bias.to(layer.lora_B[ADAPTER].weight))
+        layer.lora_bias[ADAPTER] = True
+    if adapter.magnitude is not None:
+        magnitude = layer.lora_magnitude_vector[ADAPTER]
+        magnitude.weight.data = adapter.magnitude.to(layer.lora_B[ADAPTER].weight).reshape(magnitude.weight.shape)
+        magnitude._cache_clear()
 
 
-def _known_names(module: nn.Module, family: str) -> dict[str, str]:
-    known = {}
+def _extra_parameters(layer: Any) -> Iterator[nn.Parameter]:
+    if layer.lora_bias[ADAPTER]:
+        yield layer.lora_B[ADAPTER].bias
+    if ADAPTER in layer.lora_magnitude_vector:
+        yield layer.lora_magnitude_vector[ADAPTER].weight
+
+
+def _names_in_files(module: nn.Module, cls: type[ModelFamily]) -> dict[str, str]:
+    """The adaptable layers' names by each name that a file may give them."""
+    names = {}
     for name, _ in _adaptable(module):
-        known[f"{COMPONENT[family]}.{name}"] = known[f"base_model.model.{name}"] = known[name] = name
-        known["lora_unet_" + name.replace(".", "_")] = name
-        if family == "sdxl":
-            known[_kohya_name(name, family, module)] = name
-    return known
+        names[f"{cls.denoiser_component}.{name}"] = names[PEFT_PREFIX + name] = names[name] = name
+        names["lora_unet_" + name.replace(".", "_")] = name
+        if (original := cls.kohya_name(name, module)) is not None:
+            names["lora_unet_" + original.replace(".", "_")] = name
+    return names
 
 
-def _kohya_name(name: str, family: str, module: Any) -> str:
-    if family == "sdxl":
-        place = LAYOUTS["sdxl"]["unet"](f"{name}.weight", module.config)
-        assert place is not None
-        name = place.key.removeprefix("model.diffusion_model.").removesuffix(".weight")
-    elif family != "sd":
-        raise UserError(f"A LoRA of the family {family} has no kohya keys here: save it with diffusers' keys.")
-    return "lora_unet_" + name.replace(".", "_")
+def _kohya_key(name: str, cls: type[ModelFamily], module: nn.Module) -> str:
+    original = cls.kohya_name(name, module)
+    if original is None:
+        raise UserError(f"A LoRA of the family {cls.family} has no kohya keys here: save it with diffusers' keys.")
+    return "lora_unet_" + original.replace(".", "_")
 
 
-def _inject(module: nn.Module, sizes: Mapping[str, tuple[int, float]]) -> list[nn.Parameter]:
+def _inject(module: nn.Module, sizes: Mapping[str, tuple[int, float]], *, dora: bool = False) -> list[nn.Parameter]:
     """Adapters of the given (rank, alpha), and everything else frozen."""
     if any(True for _ in _adapters(module)):
         raise ValueError("the module has a LoRA already: merge it first")
+    # peft takes plain names for the ends of names, and would also adapt a.b where b is asked for.
+    exact = {name: re.escape(name) for name in sizes}
     config = LoraConfig(
-        target_modules=list(sizes),
-        rank_pattern={name: rank for name, (rank, _) in sizes.items()},
-        alpha_pattern={name: alpha for name, (_, alpha) in sizes.items()},
+        target_modules="|".join(exact.values()),
+        rank_pattern={f"^{exact[name]}": rank for name, (rank, _) in sizes.items()},
+        alpha_pattern={f"^{exact[name]}": alpha for name, (_, alpha) in sizes.items()},
+        use_dora=dora,
     )
     inject_adapter_in_model(config, module, ADAPTER)
     adapters = [
@@ -189,17 +194,17 @@ def _inject(module: nn.Module, sizes: Mapping[str, tuple[int, float]]) -> list[n
     return adapters
 
 
-def _drawn(module: nn.Module) -> list[nn.Parameter]:
+def _initialised(module: nn.Module) -> list[nn.Parameter]:
     """Adapters with the values that the paper begins with, on the host where the module has no weights yet."""
     adapters = []
-    draws: dict[str, Callable[[Tensor], Tensor]] = {
-        "lora_A": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    initialisers: dict[str, Callable[[Tensor], Tensor]] = {
+        "lora_A": functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
         "lora_B": nn.init.zeros_,
     }
     for _, layer in _adapters(module):
-        for half, draw in draws.items():
+        for half, initialise in initialisers.items():
             adapter = getattr(layer, half)[ADAPTER]
-            values = draw(torch.empty(adapter.weight.shape))
+            values = initialise(torch.empty(adapter.weight.shape))
             adapter.weight = nn.Parameter(values if adapter.weight.is_meta else values.to(adapter.weight.device))
             adapters.append(adapter.weight)
     return adapters
@@ -211,7 +216,3 @@ def _adaptable(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
-
-
-def _held(tensor: Tensor) -> StoredTensor:
-    return StoredTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
 from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.family import JOINT_SUBSETS
+from erasediff.models.pipeline import build_pipeline
 
-MAX_T5_TOKENS = 256
+CLIP_TOKENS, MAX_T5_TOKENS = 77, 256
 
 
 class StableDiffusion3(LatentModel):
@@ -23,12 +25,26 @@ class StableDiffusion3(LatentModel):
 
     family = "sd3"
     denoiser_component = "transformer"
+    denoiser_class = SD3Transformer2DModel
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoders: ClassVar = ("text_encoder_3",)
     pipeline_class = StableDiffusion3Pipeline
     flow = True
     default_guidance = 7.0
     architecture = "stable-diffusion-3"
+    subsets = JOINT_SUBSETS
+
+    @classmethod
+    def dummy_inputs(
+        cls, config: Any, batch_size: int, latent_size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Any]:
+        tokens = CLIP_TOKENS + MAX_T5_TOKENS
+        shapes = {
+            "hidden_states": (config.in_channels, *latent_size),
+            "encoder_hidden_states": (tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+        return {name: torch.zeros(batch_size, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     @property
     def size_multiple(self) -> int:
@@ -48,7 +64,7 @@ class StableDiffusion3(LatentModel):
         if t5 := self.configs.get("text_encoder_3"):
             yield "the transformer's joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = {name: condition[name].to(dtype) for name in ("encoder_hidden_states", "pooled_projections")}
         prediction: Tensor = model(noisy_sample.to(dtype), timestep=timesteps, **text, return_dict=False)[0]
@@ -56,11 +72,11 @@ class StableDiffusion3(LatentModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, _, pooled, _ = self._pipeline().encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, **self._text_length()
+        text, _, pooled, _ = build_pipeline(self).encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, **self.text_length()
         )
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
-    def _text_length(self) -> dict[str, Any]:
+    def text_length(self) -> dict[str, Any]:
         t5 = self.tokenizers.get("tokenizer_3")
         return {"max_sequence_length": min(MAX_T5_TOKENS, t5.model_max_length if t5 else MAX_T5_TOKENS)}

@@ -1,17 +1,22 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that attends to the tokens of one CLIP text encoder."""
+"""Stable Diffusion 1.x, 2.x and XL: a UNet that attends to the tokens of CLIP text encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
 from erasediff.io.tensor_file import StoredTensor
 from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
+from erasediff.models.checkpoint.original_layout import LAYOUTS
+from erasediff.models.pipeline import build_pipeline
+
+CLIP_TOKENS = 77
 
 
 class StableDiffusion(LatentModel):
@@ -19,10 +24,34 @@ class StableDiffusion(LatentModel):
 
     family = "sd"
     denoiser_component = "unet"
+    denoiser_class = UNet2DConditionModel
     text_encoders: ClassVar = ("text_encoder",)
     pipeline_class = StableDiffusionPipeline
     flow = False
     default_guidance = 7.5
+    reference_configs: ClassVar = {
+        "sd15": (KNOWN_CONFIGS["sd1"]["unet"], 512),
+        "sd21": (KNOWN_CONFIGS["sd2"]["unet"], 768),
+    }
+
+    @classmethod
+    def has_denoiser(cls, class_name: str, config: Any) -> bool:
+        return super().has_denoiser(class_name, config) and config.get("addition_embed_type") is None
+
+    @classmethod
+    def dummy_inputs(
+        cls, config: Any, batch_size: int, latent_size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Any]:
+        return {
+            "sample": torch.zeros(batch_size, config.in_channels, *latent_size, dtype=dtype, device=device),
+            "encoder_hidden_states": torch.zeros(
+                batch_size, CLIP_TOKENS, config.cross_attention_dim, dtype=dtype, device=device
+            ),
+        }
+
+    @classmethod
+    def kohya_name(cls, name: str, module: nn.Module) -> str | None:
+        return name
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         unet, vae, text = self.configs["unet"], self.configs["vae"], self.configs["text_encoder"]
@@ -34,7 +63,7 @@ class StableDiffusion(LatentModel):
             text.hidden_size,
         )
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = condition["encoder_hidden_states"].to(dtype)
         prediction: Tensor = model(noisy_sample.to(dtype), timesteps, text, return_dict=False)[0]
@@ -53,7 +82,7 @@ class StableDiffusion(LatentModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, _ = self._pipeline().encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
+        text, _ = build_pipeline(self).encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text}
 
 
@@ -62,12 +91,37 @@ class StableDiffusionXL(LatentModel):
 
     family = "sdxl"
     denoiser_component = "unet"
+    denoiser_class = UNet2DConditionModel
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2")
     pipeline_class = StableDiffusionXLPipeline
     flow = False
     default_guidance = 5.0
     architecture = "stable-diffusion-xl-v1-base"
     original_layout = "sdxl"
+    reference_configs: ClassVar = {"sdxl": (KNOWN_CONFIGS["sdxl"]["unet"], 1024)}
+
+    @classmethod
+    def has_denoiser(cls, class_name: str, config: Any) -> bool:
+        return super().has_denoiser(class_name, config) and config.get("addition_embed_type") == "text_time"
+
+    @classmethod
+    def dummy_inputs(
+        cls, config: Any, batch_size: int, latent_size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Any]:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {
+            **StableDiffusion.dummy_inputs(config, batch_size, latent_size, dtype, device),
+            "added_cond_kwargs": {
+                "text_embeds": torch.zeros(batch_size, pooled, dtype=dtype, device=device),
+                "time_ids": torch.zeros(batch_size, 6, dtype=dtype, device=device),
+            },
+        }
+
+    @classmethod
+    def kohya_name(cls, name: str, module: nn.Module) -> str | None:
+        place = LAYOUTS["sdxl"]["unet"](f"{name}.weight", module.config)
+        # conv_in and the like have a place in the layout too; a layer without one has diffusers' name alone.
+        return None if place is None else place.key.removeprefix("model.diffusion_model.").removesuffix(".weight")
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         unet, vae = self.configs["unet"], self.configs["vae"]
@@ -87,7 +141,7 @@ class StableDiffusionXL(LatentModel):
             added,
         )
 
-    def denoiser(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
+    def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
         dtype = model_dtype(model)
         text = condition["encoder_hidden_states"].to(dtype)
         added = {name: condition[name].to(dtype) for name in ("text_embeds", "time_ids")}
@@ -98,12 +152,12 @@ class StableDiffusionXL(LatentModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        text, _, pooled, _ = self._pipeline().encode_prompt(
+        text, _, pooled, _ = build_pipeline(self).encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
         if self.checkpoint.index.get("force_zeros_for_empty_prompt", True):
-            asked = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
-            text, pooled = text * asked[:, None, None], pooled * asked[:, None]
+            has_text = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
+            text, pooled = text * has_text[:, None, None], pooled * has_text[:, None]
         return {"encoder_hidden_states": text, "text_embeds": pooled}
 
     def size_condition(

@@ -9,46 +9,26 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from diffusers import UNet2DModel
+from torch import nn
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint.base import has, read_json
 from erasediff.models.checkpoint.components import empty_module
-from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
+from erasediff.models.family import families, family_of_denoiser, sides, vae_scale
 from erasediff.models.load import open_checkpoint
-
-FLUX_1_DEV: dict[str, Any] = {
-    "_class_name": "FluxTransformer2DModel",
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-"""FLUX.1-dev's transformer, 11.90 billion parameters (its published config.json)."""
-
-KNOWN: dict[str, tuple[dict[str, Any], int]] = {
-    "sd15": (KNOWN_CONFIGS["sd1"]["unet"], 512),
-    "sd21": (KNOWN_CONFIGS["sd2"]["unet"], 768),
-    "sdxl": (KNOWN_CONFIGS["sdxl"]["unet"], 1024),
-    "flux": (FLUX_1_DEV, 1024),
-}
-"""Configuration and usual resolution in pixels."""
-
-CLIP_TOKENS, T5_TOKENS_SD3, T5_TOKENS_FLUX = 77, 256, 512
-"""Length of a prompt's embedding in the families' pipelines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """A denoiser on the meta device, and what it is called with.
+    """A denoiser on the meta device, and the inputs of its forward.
 
-    resolution:   height and width in pixels of the images it is planned for, the longer side of a model's own
-    latent_scale: pixels per latent along one side; 1 for a model of pixels
+    Attributes:
+        name: What the user called it.
+        module: The denoiser.
+        resolution: Height and width in pixels of the images it is planned for, by default the longer side of those that
+            the model was trained for.
+        latent_scale: Pixels per latent along one side; 1 for a model of pixels.
     """
 
     name: str
@@ -62,72 +42,54 @@ class Network:
         return next(self.module.parameters()).dtype
 
     def inputs(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-        """Keyword arguments of the module's forward for ``batch_size`` samples, floats in ``dtype``."""
+        """Keyword arguments of the module's forward for ``batch_size`` samples, floats in ``dtype``.
+
+        Raises:
+            UserError: The module is a denoiser of no family.
+        """
         config: Any = self.module.config
         side = self.resolution // self.latent_scale
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
-
-        timestep = torch.zeros(batch_size, device=device)
-        match type(self.module).__name__:
-            case "UNet2DConditionModel":
-                inputs: dict[str, Any] = {
-                    "sample": floats(config.in_channels, side, side),
-                    "encoder_hidden_states": floats(CLIP_TOKENS, config.cross_attention_dim),
-                }
-                if config.addition_embed_type == "text_time":
-                    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-                    inputs["added_cond_kwargs"] = {"text_embeds": floats(pooled), "time_ids": floats(6)}
-            case "UNet2DModel":
-                inputs = {"sample": floats(config.in_channels, side, side)}
-                if config.num_class_embeds:
-                    inputs["class_labels"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            case "SD3Transformer2DModel":
-                inputs = {
-                    "hidden_states": floats(config.in_channels, side, side),
-                    "encoder_hidden_states": floats(CLIP_TOKENS + T5_TOKENS_SD3, config.joint_attention_dim),
-                    "pooled_projections": floats(config.pooled_projection_dim),
-                }
-            case "FluxTransformer2DModel":
-                tokens = (side // 2) ** 2
-                inputs = {
-                    "hidden_states": floats(tokens, config.in_channels),
-                    "encoder_hidden_states": floats(T5_TOKENS_FLUX, config.joint_attention_dim),
-                    "pooled_projections": floats(config.pooled_projection_dim),
-                    "img_ids": torch.zeros(tokens, 3, dtype=dtype, device=device),
-                    "txt_ids": torch.zeros(T5_TOKENS_FLUX, 3, dtype=dtype, device=device),
-                    "guidance": torch.ones(batch_size, device=device) if config.guidance_embeds else None,
-                }
-            case other:
-                raise UserError(f"A {other} cannot be planned: give a UNet of SD or SDXL, SD3's transformer or FLUX's.")
-        return {**inputs, "timestep": timestep, "return_dict": False}
+        family = family_of_denoiser(self.module)
+        if family is not None:
+            inputs = family.dummy_inputs(config, batch_size, (side, side), dtype, device)
+        elif isinstance(self.module, UNet2DModel):
+            inputs = {"sample": torch.zeros(batch_size, config.in_channels, side, side, dtype=dtype, device=device)}
+            if config.num_class_embeds:
+                inputs["class_labels"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        else:
+            known = sorted({cls.denoiser_class.__name__ for cls in families().values()} | {UNet2DModel.__name__})
+            raise UserError(f"A {type(self.module).__name__} cannot be planned: give one of {', '.join(known)}.")
+        return {**inputs, "timestep": torch.zeros(batch_size, device=device), "return_dict": False}
 
 
 def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = torch.float32) -> Network:
     """The denoiser that ``source`` stands for, its parameters on the meta device; no weight is read.
 
-    source:     a name in ``KNOWN``; a diffusers folder, .safetensors file or hub id; or the ``config.json`` of a
-                denoiser
-    resolution: in pixels; None for what the model was made for
-    dtype:      of the weights
+    Args:
+        source: A name among the families' ``reference_configs``; a diffusers folder, .safetensors file or hub id; or
+            the ``config.json`` of a denoiser.
+        resolution: In pixels; None for what the model was made for.
+        dtype: Of the weights.
 
-    UserError for a source that is none of these, and for a resolution that the network cannot take.
+    Raises:
+        UserError: The source is none of these, or the network cannot take the resolution.
     """
-    if source in KNOWN:
-        config, usual = KNOWN[source]
-        network = Network(name=source, module=_empty(config), resolution=resolution or usual)
+    references = {name: entry for cls in families().values() for name, entry in cls.reference_configs.items()}
+    if source in references:
+        config, default = references[source]
+        network = Network(name=source, module=_empty(config), resolution=resolution or default)
     elif source.endswith(".json"):
         config = read_json(Path(source))
-        network = _with_usual_resolution(Path(source).parent.name or source, _empty(config), resolution)
+        network = _with_resolution(Path(source).parent.name or source, _empty(config), resolution, 8)
     else:
         checkpoint = open_checkpoint(source)
-        component = next((name for name in ("unet", "transformer") if has(checkpoint, name)), None)
+        components = {cls.denoiser_component: None for cls in families().values()}
+        component = next((name for name in components if has(checkpoint, name)), None)
         if component is None:
-            raise UserError(f"{source} has neither a unet nor a transformer that could be planned.")
+            raise UserError(f"{source} has no {' or '.join(components)} that could be planned.")
         module = empty_module(checkpoint, component)
-        scale = 2 ** (len(checkpoint.config("vae")["block_out_channels"]) - 1) if has(checkpoint, "vae") else 1
-        network = _with_usual_resolution(Path(source).name, module, resolution, scale)
+        scale = vae_scale(checkpoint.config("vae")) if has(checkpoint, "vae") else 1
+        network = _with_resolution(Path(source).name, module, resolution, scale)
     # diffusers' own ``to`` warns of modules kept in float32 even where there are none.
     nn.Module.to(network.module, dtype)
     return _checked(network)
@@ -146,14 +108,13 @@ def _empty(config: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _with_usual_resolution(name: str, module: nn.Module, resolution: int | None, scale: int = 8) -> Network:
+def _with_resolution(name: str, module: nn.Module, resolution: int | None, scale: int) -> Network:
     config: Any = module.config
-    is_pixel = type(module).__name__ == "UNet2DModel"
-    scale = 1 if is_pixel else scale
-    # FLUX's configuration does not say what it was trained for: about one megapixel.
-    side = getattr(config, "sample_size", None) or 128
-    usual = scale * (side if isinstance(side, int) else max(side))
-    return Network(name=name, module=module, resolution=resolution or usual, latent_scale=scale)
+    scale = 1 if isinstance(module, UNet2DModel) else scale
+    if resolution is None:
+        family = family_of_denoiser(module)
+        resolution = scale * max(sides(config) if family is None else family.default_latent_size(config))
+    return Network(name=name, module=module, resolution=resolution, latent_scale=scale)
 
 
 def _checked(network: Network) -> Network:

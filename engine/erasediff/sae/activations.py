@@ -233,7 +233,7 @@ def _record(
     model: Any, block: str, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int, shift: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is kept of the drawn images, and of them under prompts rolled by ``shift`` (of 0: nothing)."""
-    network: nn.Module = model.denoiser_module
+    network: nn.Module = model.denoiser
     kept: dict[bool, list[Tensor]] = {False: [], True: []}
     timesteps: list[Tensor] = []
     rolled = False

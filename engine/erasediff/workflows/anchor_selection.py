@@ -17,7 +17,7 @@ from erasediff.diffusion.batch import Batch, Denoiser, condition_of, diffusers_d
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.methods import METHOD_SPECS
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.loop import Batches
 from erasediff_kernels import add_noise, denoising_loss
@@ -83,7 +83,7 @@ IMAGES, DRAWS = 16, 8
 """A final looks at each image under that many noises; the round before it, at one."""
 
 
-def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: Batches, console: Console) -> Config:
+def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batches, console: Console) -> Config:
     """``config`` with anchor prompts, where its method relabels and nobody has named any.
 
     The anchor is the retained caption under which the model denoises the forgotten images best: what it takes them for
@@ -103,7 +103,7 @@ def anchored(config: Config, model: TextToImageModel, retain: Batches, forget: B
     return config.model_copy(update={"text_to_image": chosen})
 
 
-def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
+def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
     """The caption of ``retain`` that explains the images of ``forget`` best: see ``condition_losses``.
 
     Among at most ``CANDIDATES`` different captions, the most frequent first or, where they are all alike, some of all
@@ -120,7 +120,7 @@ def nearest_caption(model: TextToImageModel, retain: CachedImages, forget: Cache
             batch,
             conditions,
             process=model.process,
-            denoiser=model.denoiser,
+            denoiser=model.predict,
             draws=draws,
             seed=seed,
         )
@@ -142,7 +142,7 @@ def _candidates(captions: Sequence[str]) -> list[str]:
     return above + [alike[number * len(alike) // room] for number in range(room)]
 
 
-def _some(model: TextToImageModel, images: CachedImages) -> dict[str, Tensor]:
+def _some(model: LatentModel, images: CachedImages) -> dict[str, Tensor]:
     """A batch of at most ``IMAGES`` images of the commonest size, from all parts of the set."""
     size, _ = Counter(entry.size for entry in images.entries).most_common(1)[0]
     entries = [entry for entry in images.entries if entry.size == size]

@@ -18,7 +18,7 @@ from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, BuildContext, Method, MethodSpec
 from erasediff.methods.base import SolverOptions
 from erasediff.models import lora
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.trainable import select, train_only
 from erasediff.parallel.init import share_of
 from erasediff.training.job import TrainingJob, parallelize, precision_of, teacher_of
@@ -44,7 +44,7 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
     return lora.add(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=selected, seed=config.seed)
 
 
-def check_output(config: Config, model: TextToImageModel) -> None:
+def check_output(config: Config, model: LatentModel) -> None:
     """UserError for a layout or keys that the family does not have: better now than when the work is done."""
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
@@ -66,12 +66,12 @@ def output_name(config: Config) -> str:
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
-def save_unlearned(config: Config, model: TextToImageModel, path: Path) -> None:
+def save_unlearned(config: Config, model: LatentModel, path: Path) -> None:
     """Write the model to ``path``; a LoRA also as a file of its own beside it, and merged into the model."""
     settings = config.output
     if config.text_to_image.train == "lora":
-        lora.save(model.denoiser_module, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
-        lora.merge(model.denoiser_module)
+        lora.save(model.denoiser, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
+        lora.merge(model.denoiser)
     model.save(
         path,
         layout=settings.layout,

@@ -28,13 +28,13 @@ from erasediff.data.latent_cache import BrokenImagePolicy, content_ids, survey
 from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 
 
-def image_sets(config: Config, model: TextToImageModel, console: Console) -> Partition:
+def image_sets(config: Config, model: LatentModel, console: Console) -> Partition:
     """Both sets; images for prompts are made by ``model`` now, unless the cache has them. UserError as below."""
     settings = config.images
     forget, retain = listed_images(settings)
@@ -77,7 +77,7 @@ def _chosen(settings: ImagesConfig, images: list[CaptionedImage]) -> Partition:
     return Partition([i for i in images if i.id in forgotten], [i for i in images if i.id not in forgotten])
 
 
-def _made(config: Config, model: TextToImageModel, console: Console, prompts: tuple[str, ...]) -> list[CaptionedImage]:
+def _made(config: Config, model: LatentModel, console: Console, prompts: tuple[str, ...]) -> list[CaptionedImage]:
     if not prompts:
         return []
     return synthesise(
@@ -95,7 +95,7 @@ def _made(config: Config, model: TextToImageModel, console: Console, prompts: tu
     )
 
 
-def latent_batches(config: Config, model: TextToImageModel, console: Console) -> tuple[Batches, Batches]:
+def latent_batches(config: Config, model: LatentModel, console: Console) -> tuple[Batches, Batches]:
     """(retain, forget), this rank's part, after the main one has computed whatever the cache lacks of them.
 
     UserError for the images' mistakes, a size that the model does not have, and sets that share an image.
@@ -116,7 +116,7 @@ def latent_batches(config: Config, model: TextToImageModel, console: Console) ->
     )
 
 
-def _encoded(config: Config, model: TextToImageModel, console: Console) -> tuple[CachedImages, CachedImages]:
+def _encoded(config: Config, model: LatentModel, console: Console) -> tuple[CachedImages, CachedImages]:
     """(retain, forget) in the cache."""
     settings = config.images
     buckets = buckets_of(config, model)
@@ -134,13 +134,13 @@ def _encoded(config: Config, model: TextToImageModel, console: Console) -> tuple
     return encode(retain), encode(forget)
 
 
-def image_size(config: Config, model: TextToImageModel) -> tuple[int, int]:
+def image_size(config: Config, model: LatentModel) -> tuple[int, int]:
     """(height, width) in pixels: the configuration's, and where it has none, the checkpoint's."""
     height, width = model.default_size
     return config.images.height or height, config.images.width or width
 
 
-def buckets_of(config: Config, model: TextToImageModel) -> Buckets:
+def buckets_of(config: Config, model: LatentModel) -> Buckets:
     """The sizes that images are brought to. UserError for one that the model does not have, and a step too large."""
     height, width = image_size(config, model)
     step = config.images.bucket_step
@@ -162,7 +162,7 @@ class NoiseBatches:
         return self.batch
 
 
-def rehearsal_batches(config: Config, model: TextToImageModel) -> tuple[Batches, Batches]:
+def rehearsal_batches(config: Config, model: LatentModel) -> tuple[Batches, Batches]:
     """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above.
 
     Encoding takes its share of the peak memory, so it is rehearsed too.

@@ -10,7 +10,9 @@ from erasediff.data import ClassDataset
 from erasediff.errors import UserError
 from erasediff.io.atomic import check_new
 from erasediff.models import PixelModel, lora
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
+from erasediff.models.checkpoint.base import WEIGHT_FILES
+from erasediff.models.checkpoint.hub import is_hub_id
 from erasediff.models.load import load_text_to_image
 from erasediff.models.weight_masks import apply_masks, load_masks
 from erasediff.training.job import set_up_device, thread_scope
@@ -28,7 +30,7 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
     return model
 
 
-def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> TextToImageModel:
+def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> LatentModel:
     """The text-to-image model in ``source``, the LoRA of ``config`` merged into it if there is one.
 
     empty: see ``load_text_to_image``; not with a LoRA
@@ -45,8 +47,8 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
         empty=empty,
     )
     if settings.lora is not None:
-        lora.load(model.denoiser_module, settings.lora, family=model.family)
-        lora.merge(model.denoiser_module)
+        lora.load(model.denoiser, settings.lora, family=model.family)
+        lora.merge(model.denoiser)
     return model
 
 
@@ -55,7 +57,6 @@ def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
     return f"images of {' x '.join(map(str, image_shape))}{classes}"
 
 
-WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 SECTIONS = ("images.", "text_to_image.", "output.")
 
 
@@ -65,7 +66,7 @@ def is_text_to_image(source: Path) -> bool:
         return True
     if source.is_dir():
         return _unet_class(source) != "UNet2DModel"
-    return not source.exists() and not source.is_absolute() and len(source.parts) == 2
+    return not source.exists() and is_hub_id(str(source))
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
@@ -100,6 +101,6 @@ def mask_model(config: Config, source: Path, mask: Path, out: Path, restore_from
     device = set_up_device(config)
     masks = load_masks(mask)
     model = load_checkpoint(config, source, device)
-    original = None if restore_from is None else load_checkpoint(config, restore_from, device).denoiser_module
-    apply_masks(model.denoiser_module, masks, original)
+    original = None if restore_from is None else load_checkpoint(config, restore_from, device).denoiser
+    apply_masks(model.denoiser, masks, original)
     model.save(out)

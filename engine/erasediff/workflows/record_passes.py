@@ -20,7 +20,7 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.methods.pruning import PruningConfig
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.models.trainable import frozen_copy
 from erasediff.planning.step_plan import Pass, StepPlan, merge_passes, run_precision
 from erasediff.workflows.build_method import UnlearningModel, method_parameters, unlearning_method
@@ -150,7 +150,7 @@ def _recorded(stand_in: Config, config: Config) -> StepPlan:
             teachers.append(frozen_copy(network, share_frozen=True))
         return teachers[0]
 
-    prompts = cast(TextToImageModel, StandInPrompts(stand_in.images.forget_prompts))
+    prompts = cast(LatentModel, StandInPrompts(stand_in.images.forget_prompts))
     recorder = PassRecorder(network)
     rows = stand_in.unlearn.batch_size
     retain, forget = (

@@ -17,7 +17,7 @@ from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
 from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
 from erasediff.models import PixelModel
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
@@ -148,11 +148,11 @@ def sample_prompts(
 
 
 @contextmanager
-def erasing(config: Config, model: TextToImageModel) -> Iterator[None]:
+def erasing(config: Config, model: LatentModel) -> Iterator[None]:
     """Attach the eraser ``saemnesia.eraser`` to ``model`` within the block, where there is one."""
     eraser = config.section(SaemnesiaConfig).eraser
     if eraser is None:
         yield
         return
-    with ConceptEraser.load(eraser).attached(model.denoiser_module):
+    with ConceptEraser.load(eraser).attached(model.denoiser):
         yield

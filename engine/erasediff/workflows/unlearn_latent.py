@@ -16,7 +16,7 @@ from erasediff.methods import METHOD_SPECS
 from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.models.attention import set_attention
-from erasediff.models.base import TextToImageModel
+from erasediff.models.base import LatentModel
 from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.workflows.anchor_selection import anchored
@@ -50,17 +50,17 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     model = load_checkpoint(config, source, set_up_device(config), empty=loads_sharded(config))
     check_output(config, model)
     _prepare(config, model, console)
-    selected = selected_weights(config, model.denoiser_module)
+    selected = selected_weights(config, model.denoiser)
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = _batches(config, model, console, rehearse=rehearse)
     config = anchored(config, model, retain, forget, console)
-    parameters = method_parameters(config, model.denoiser_module, selected)
+    parameters = method_parameters(config, model.denoiser, selected)
     job = build_training_job(
         config,
         UnlearningModel(
-            network=model.denoiser_module,
+            network=model.denoiser,
             process=model.process,
-            predict=model.denoiser,
+            predict=model.predict,
             save=partial(save_unlearned, config, model),
             saved_as=output_name(config),
             weights=model.denoiser_weights if model.denoiser_is_meta else None,
@@ -99,30 +99,30 @@ def _checked(config: Config) -> Path:
     return settings.model
 
 
-def _batches(config: Config, model: TextToImageModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
+def _batches(config: Config, model: LatentModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
     """(retain, forget), both empty for a method that looks at no images."""
     if not needed_batches(config):
         return NoBatches(), NoBatches()
     return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
 
 
-def prompt_condition(config: Config, model: TextToImageModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+def prompt_condition(config: Config, model: LatentModel, prompts: Sequence[str]) -> dict[str, Tensor]:
     """The condition of each prompt for an image of the configuration's size."""
     size = image_size(config, model)
     return model.encode_prompts(prompts) | model.size_condition(size, (0, 0), size, len(prompts))
 
 
-def _prepare(config: Config, model: TextToImageModel, console: Console) -> None:
+def _prepare(config: Config, model: LatentModel, console: Console) -> None:
     """Attention and memory as asked. UserError for an attention that cannot run here."""
     settings = config.text_to_image
-    network: Any = model.denoiser_module
+    network: Any = model.denoiser
     chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
-    console.print(f"Attention: {chosen.backend}.")
+    console.print(f"Attention: {chosen}.")
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
 
-def relabelling(config: Config, model: TextToImageModel, teacher: Callable[[], nn.Module]) -> Relabel:
+def relabelling(config: Config, model: LatentModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """The target that asks for the anchor prompts."""
     anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}

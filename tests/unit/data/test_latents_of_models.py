@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
 
@@ -29,7 +30,7 @@ def forget_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_unlearning_from_the_cache(
     name: str, nano_folder: Callable[[str], Path], forget_folder: Path, tmp_path: Path
 ) -> None:
@@ -47,8 +48,8 @@ def test_unlearning_from_the_cache(
     model.encode_images = model.encode_prompts = lambda *arguments: pytest.fail("the encoders had left")
     assert cache.fill(made, model, Buckets.only(SIZE, SIZE), QUIET).entries == retain.entries
 
-    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), lr=1e-4)
-    unlearner = EraseDiff(model.denoiser_module, optimizer, process=model.process, denoiser=model.denoiser)
+    optimizer = ConstrainedAdamW(model.denoiser.parameters(), lr=1e-4)
+    unlearner = EraseDiff(model.denoiser, optimizer, process=model.process, denoiser=model.predict)
     batches = {
         Stream.RETAIN: CachedBatches(retain, 4, seed=0, caption_dropout=0.5),
         Stream.FORGET: CachedBatches(forget, 4, seed=0, stream=Stream.FORGET),

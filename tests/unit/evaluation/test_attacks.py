@@ -39,12 +39,12 @@ def latents(sd: StableDiffusion) -> torch.Tensor:
 
 
 def loss(model: StableDiffusion, latents: torch.Tensor, prompt: str) -> float:
-    objective = DenoisingObjective(process=model.process, denoiser=model.denoiser)
+    objective = DenoisingObjective(process=model.process, denoiser=model.predict)
     batch = {"sample": latents, "sample_ids": torch.arange(len(latents))}
     roles = {"noise": NoiseRole.RETAIN_NOISE, "timestep": NoiseRole.RETAIN_TIMESTEP}
     with torch.no_grad():
         batch |= condition(model, token_ids(model, prompt), len(latents))
-        return float(objective.denoising_loss_of(model.denoiser_module, batch, noise_key(7, 0, "cpu"), None, **roles))
+        return float(objective.denoising_loss_of(model.denoiser, batch, noise_key(7, 0, "cpu"), None, **roles))
 
 
 def test_the_condition_is_the_pipelines(sd: StableDiffusion) -> None:

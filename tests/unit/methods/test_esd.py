@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file
 from torch import nn
 
@@ -174,7 +175,7 @@ run: {log_every: 1, checkpoint_every: 1}
 
 
 @pytest.mark.usefixtures("here", "one_thread")
-@pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_a_prompt_alone_is_enough(run: Callable[..., None], name: str, nano_folder: Callable[[str], Path]) -> None:
     source = nano_folder(name)
     erase = ("--method", "esd", "--forget-prompts", "a sneaker;a shoe", "--set", "esd.erase_from=a boot")

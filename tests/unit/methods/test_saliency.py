@@ -55,15 +55,15 @@ def test_share_out_of_range_is_refused(share: float) -> None:
 
 def test_only_salient_weights_move(nano: Any, nano_folder: Callable[[str], Path]) -> None:
     model: Any = load_text_to_image(nano_folder("sd"))
-    module = model.denoiser_module
+    module = model.denoiser
     parameters = train_only(module, select(module, "xattn"))
     before = [parameter.detach().clone() for parameter in parameters]
-    objective = DenoisingObjective(process=model.process, denoiser=model.denoiser)
+    objective = DenoisingObjective(process=model.process, denoiser=model.predict)
     generator = torch.Generator().manual_seed(0)
     condition = model.encode_prompts(["a dog"] * 2)
     batches = [{"sample": torch.randn(2, 4, 16, 16, generator=generator), **condition} for _ in range(3)]
     optimizer = ConstrainedAdamW(parameters, lr=1e-2)
-    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.denoiser)
+    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.predict)
     gradients = forget_gradients(module, unlearner.gradients, objective, batches)
     again = forget_gradients(module, unlearner.gradients, objective, batches)
     assert all(torch.equal(own, other) for own, other in zip(gradients, again, strict=True))

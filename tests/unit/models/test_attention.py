@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from nano import FAMILY_EXAMPLES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -37,14 +39,14 @@ class Counted(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", FAMILY_EXAMPLES)
 def test_dispatched_attention_predicts_the_same(
     name: str, nano: Any, nano_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = load_text_to_image(nano_folder(name))
     given = inputs(model, nano.SIZE)
     with Counted() as counted:
-        expected = model.denoiser(model.denoiser_module, *given)
+        expected = model.predict(model.denoiser, *given)
     backends: list[Any] = []
 
     def dispatch(*args: Any, backend: Any, **kwargs: Any) -> Tensor:
@@ -54,8 +56,8 @@ def test_dispatched_attention_predicts_the_same(
 
     monkeypatch.setattr(attention, "dispatch_attention_fn", dispatch)
     monkeypatch.setattr("diffusers.models.transformers.transformer_flux.dispatch_attention_fn", dispatch)
-    use_backend(model.denoiser_module, "_native_math")
-    torch.testing.assert_close(model.denoiser(model.denoiser_module, *given), expected, rtol=1e-4, atol=1e-5)
+    use_backend(model.denoiser, "_native_math")
+    torch.testing.assert_close(model.predict(model.denoiser, *given), expected, rtol=1e-4, atol=1e-5)
     assert counted.calls == len(backends) > 0
     assert set(backends) == {AttentionBackendName._NATIVE_MATH}
 
@@ -63,12 +65,15 @@ def test_dispatched_attention_predicts_the_same(
 def test_auto_says_what_it_took_and_why_not_the_others(nano: Any, nano_folder: Folder) -> None:
     model: Any = load_text_to_image(nano_folder("sd"))
     given = inputs(model, nano.SIZE)
-    expected = model.denoiser(model.denoiser_module, *given)
-    choice = set_attention(model.denoiser_module, "auto")
+    expected = model.predict(model.denoiser, *given)
+    choice = set_attention(model.denoiser, "auto")
     assert choice.backend == "native"
     assert list(choice.refused) == ["flash", "xformers"]
     assert all(choice.refused.values())
-    assert torch.equal(model.denoiser(model.denoiser_module, *given), expected)
+    assert str(choice).startswith("native (flash cannot run: ")
+    assert "; xformers cannot run: " in str(choice)
+    assert str(attention.AttentionChoice("flash")) == "flash"
+    assert torch.equal(model.predict(model.denoiser, *given), expected)
 
 
 @pytest.mark.parametrize("choice", ["flash", "xformers"])
@@ -76,6 +81,20 @@ def test_choice_that_cannot_run_is_an_error(choice: str, nano: Any) -> None:
     module = nano.sd().unet
     with pytest.raises(UserError, match=f"cannot run this way on cpu: {choice}: "):
         set_attention(module, choice)
+    assert set_attention(module, "native").backend == "native"
+
+
+def test_processor_that_ignores_a_backend_is_told(nano: Any) -> None:
+    module = nano.sd().unet
+    layer = next(part for part in module.modules() if hasattr(part, "processor"))
+    layer.set_processor(AttnProcessor())
+    for chosen in (lambda: set_attention(module, "native"), lambda: use_backend(module, "native")):
+        with pytest.raises(UserError, match="runs by AttnProcessor, which takes no backend"):
+            chosen()
+    # Nothing is set by half.
+    processors = [part.processor for part in module.modules() if hasattr(part, "processor")]
+    assert not any("_attention_backend" in vars(processor) for processor in processors)
+    layer.set_processor(AttnProcessor2_0())
     assert set_attention(module, "native").backend == "native"
 
 

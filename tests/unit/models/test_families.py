@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler, DiffusionPipeline
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from erasediff.errors import UserError
 from erasediff.models.load import load_text_to_image
 from erasediff_kernels import ConstrainedAdamW
 
-FAMILIES = ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"]
+FAMILIES = FAMILY_EXAMPLES
 COUNT = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,8 +40,8 @@ def batch(model: Any, prompt: str, size: int, seed: int = 0) -> dict[str, Tensor
 
 
 def unlearn(model: Any, size: int, steps: int = 3, **options: Any) -> None:
-    optimizer = ConstrainedAdamW(model.denoiser_module.parameters(), lr=1e-3)
-    unlearner = EraseDiff(model.denoiser_module, optimizer, process=model.process, denoiser=model.denoiser, **options)
+    optimizer = ConstrainedAdamW(model.denoiser.parameters(), lr=1e-3)
+    unlearner = EraseDiff(model.denoiser, optimizer, process=model.process, denoiser=model.predict, **options)
     retain, forget = batch(model, "a cat", size), batch(model, "a dog", size, seed=1)
     for _ in range(steps):
         assert unlearner.step(retain, forget).finite
@@ -77,8 +78,8 @@ def test_unlearned_model_predicts_and_samples_the_same_in_plain_diffusers(
     module = getattr(theirs, model.denoiser_component)
     data = batch(model, "a cat", nano.SIZE)
     timesteps = model.process.conditioning[torch.tensor([0, 10, 500, 999])]
-    own = model.denoiser(model.denoiser_module, data["sample"], timesteps, data)
-    assert torch.equal(own, model.denoiser(module, data["sample"], timesteps, data))
+    own = model.predict(model.denoiser, data["sample"], timesteps, data)
+    assert torch.equal(own, model.predict(module, data["sample"], timesteps, data))
 
     again: Any = load_text_to_image(tmp_path / "out")
     assert again.denoiser_hash() == model.denoiser_hash()
@@ -92,7 +93,7 @@ def test_unlearned_model_predicts_and_samples_the_same_in_plain_diffusers(
 
 @every_family
 def test_pipelines_own_prediction_is_what_is_trained(name: str, nano: Any, nano_folder: Folder) -> None:
-    """The network's inputs while diffusers samples are what ``denoiser`` gives it for the same latent and prompt."""
+    """The network's inputs while diffusers samples are what ``predict`` gives it for the same latent and prompt."""
     model: Any = load_text_to_image(nano_folder(name))
     theirs = DiffusionPipeline.from_pretrained(nano_folder(name))
     theirs.set_progress_bar_config(disable=True)
@@ -109,22 +110,22 @@ def test_pipelines_own_prediction_is_what_is_trained(name: str, nano: Any, nano_
         width=size,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
-        **model._text_length(),
+        **model.text_length(),
     )
     args, kwargs, prediction = calls[0]
     sample = args[0] if args else kwargs["hidden_states"]
     timestep = args[1] if len(args) > 1 else kwargs["timestep"]
     timestep = timestep.reshape(-1)[:1].float() * (1000 if name == "flux" else 1)
-    latents = model._unpacked(sample, model.latent_shape(size, size))
-    own = model.denoiser(model.denoiser_module, latents, timestep, condition(model, ["a cat"], size))
-    torch.testing.assert_close(own, model._unpacked(prediction, model.latent_shape(size, size)))
+    latents = model.unpacked(sample, model.latent_shape(size, size))
+    own = model.predict(model.denoiser, latents, timestep, condition(model, ["a cat"], size))
+    torch.testing.assert_close(own, model.unpacked(prediction, model.latent_shape(size, size)))
 
 
 @every_family
 def test_what_was_not_trained_keeps_its_bits(name: str, nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
     source = nano_folder(name)
     model: Any = load_text_to_image(source, dtype=torch.bfloat16)
-    parameters = dict(model.denoiser_module.named_parameters())
+    parameters = dict(model.denoiser.named_parameters())
     trained = next(key for key, value in parameters.items() if value.ndim == 2)
     with torch.no_grad():
         parameters[trained].add_(1.0)
@@ -148,9 +149,9 @@ def test_saved_in_half_precision_and_in_shards(
     assert len(list((tmp_path / "out" / model.denoiser_component).glob("*-of-*.safetensors"))) > 1
     theirs = AutoPipelineForText2Image.from_pretrained(tmp_path / "out", torch_dtype=dtype)
     state = getattr(theirs, model.denoiser_component).state_dict()
-    assert_same_bits(state, {key: value.to(dtype) for key, value in model.denoiser_module.state_dict().items()})
+    assert_same_bits(state, {key: value.to(dtype) for key, value in model.denoiser.state_dict().items()})
     again: Any = load_text_to_image(tmp_path / "out", dtype=dtype)
-    assert_same_bits(again.denoiser_module.state_dict(), state)
+    assert_same_bits(again.denoiser.state_dict(), state)
     image = again.sample(["a cat"], height=nano.SIZE, width=nano.SIZE, num_inference_steps=1)
     assert image.float().std() > 0
 
@@ -182,9 +183,9 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_trains(name: str, n
     for checkpointing in (False, True):
         model: Any = load_text_to_image(nano_folder(name))
         if checkpointing:
-            model.denoiser_module.train().enable_gradient_checkpointing()
+            model.denoiser.train().enable_gradient_checkpointing()
         unlearn(model, nano.SIZE, steps=1)
-        states.append(model.denoiser_module.state_dict())
+        states.append(model.denoiser.state_dict())
     assert_same_bits(*states)
     half: Any = load_text_to_image(nano_folder(name), dtype=torch.bfloat16)
     unlearn(half, nano.SIZE, steps=1)
@@ -285,10 +286,10 @@ def test_flux_guidance(nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
 
     def predicted(guidance: float) -> Tensor:
         given = {**data, "guidance": torch.full((COUNT,), guidance)}
-        result: Tensor = model.denoiser(model.denoiser_module, data["sample"], timesteps, given)
+        result: Tensor = model.predict(model.denoiser, data["sample"], timesteps, given)
         return result
 
-    assert torch.equal(model.denoiser(model.denoiser_module, data["sample"], timesteps, data), predicted(1.0))
+    assert torch.equal(model.predict(model.denoiser, data["sample"], timesteps, data), predicted(1.0))
     assert not torch.equal(predicted(1.0), predicted(3.5))
     with pytest.raises(UserError, match="without a negative prompt"):
         model.sample(["a cat"], negative_prompt="a dog", height=nano.SIZE, width=nano.SIZE)

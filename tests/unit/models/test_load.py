@@ -21,9 +21,9 @@ Folder = Callable[[str], Path]
 
 
 @pytest.fixture
-def copied(nano_folder: Folder, tmp_path: Path) -> Folder:
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(nano_folder(name), tmp_path / name))
+def copied(nano_folder: Folder, tmp_path: Path) -> Callable[..., Path]:
+    def copy(name: str, to: str | None = None) -> Path:
+        return Path(shutil.copytree(nano_folder(name), tmp_path / (to or name)))
 
     return copy
 
@@ -175,6 +175,21 @@ def test_scheduler_of_another_kind(copied: Folder) -> None:
         edit(folder / "model_index.json", scheduler=["diffusers", other])
     refused(sd, "FlowMatchEulerDiscreteScheduler is not for a network trained by denoising diffusion")
     refused(flux, "PNDMScheduler is not for a network trained by flow matching")
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_solver_with_flow_sigmas_takes_the_place_of_euler(copied: Callable[..., Path], name: str) -> None:
+    folder = copied("sd3")
+    edit(folder / "model_index.json", scheduler=["diffusers", name])
+    config = {"_class_name": name, "use_flow_sigmas": True, "flow_shift": 3.0}
+    edit(folder / "scheduler" / "scheduler_config.json", **config)
+    refused(folder, f"{name} contradicts itself: its prediction_type is 'epsilon'")
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction")
+    model: Any = load_text_to_image(folder)
+    torch.testing.assert_close(model.process.alpha + model.process.sigma, torch.ones(1000))
+    assert torch.equal(model.process.sigma, load_text_to_image(copied("sd3", "euler")).process.sigma)
+    images = model.sample(["a cat"], num_inference_steps=2)
+    assert images.shape == (1, 32, 32, 3)
 
 
 def test_scheduler_that_contradicts_what_the_weights_record(copied: Folder, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from nano import FAMILY_EXAMPLES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from erasediff.models.trainable import select
 from erasediff_kernels import ConstrainedAdamW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = ["sd", "sd_v_prediction", "sdxl", "sd3", "flux"]
+FAMILIES = FAMILY_EXAMPLES
 KOHYA = ["sd", "sd_v_prediction", "sdxl"]
 Folder = Callable[[str], Path]
 
@@ -36,19 +37,19 @@ def predicted(model: Any, size: int, module: Any = None) -> Tensor:
     data = inputs(model, size)
     with torch.no_grad():
         timesteps = model.process.conditioning[torch.tensor([10, 900])]
-        result: Tensor = model.denoiser(module or model.denoiser_module, data["sample"], timesteps, data)
+        result: Tensor = model.predict(module or model.denoiser, data["sample"], timesteps, data)
     return result
 
 
 def trained(folder: Path, size: int, *, targets: str = "xattn", rank: int = 4, alpha: float | None = None) -> Any:
     model: Any = load_text_to_image(folder)
-    module = model.denoiser_module
+    module = model.denoiser
     before = predicted(model, size)
     parameters = lora.add(module, rank=rank, alpha=alpha, targets=select(module, targets))
     assert torch.equal(predicted(model, size), before)
     assert [p for p in module.parameters() if p.requires_grad] == parameters
     optimizer = ConstrainedAdamW(parameters, lr=1e-2)
-    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.denoiser)
+    unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.predict)
     for _ in range(3):
         assert unlearner.step(inputs(model, size), inputs(model, size)).finite
     assert not torch.allclose(predicted(model, size), before)
@@ -59,14 +60,14 @@ def trained(folder: Path, size: int, *, targets: str = "xattn", rank: int = 4, a
 def test_diffusers_loads_what_was_trained(name: str, nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
     model = trained(nano_folder(name), nano.SIZE, alpha=6.0)
     expected = predicted(model, nano.SIZE)
-    lora.save(model.denoiser_module, tmp_path / "lora.safetensors", family=model.family)
+    lora.save(model.denoiser, tmp_path / "lora.safetensors", family=model.family)
     theirs = DiffusionPipeline.from_pretrained(nano_folder(name))
     theirs.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     module = getattr(theirs, model.denoiser_component)
     torch.testing.assert_close(predicted(model, nano.SIZE, module), expected, rtol=1e-5, atol=1e-6)
 
     again: Any = load_text_to_image(nano_folder(name))
-    lora.load(again.denoiser_module, tmp_path / "lora.safetensors", family=again.family)
+    lora.load(again.denoiser, tmp_path / "lora.safetensors", family=again.family)
     torch.testing.assert_close(predicted(again, nano.SIZE), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -74,13 +75,13 @@ def test_diffusers_loads_what_was_trained(name: str, nano: Any, nano_folder: Fol
 def test_kohya_keys_are_read_here_and_by_diffusers(name: str, nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
     model = trained(nano_folder(name), nano.SIZE, alpha=2.0)
     expected = predicted(model, nano.SIZE)
-    lora.save(model.denoiser_module, tmp_path / "lora.safetensors", family=model.family, keys="kohya")
+    lora.save(model.denoiser, tmp_path / "lora.safetensors", family=model.family, keys="kohya")
     tensors = load_file(tmp_path / "lora.safetensors")
     block = "input_blocks_3_1" if name == "sdxl" else "down_blocks_0_attentions_0"
     assert f"lora_unet_{block}_transformer_blocks_0_attn2_to_k.lora_down.weight" in tensors
     assert {float(value) for key, value in tensors.items() if key.endswith(".alpha")} == {2.0}
     again: Any = load_text_to_image(nano_folder(name))
-    lora.load(again.denoiser_module, tmp_path / "lora.safetensors", family=again.family)
+    lora.load(again.denoiser, tmp_path / "lora.safetensors", family=again.family)
     torch.testing.assert_close(predicted(again, nano.SIZE), expected, rtol=1e-5, atol=1e-6)
     theirs = DiffusionPipeline.from_pretrained(nano_folder(name))
     theirs.load_lora_weights(tmp_path, weight_name="lora.safetensors")
@@ -96,15 +97,15 @@ def test_merged_model_is_an_ordinary_checkpoint(
     expected = predicted(model, nano.SIZE)
     with pytest.raises(ValueError, match="merge its LoRA"):
         model.save(tmp_path / "early")
-    lora.merge(model.denoiser_module)
+    lora.merge(model.denoiser)
     torch.testing.assert_close(predicted(model, nano.SIZE), expected, rtol=1e-4, atol=1e-5)
     model.save(tmp_path / "out")
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "out")
     module = getattr(theirs, model.denoiser_component)
     assert torch.equal(predicted(model, nano.SIZE, module), predicted(model, nano.SIZE))
     base: Any = load_text_to_image(nano_folder(name))
-    names = set(select(base.denoiser_module, targets))
-    for key, value in base.denoiser_module.state_dict().items():
+    names = set(select(base.denoiser, targets))
+    for key, value in base.denoiser.state_dict().items():
         assert key in names or torch.equal(value, module.state_dict()[key])
 
 
@@ -122,7 +123,7 @@ def test_first_values_depend_on_the_seed_alone(nano: Any) -> None:
 
 def test_adapters_of_half_precision_weights_are_float32(nano: Any, nano_folder: Folder) -> None:
     model: Any = load_text_to_image(nano_folder("sd"), dtype=torch.bfloat16)
-    parameters = lora.add(model.denoiser_module, rank=2, targets=select(model.denoiser_module, "xattn"))
+    parameters = lora.add(model.denoiser, rank=2, targets=select(model.denoiser, "xattn"))
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert predicted(model, nano.SIZE).dtype == torch.bfloat16
 
@@ -145,11 +146,11 @@ def test_lora_of_another_family_is_refused(
     source: str, target: str, nano: Any, nano_folder: Folder, tmp_path: Path
 ) -> None:
     model = trained(nano_folder(source), nano.SIZE)
-    lora.save(model.denoiser_module, tmp_path / "lora.safetensors", family=model.family)
+    lora.save(model.denoiser, tmp_path / "lora.safetensors", family=model.family)
     other: Any = load_text_to_image(nano_folder(target))
     with pytest.raises(UserError, match="LoRA for another model"):
-        lora.load(other.denoiser_module, tmp_path / "lora.safetensors", family=other.family)
-    assert not any("lora" in name for name, _ in other.denoiser_module.named_parameters())
+        lora.load(other.denoiser, tmp_path / "lora.safetensors", family=other.family)
+    assert not any("lora" in name for name, _ in other.denoiser.named_parameters())
 
 
 def test_damaged_lora_files(nano: Any, tmp_path: Path) -> None:
@@ -175,6 +176,6 @@ def test_damaged_lora_files(nano: Any, tmp_path: Path) -> None:
 def test_families_without_kohya_keys_say_so(nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
     model = trained(nano_folder("flux"), nano.SIZE)
     with pytest.raises(UserError, match="no kohya keys here"):
-        lora.save(model.denoiser_module, tmp_path / "x.safetensors", family="flux", keys="kohya")
+        lora.save(model.denoiser, tmp_path / "x.safetensors", family="flux", keys="kohya")
     assert list(tmp_path.iterdir()) == []
     assert math.isfinite(float(predicted(model, nano.SIZE).sum()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from nano import FAMILY_EXAMPLES
 from torch.utils.flop_counter import FlopCounterMode
 
 from erasediff.cli import main
@@ -221,7 +222,7 @@ def test_precision_has_one_word_each(settings: dict[str, str], words: tuple[str,
     assert {parse_precision(word) for word in words} == {run_precision(load_config(None, settings))}
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", FAMILY_EXAMPLES)
 def test_every_family_is_planned_from_its_folder(family: str, nano_folder: Any) -> None:
     network = network_of(str(nano_folder(family)), resolution=32)
     traced = trace(network, batch_size=1)

@@ -11,6 +11,7 @@ from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHT_FILES = (".safetensors", *PICKLES)
 HOW_TO_CONVERT = (
     "convert them where you trust them, with pipeline.save_pretrained(folder, safe_serialization=True) of diffusers or "
     "its script convert_original_stable_diffusion_to_diffusers.py --to_safetensors."

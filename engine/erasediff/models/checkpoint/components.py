@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from erasediff.diffusion.noise_schedule import is_flow_matching
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights, StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
@@ -89,48 +90,64 @@ def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dt
     }
 
 
+def fill_component(module: nn.Module, weights: LazyWeights, device: torch.device | str) -> nn.Module:
+    """``module``, empty until now, with its own copy of ``weights`` on ``device``, in evaluation mode."""
+    filled: Any = module
+    filled.load_state_dict(
+        {name: load().to(device, copy=True) for name, load in weights.items()}, strict=False, assign=True
+    )
+    if hasattr(filled, "tie_weights"):
+        filled.tie_weights()
+    loaded: nn.Module = filled.to(device).eval()
+    return loaded
+
+
 def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
-    module: Any = check_component(checkpoint, component)
-    weights = stored_weights(checkpoint, component, module, dtype)
-    state = {name: load().to(device, copy=True) for name, load in weights.items()}
-    module.load_state_dict(state, strict=False, assign=True)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
-    loaded: nn.Module = module.to(device).eval()
-    return loaded
+    module = check_component(checkpoint, component)
+    return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
 
 MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 
 
 def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
-    """The scheduler as diffusers builds it. UserError if it is not one for the network; ``flow``: a flow-matching one.
+    """The scheduler as diffusers builds it, checked against the network's kind and the weights' metadata.
 
-    A contradiction is a scheduler of the other kind; epsilon prediction under a schedule that ends in pure noise, where
-    it says nothing about the image (Lin et al. 2023, section 3.2); or another type than the weights' own ModelSpec
-    metadata records.
+    Args:
+        checkpoint: Where the scheduler's class and configuration come from.
+        flow: Whether the network is trained by flow matching.
+
+    Raises:
+        UserError: The scheduler has no noise schedule that can be trained on, or contradicts the network: it is of the
+            other kind; it predicts epsilon under a schedule that ends in pure noise, where epsilon says nothing about
+            the image (Lin et al. 2023, section 3.2); or it predicts another type than the weights' own ModelSpec
+            metadata records.
     """
     cls = component_class(checkpoint, "scheduler")
     config = checkpoint.config("scheduler")
     scheduler = cls.from_config(config)
-    predicts = f"The scheduler of {checkpoint.path} contradicts its network: "
-    if flow != ("FlowMatch" in cls.__name__):
+    contradiction = f"The scheduler of {checkpoint.path} contradicts its network: "
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if not flow and prediction_type not in MODELSPEC_PREDICTIONS.values():
+        raise UserError(
+            f"{contradiction}its prediction_type {prediction_type!r} is none of epsilon, v_prediction, sample."
+        )
+    try:
+        is_flow = is_flow_matching(scheduler)
+    except ValueError as error:
+        raise UserError(f"The scheduler of {checkpoint.path} cannot be used: {error}.") from error
+    if flow != is_flow:
         kind = "by flow matching" if flow else "by denoising diffusion"
-        raise UserError(f"{predicts}{cls.__name__} is not for a network trained {kind}.")
+        raise UserError(f"{contradiction}{cls.__name__} is not for a network trained {kind}.")
     if flow:
         return scheduler
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"The scheduler {cls.__name__} of {checkpoint.path} has no noise schedule (alphas_cumprod).")
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if prediction_type not in MODELSPEC_PREDICTIONS.values():
-        raise UserError(f"{predicts}its prediction_type {prediction_type!r} is none of epsilon, v_prediction, sample.")
     if prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
         raise UserError(
-            f"{predicts}it predicts epsilon, but rescale_betas_zero_snr makes the last timestep pure noise, which only "
-            "v_prediction can be trained on."
+            f"{contradiction}it predicts epsilon, but rescale_betas_zero_snr makes the last timestep pure noise, which "
+            "only v_prediction can be trained on."
         )
     recorded = MODELSPEC_PREDICTIONS.get(checkpoint.metadata.get("modelspec.prediction_type", ""))
     if recorded not in (None, prediction_type):
-        raise UserError(f"{predicts}its prediction_type is {prediction_type}, the weights record {recorded}.")
+        raise UserError(f"{contradiction}its prediction_type is {prediction_type}, the weights record {recorded}.")
     return scheduler

@@ -10,10 +10,10 @@ from typing import Any
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import component_files, has, read_json
+from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
 
-WEIGHTS = ("*.safetensors", "*.index*.json", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
+WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
 
 
 class DiffusersFolder:

@@ -1,7 +1,8 @@
-"""What the Hugging Face hub's library has in its cache or can download."""
+"""Hugging Face hub: repositories from its cache or downloaded, and tokenizers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import CLIPTokenizer
 
 from erasediff.errors import UserError
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` is written like a repository on the hub, owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
 
 
 def downloaded(repository: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:

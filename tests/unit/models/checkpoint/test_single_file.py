@@ -74,7 +74,7 @@ def test_diffusers_reads_the_file_and_predicts_the_same(name: str, nano_folder: 
     source, single = nano_folder(name), tmp_path / "model.safetensors"
     model: Any = load_text_to_image(source)
     with torch.no_grad():
-        for parameter in model.denoiser_module.parameters():
+        for parameter in model.denoiser.parameters():
             parameter.add_(0.01)
     model.save(single, layout="single-file")
     cls = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
@@ -82,8 +82,8 @@ def test_diffusers_reads_the_file_and_predicts_the_same(name: str, nano_folder: 
     latents = torch.randn(1, *model.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
     condition = model.encode_prompts(["a cat"]) | model.size_condition((32, 32), (0, 0), (32, 32), 1)
     timesteps = torch.tensor([500])
-    own = model.denoiser(model.denoiser_module, latents, timesteps, condition)
-    assert torch.equal(own, model.denoiser(theirs.unet, latents, timesteps, condition))
+    own = model.predict(model.denoiser, latents, timesteps, condition)
+    assert torch.equal(own, model.predict(theirs.unet, latents, timesteps, condition))
     assert torch.equal(
         model.decode_latents(latents),
         theirs.vae.decode(latents / theirs.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1),
@@ -104,11 +104,11 @@ def test_unlearned_file_keeps_what_it_held_but_no_older_average(name: str, nano_
     save_file({**load(single.read_bytes()), **extra, **average}, single, metadata={"modelspec.author": "someone"})
     model: Any = load_text_to_image(single, config=source)
     with torch.no_grad():
-        model.denoiser_module.conv_out.weight.add_(1.0)
+        model.denoiser.conv_out.weight.add_(1.0)
     model.save(tmp_path / "out.safetensors", layout="single-file")
     own, theirs = load_file(tmp_path / "out.safetensors"), load_file(single)
     changed = "model.diffusion_model.out.2.weight"
-    assert torch.equal(own.pop(changed), model.denoiser_module.conv_out.weight.detach().half())
+    assert torch.equal(own.pop(changed), model.denoiser.conv_out.weight.detach().half())
     del theirs[changed], theirs["model_ema.diffusion_modelout2weight"]
     assert_same_bits(own, theirs)
     assert metadata(tmp_path / "out.safetensors")["modelspec.author"] == "someone"
