@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import run_command
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,15 +56,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     """``run(*arguments, code=0)``: the command line, in this process, which ends with that exit code."""
-    from erasediff.cli import main
 
     def command(*arguments: object, code: int = 0) -> None:
-        monkeypatch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == code
+        assert run_command(*arguments) == code
 
     return command
 

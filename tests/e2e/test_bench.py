@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Ended
 
-from erasediff.cli import main
 from erasediff.models import PixelModel
 from erasediff.report.figures import draw
 from erasediff.utils.timing import Stopwatch, TransientPeak, matmul_flops_per_second
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Run = Callable[..., tuple[object, str, str]]
+Run = Callable[..., Ended]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test in an empty folder of its own; its cache is there too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / "cache"))
-
-    def run_command(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run_command
+    return tmp_path
 
 
 @pytest.fixture

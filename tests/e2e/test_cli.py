@@ -7,14 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from diffusers import DDPMPipeline
+from helpers import Ended, succeed
 from PIL import Image
-
-from erasediff.cli import main
 
 TINY = """
 threads: 1
@@ -27,27 +25,7 @@ run: {checkpoint_every: 2}
 """
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: object
-    output: str
-    errors: str
-
-
 Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run_command(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return Ended(ended.value.code, captured.out, captured.err)
-
-    return run_command
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``tiny.yaml``, and the runs ``base`` (conditional) and ``plain`` (unconditional)."""
     home = tmp_path_factory.mktemp("home")
     (home / "tiny.yaml").write_text(TINY)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, flags in (("base", []), ("plain", ["--unconditional"])):
-            command = ["train", "--out", str(home / name), "--config", str(home / "tiny.yaml"), *flags]
-            patch.setattr(sys, "argv", ["erasediff", *command])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == 0
+    for name, flags in (("base", []), ("plain", ["--unconditional"])):
+        succeed("train", "--out", home / name, "--config", home / "tiny.yaml", *flags)
     return home
 
 

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from erasediff.cli import main
+from helpers import succeed
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # On a GPU, convolutions and attention add up in no fixed order.
@@ -24,15 +23,6 @@ unlearn:
 run: {checkpoint_every: 7, keep_checkpoints: 2, log_every: 1}
 """
 SECONDS_TO_WAIT = 120
-
-
-def run_here(*arguments: object) -> None:
-    """The command line, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 0
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -69,13 +59,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run that nobody disturbs."""
     run = tmp_path_factory.mktemp("base") / "run"
-    run_here("train", "--out", run, "--config", settings)
+    succeed("train", "--out", run, "--config", settings)
     return run
 
 
 def test_unlearning_killed_at_a_random_step_ends_with_the_same_bits(settings: Path, base: Path, tmp_path: Path) -> None:
     begin = ("unlearn", "--model", base / "model", "--config", settings, "--set", "unlearn.moments=8-bit")
-    run_here(*begin, "--out", tmp_path / "whole")
+    succeed(*begin, "--out", tmp_path / "whole")
 
     run = tmp_path / "killed"
     process = start(*begin, "--out", run)
@@ -102,7 +92,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(settings: Path, base: 
     assert f"erasediff train --out {run} --config {settings} --resume latest" in errors
     assert not (run / "model").exists()
 
-    run_here("train", "--resume", run)
+    succeed("train", "--resume", run)
     assert contents(run / "model") == contents(base / "model")
     assert (run / "metrics.jsonl").read_bytes() == (base / "metrics.jsonl").read_bytes()
     final = Path("checkpoint-60", "state.safetensors")

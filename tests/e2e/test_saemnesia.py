@@ -1,13 +1,12 @@
 """The method saemnesia from the command line, on a nano Stable Diffusion."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_command
 
-from erasediff.cli.main import main
 from erasediff.sae import ConceptEraser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,19 +25,9 @@ SETTINGS = {
 }
 
 
-def run(*arguments: str) -> int:
-    """The command's exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
-def unlearn(model: Path, out: Path, *more: str) -> int:
+def unlearn(model: Path, out: Path, *more: str) -> object:
     settings = [word for name, value in SETTINGS.items() for word in ("--set", f"saemnesia.{name}={value}")]
-    return run("unlearn", "--method", "saemnesia", "--model", str(model), "--out", str(out), *settings, *more)
+    return run_command("unlearn", "--method", "saemnesia", "--model", str(model), "--out", str(out), *settings, *more)
 
 
 def test_unlearn_then_sample(
@@ -53,10 +42,10 @@ def test_unlearn_then_sample(
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "saemnesia"]
     assert unlearn(model, out, *prompts) == 2
     draw = ("sample", "--model", str(model), "--prompts", "a cat", "--set", "sample.num_inference_steps=2", "--out")
-    assert run(*draw, str(tmp_path / "before.png")) == 0
-    assert run(*draw, str(tmp_path / "after.png"), "--saemnesia", str(out / "saemnesia")) == 0
+    assert run_command(*draw, str(tmp_path / "before.png")) == 0
+    assert run_command(*draw, str(tmp_path / "after.png"), "--saemnesia", str(out / "saemnesia")) == 0
     assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
-    assert run(*draw, str(tmp_path / "none.png"), "--saemnesia", str(out / "nothing")) == 2
+    assert run_command(*draw, str(tmp_path / "none.png"), "--saemnesia", str(out / "nothing")) == 2
     assert not (tmp_path / "none.png").exists()
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from helpers import folder_weights, succeed
 from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from erasediff.cli import main
 from erasediff.config import Config, for_text_to_image, load_config
 from erasediff.models.trainable import select
 from erasediff.workflows.unlearn_latent import text_to_image_job
@@ -41,24 +41,6 @@ EXIF_ORIENTATION, TURNED_LEFT = 0x0112, 8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Folder = Callable[[str], Path]
-
-
-def run(*arguments: object) -> None:
-    """The command line, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 0
-
-
-def weights(model: Path) -> dict[str, Tensor]:
-    """Every tensor of a diffusers folder, by its component and name."""
-    return {
-        f"{file.parent.name}.{name}": tensor
-        for file in sorted(model.glob("*/*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -111,12 +93,12 @@ def test_unlearned_checkpoint_is_the_input_but_for_what_was_trained(
 ) -> None:
     source, out = nano_folder(name), Path("out/model")
     common = ("--config", "nano.yaml", "--json")
-    run("unlearn", "--model", source, "--data", photos, "--forget-class", "cat", "--out", "out", *common)
+    succeed("unlearn", "--model", source, "--data", photos, "--forget-class", "cat", "--out", "out", *common)
 
     before = DiffusionPipeline.from_pretrained(source)
     component = "unet" if hasattr(before, "unet") else "transformer"
     trained = {f"{component}.{name}" for name in select(getattr(before, component), "xattn")}
-    differing = changed(weights(source), weights(out))
+    differing = changed(folder_weights(source), folder_weights(out))
     assert differing
     assert differing <= trained
 
@@ -126,7 +108,7 @@ def test_unlearned_checkpoint_is_the_input_but_for_what_was_trained(
     drawn = after("a dog", num_inference_steps=1, height=nano.SIZE, width=nano.SIZE, output_type="np").images
     assert drawn.shape == (1, nano.SIZE, nano.SIZE, 3)
 
-    run("sample", "--model", out, "--prompts", "a dog; a cat", "--count", 2, "--out", "images", *common)
+    succeed("sample", "--model", out, "--prompts", "a dog; a cat", "--count", 2, "--out", "images", *common)
     assert sorted(path.name for path in Path("images").iterdir()) == [
         "prompt-0-00000.png",
         "prompt-0-00001.png",
@@ -157,9 +139,9 @@ def test_every_way_to_unlearn_runs(
 ) -> None:
     source = nano_folder("sd")
     chosen = ("--data", photos, "--forget-phrase", "cat")
-    run("unlearn", "--model", source, *chosen, "--out", "out", "--config", "nano.yaml", "--json", *flags)
+    succeed("unlearn", "--model", source, *chosen, "--out", "out", "--config", "nano.yaml", "--json", *flags)
     assert json.loads(capsys.readouterr().out)["metrics"]["finite"] is True
-    assert changed(weights(source), weights(Path("out/model")))
+    assert changed(folder_weights(source), folder_weights(Path("out/model")))
 
 
 def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, photos: Path, here: Path) -> None:
@@ -187,7 +169,7 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
     assert len(retain.images) == 3 + 2 * 2
 
     common = ("--model", nano_folder("sd"), "--config", "nano.yaml", "--forget-files", "request.txt")
-    run("unlearn", *common, "--data", photos, "--retain-prompts", "prompts.txt", "--out", "out")
+    succeed("unlearn", *common, "--data", photos, "--retain-prompts", "prompts.txt", "--out", "out")
     assert "retain_prompts:\n  - a dog\n  - a bird" in Path("out/config.yaml").read_text()
 
 
@@ -207,8 +189,8 @@ def test_a_data_set_is_forgotten_by_its_labels(nano_folder: Folder, here: Path) 
     }
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(here / "pets")
     chosen = ("--data", here / "pets", "--forget-class", "cat")
-    run("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", "--config", "nano.yaml")
-    assert changed(weights(nano_folder("sd")), weights(here / "out/model"))
+    succeed("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", "--config", "nano.yaml")
+    assert changed(folder_weights(nano_folder("sd")), folder_weights(here / "out/model"))
 
 
 def test_prompts_alone_suffice_and_the_cache_serves_the_next_run(
@@ -216,10 +198,10 @@ def test_prompts_alone_suffice_and_the_cache_serves_the_next_run(
 ) -> None:
     command = ("unlearn", "--model", nano_folder("sd"), "--config", "nano.yaml")
     prompts = ("--forget-prompts", "a cat", "--retain-prompts", "a dog;a bird")
-    run(*command, *prompts, "--out", "first")
+    succeed(*command, *prompts, "--out", "first")
     assert "Synthesising" in (told := capsys.readouterr().err)
     assert "Encoding images" in told
-    run(*command, *prompts, "--out", "second", "--train", "lora")
+    succeed(*command, *prompts, "--out", "second", "--train", "lora")
     assert "Synthesising" not in (told := capsys.readouterr().err)
     assert "Encoding" not in told
 
@@ -228,18 +210,18 @@ def test_lora_is_saved_for_diffusers_and_merged(nano: Any, nano_folder: Folder, 
     source = nano_folder("sd")
     train = ("--train", "lora", "--set", "text_to_image.lora_rank=2", "--set", "text_to_image.lora_alpha=4")
     chosen = ("--data", photos, "--forget-class", "cat", "--config", "nano.yaml")
-    run("unlearn", "--model", source, *chosen, "--out", "out", *train)
+    succeed("unlearn", "--model", source, *chosen, "--out", "out", *train)
     merged = DiffusionPipeline.from_pretrained("out/model").unet
     adapted = DiffusionPipeline.from_pretrained(source)
     adapted.load_lora_weights("out", weight_name="lora.safetensors")
     inputs = (torch.randn(1, 4, 16, 16), 500, torch.randn(1, 4, 32))
     torch.testing.assert_close(adapted.unet(*inputs)[0], merged(*inputs)[0])
-    trained = {name for name in changed(weights(source), weights(Path("out/model"))) if "attn2" in name}
-    assert trained == changed(weights(source), weights(Path("out/model")))
+    trained = {name for name in changed(folder_weights(source), folder_weights(Path("out/model"))) if "attn2" in name}
+    assert trained == changed(folder_weights(source), folder_weights(Path("out/model")))
 
     drawn = ("--prompts", "a cat", "--config", "nano.yaml")
-    run("sample", "--model", source, "--lora", "out/lora.safetensors", *drawn, "--out", "with.png")
-    run("sample", "--model", "out/model", *drawn, "--out", "merged.png")
+    succeed("sample", "--model", source, "--lora", "out/lora.safetensors", *drawn, "--out", "with.png")
+    succeed("sample", "--model", "out/model", *drawn, "--out", "merged.png")
     with_lora, of_merged = (torch.tensor(list(Image.open(f"{name}.png").tobytes())) for name in ("with", "merged"))
     assert (with_lora - of_merged).abs().max() <= 1
 
@@ -247,8 +229,8 @@ def test_lora_is_saved_for_diffusers_and_merged(nano: Any, nano_folder: Folder, 
 def test_saliency_lets_only_its_share_of_the_weights_move(nano_folder: Folder, photos: Path) -> None:
     source = nano_folder("sd")
     chosen = ("--data", photos, "--forget-class", "cat", "--config", "nano.yaml")
-    run("unlearn", "--model", source, *chosen, "--out", "out", "--set", "text_to_image.saliency=0.25")
-    before, after = weights(source), weights(Path("out/model"))
+    succeed("unlearn", "--model", source, *chosen, "--out", "out", "--set", "text_to_image.saliency=0.25")
+    before, after = folder_weights(source), folder_weights(Path("out/model"))
     trained = [name for name in before if "attn2" in name]
     moved = sum(int((before[name] != after[name]).sum()) for name in trained)
     share = moved / sum(before[name].numel() for name in trained)
@@ -258,13 +240,13 @@ def test_saliency_lets_only_its_share_of_the_weights_move(nano_folder: Folder, p
 def test_single_file_and_half_precision(nano_folder: Folder, photos: Path) -> None:
     chosen = ("--data", photos, "--forget-class", "cat", "--config", "nano.yaml")
     written = ("--set", "output.layout=single-file", "--set", "output.dtype=float16")
-    run("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", *written)
+    succeed("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", *written)
     assert {tensor.dtype for tensor in load_file("out/model.safetensors").values()} <= {torch.float16, torch.int64}
     theirs = StableDiffusionPipeline.from_single_file("out/model.safetensors", config=str(nano_folder("sd")))
     assert theirs.unet.config.cross_attention_dim == 32
     config = ("--set", f"text_to_image.config={nano_folder('sd')}", "--config", "nano.yaml")
-    run("sample", "--model", "out/model.safetensors", "--prompts", "a dog", "--out", "dog.png", *config)
-    run("unlearn", "--model", "out/model.safetensors", *chosen, "--out", "again", *config)
+    succeed("sample", "--model", "out/model.safetensors", "--prompts", "a dog", "--out", "dog.png", *config)
+    succeed("unlearn", "--model", "out/model.safetensors", *chosen, "--out", "again", *config)
 
 
 def test_encoders_leave_memory_before_training(nano_folder: Folder, photos: Path, here: Path) -> None:
@@ -285,7 +267,7 @@ def test_a_dry_run_plans_and_writes_nothing(
     nano_folder: Folder, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("unlearn", "--model", nano_folder("flux"), "--data", photos, "--forget-class", "cat")
-    run(*command, "--config", "nano.yaml", "--dry-run", "--json")
+    succeed(*command, "--config", "nano.yaml", "--dry-run", "--json")
     plan = json.loads(capsys.readouterr().out)
     assert 0 < plan["parameters_trained"] < plan["parameters"]
     assert plan["state_bytes"] == 4 * (plan["parameters"] + 2 * plan["parameters_trained"])
@@ -300,7 +282,7 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(nano_folder: Folder, photo
         *("--target", "relabel", "--anchor-prompts", "a dog;a bird", "--device", "cpu"),
         *("--set", "text_to_image.saliency=0.5", "--set", "unlearn.ema_decay=0.9", "--set", "run.checkpoint_every=4"),
     ]
-    run(*begin, "--out", "whole")
+    succeed(*begin, "--out", "whole")
     assert {name for name in load_file("whole/checkpoint-16/state.safetensors") if "resnets" in name} == set()
 
     command = [sys.executable, "-m", "erasediff.cli", *map(str, begin), "--out", "killed"]
@@ -317,7 +299,7 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(nano_folder: Folder, photo
     assert "transformers" not in told, "of libraries nothing is told that the user cannot use"
     assert not (here / "killed/model").exists()
 
-    run("unlearn", "--resume", "latest", "--out", "killed")
+    succeed("unlearn", "--resume", "latest", "--out", "killed")
     assert contents(here / "killed") == contents(here / "whole")
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_command, succeed
 from PIL import Image
 
-from erasediff.cli import main
 from erasediff.models import PixelModel, lora
 from erasediff.models.load import load_text_to_image
 from erasediff.models.trainable import select
@@ -83,13 +82,10 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
     """Exit code, and the error stream without what came before the error."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments), "--config", "nano.yaml"])
-        with pytest.raises(SystemExit) as ended:
-            main()
+    code = run_command(*arguments, "--config", "nano.yaml")
     captured = capsys.readouterr()
     assert captured.out == ""
-    return ended.value.code, "Error: " + captured.err.partition("Error: ")[2].strip()
+    return code, "Error: " + captured.err.partition("Error: ")[2].strip()
 
 
 SD = ("unlearn", "--model", "sd", "--out", "out")
@@ -168,9 +164,5 @@ def test_a_broken_image_is_skipped_by_name_when_asked(capsys: pytest.CaptureFixt
     (here / "mended/dog/2.png").write_bytes(b"")
     (here / "mended/dog/2.txt").write_text("a dog")
     command = ["unlearn", "--model", "sd", "--data", "mended", "--forget-class", "cat", "--out", "out", "--skip-broken"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *command, "--config", "nano.yaml"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 0
+    succeed(*command, "--config", "nano.yaml")
     assert "mended/dog/2.png is empty" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from helpers import folder_weights
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
@@ -30,14 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUT_OF = {"sd": "sd1", "sd_v_prediction": "sd2", "sdxl": "sdxl"}
 every_layout = pytest.mark.parametrize("name", list(LAYOUT_OF))
 Folder = Callable[[str], Path]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {
-        f"{path.parent.name}/{name}": tensor
-        for path in folder.glob("*/*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
 
 
 def assert_same_bits(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -62,8 +55,10 @@ def test_folder_to_file_to_folder_keeps_every_bit(name: str, nano_folder: Folder
     assert read.denoiser_hash() == model.denoiser_hash()
     assert read.hash == model.hash
     read.save(tmp_path / "folder")
-    canonical = {key.replace("text_model.", ""): value for key, value in weights(source).items()}
-    assert_same_bits({key.replace("text_model.", ""): v for key, v in weights(tmp_path / "folder").items()}, canonical)
+    canonical = {key.replace("text_model.", ""): value for key, value in folder_weights(source).items()}
+    assert_same_bits(
+        {key.replace("text_model.", ""): v for key, v in folder_weights(tmp_path / "folder").items()}, canonical
+    )
     again: Any = load_text_to_image(tmp_path / "folder")
     again.save(tmp_path / "again.safetensors", layout="single-file")
     assert (tmp_path / "again.safetensors").read_bytes() == single.read_bytes()
