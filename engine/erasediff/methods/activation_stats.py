@@ -1,4 +1,4 @@
-"""Forward passes of a concept and of what is to stay, for those who look into the network meanwhile."""
+"""Activation statistics of layers under a concept and under what is to stay."""
 
 from __future__ import annotations
 

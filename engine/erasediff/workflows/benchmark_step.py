@@ -146,8 +146,8 @@ def _fine_tuning(method: EraseDiff, trained: list[torch.nn.Parameter]) -> FineTu
         min_snr_gamma=objective.min_snr_gamma,
         antithetic=objective.antithetic,
         max_grad_norm=method.max_grad_norm,
-        accumulation_steps=objective.accumulation_steps,
-        autocast=objective.autocast,
+        accumulation_steps=method.accumulation_steps,
+        autocast=method.autocast,
         seed=method.seed,
     )
 
