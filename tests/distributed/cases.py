@@ -7,6 +7,7 @@ import dataclasses
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -408,7 +409,9 @@ def precision_within_the_engine(layout: str) -> tuple[list[torch.dtype], bool]:
     on for GPUs too, as it is where there are some; and whether the engine then does as its configuration says again.
     """
     method = unlearner(layout)
-    method.objective = dataclasses.replace(method.objective, autocast=torch.bfloat16)
+    method.objective = dataclasses.replace(
+        method.objective, autocast=partial(method.gradients.autocast, torch.bfloat16)
+    )
     layer = method.gradients.engine.module.time_embedding.linear_1
     found: list[torch.dtype] = []
     layer.register_forward_hook(lambda _module, _inputs, output: found.append(output.dtype))

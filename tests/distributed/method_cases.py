@@ -40,7 +40,7 @@ def esd(given: dict[str, Any]) -> ESD:
     concepts, null = prompts(2, 8), prompts(1, 9)
     return ESD(
         **given,
-        teacher=denoiser(),
+        teacher=denoiser().requires_grad_(False).eval(),
         concepts=concepts,
         null=null,
         shape=(4, 8, 8),

@@ -90,8 +90,8 @@ class UnlearnConfig(Section):
     threshold holds the model to.
 
     None for ``retain_target``, ``target_space``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what
-    was found to suit the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the
-    values that it took.
+    was found to suit the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds
+    the values that it took.
 
     ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
     ``images``, and label dropout is then that of captions.
@@ -378,9 +378,9 @@ class Config(Section):
         """The settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
         return next(value for value in vars(self).values() if type(value) is kind)
 
-    def to_yaml(self) -> str:
-        """This configuration as YAML that ``load_config`` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+    def to_yaml(self, exclude: Mapping[str, set[str]] | None = None) -> str:
+        """This configuration as YAML that ``load_config`` reads back to an equal one, less the keys to ``exclude``."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=dict(exclude or {})), sort_keys=False)
 
 
 BASE_FIELDS = frozenset(Config.model_fields)

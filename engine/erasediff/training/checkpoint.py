@@ -19,6 +19,7 @@ from erasediff.io.atomic import atomic_directory, publish, storage_errors, tempo
 from erasediff.io.state_file import load_state, open_state, save_state
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
+from erasediff.parallel.unwrap import named
 from erasediff.training.resharding import Fragments, from_full_checkpoint, opened, to_shards
 
 PREFIX = "checkpoint-"
@@ -187,11 +188,13 @@ class FullState:
     def save(self, checkpoint: Checkpoint) -> None:
         frozen = _frozen(self.model)
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+        groups = self.method.optimizer.param_groups
+        trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
         checkpoint.save(
             {
                 "model": weights,
                 # In the order of the optimizer's state.
-                "parameters": [shard.name for shard in self.method.gradients.shards()],
+                "parameters": list(named(self.model, trained)),
                 "method": {"name": self.method.name, "state": self.method.state_dict()},
                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             }

@@ -2,8 +2,8 @@
 
 The update is delta = a r + b g with r = grad L_r and g = grad L_f. A rule maps (|r|^2, <r,g>, |g|^2), and losses where
 it needs them, to the two coefficients (a, b), all of them 0-D tensors on the device, so that no gradient is read twice
-and no number is read on the host. Under sharding the Gram values are those of the whole model: every process computes the
-same coefficients.
+and no number is read on the host. Under sharding the Gram values are those of the whole model, so that every process
+computes the same coefficients.
 """
 
 from __future__ import annotations
