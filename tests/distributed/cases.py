@@ -109,7 +109,7 @@ def unlearner(
     options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.02, refresh_every=3)}
     if relabel:
         other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7)).to(World.current().device)
-        options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model))
+        options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model).requires_grad_(False).eval())
     if bf16:
         options["autocast"] = torch.bfloat16
         model.to(torch.bfloat16)
