@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.replicated import LocalGradientStore
+from erasediff.parallel.unwrap import unwrapped
 from erasediff.parallel.world import World
 
 
@@ -49,8 +51,15 @@ class FSDPGradientStore(LocalGradientStore):
     def replicas(self) -> int:
         return self._replicas
 
+    def _recover(self) -> None:
+        agree_to_retry(self.world)
+        reset_after_failure(self.model)
+
     def refresh(self) -> None:
         super().refresh()
+        if self._is_open:
+            # After a failure modules do not reshard; whether all ranks failed is asked when the next gradient begins.
+            reset_after_failure(self.model)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 # A forward pass without a backward leaves the root's weights gathered, and now out of date.
@@ -76,3 +85,23 @@ class FSDPGradientStore(LocalGradientStore):
                 first = min(chunk * whole.device_mesh.get_local_rank(dimension), length)
                 row, length = row + first, min(chunk, length - first)
         return row * (whole[0].numel() if whole.ndim and whole.shape[0] else 1)
+
+
+def reset_after_failure(model: nn.Module) -> None:
+    """Reshard ``model``, after ``fully_shard``, and forget the forward or backward pass that raised.
+
+    Raises:
+        RuntimeError: The installed torch has no ``FSDPModule.reset_iter_state``.
+    """
+    root: Any = unwrapped(model)
+    if not hasattr(root, "reset_iter_state"):
+        raise RuntimeError(f"torch {torch.__version__} cannot go on after a failed FSDP2 step: resume in a new process")
+    root.reset_iter_state()
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    # Of micro-batches whose gradients were not reduced, which torch keeps.
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter._unsharded_param.grad = None

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erasediff.parallel.gradient_store import Shard
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
+from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.unwrap import named
 from erasediff.parallel.world import World
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
@@ -47,6 +48,7 @@ class LocalGradientStore:
         self.names = list(named(model, self.parameters))
         self.counters = Counters(optimizer, members)
         self.device = next(model.parameters()).device
+        self._is_open = False
 
     @property
     def replicated(self) -> bool:
@@ -60,7 +62,14 @@ class LocalGradientStore:
         return nullcontext()
 
     def begin(self, calls: int) -> None:
-        pass
+        if self._is_open:
+            self._recover()
+        self._is_open = True
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _recover(self) -> None:
+        """Drop what a gradient that was begun and never popped has left, beyond ``Parameter.grad``."""
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
@@ -72,6 +81,7 @@ class LocalGradientStore:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             taken.append(self._here(gradient))
             parameter.grad = None
+        self._is_open = False
         return taken
 
     def release(self, gradients: list[Tensor]) -> None:
@@ -169,6 +179,7 @@ class DataParallelGradientStore(LocalGradientStore):
         self._calls_left = 1
 
     def begin(self, calls: int) -> None:
+        super().begin(calls)
         self._calls_left = calls
         # What DDP.no_sync sets; a context manager would have to span the model's forward passes.
         self._ddp.require_backward_grad_sync = calls == 1
@@ -177,6 +188,11 @@ class DataParallelGradientStore(LocalGradientStore):
         super().backward(loss)
         self._calls_left -= 1
         self._ddp.require_backward_grad_sync = self._calls_left <= 1
+
+    def _recover(self) -> None:
+        agree_to_retry(self.world)
+        # A reduction that did not end is an error of DDP's in the next forward pass.
+        self._ddp.reducer._reset_state()
 
     def pop_grads(self) -> list[Tensor]:
         taken = super().pop_grads()

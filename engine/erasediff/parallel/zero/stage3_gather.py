@@ -1,4 +1,4 @@
-"""Under ZeRO 3, weights that both passes of a step use whole."""
+"""Weights gathered once for both passes of a step, under ZeRO 3."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class HeldWeights:
             self._gather()
 
     def _end(self) -> None:
-        for gathered in self._gathering:
-            gathered.wait()
+        # What others share comes back first: waiting may raise, where another process is gone.
+        if self._linear is not None:
+            functional.linear, self._linear = self._linear, None
         for handle in self._waiting:
             handle.remove()
         for hooks, before in self._hooks:
@@ -64,9 +65,9 @@ class HeldWeights:
             hooks.clear()
             hooks.update(before)
             hooks.update(since)
-        self._gathering, self._waiting, self._hooks = [], [], []
-        if self._linear is not None:
-            functional.linear, self._linear = self._linear, None
+        gathering, self._gathering, self._waiting, self._hooks = self._gathering, [], [], []
+        for gathered in gathering:
+            gathered.wait()
 
     def _can_gather(self) -> bool:
         """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
