@@ -95,4 +95,3 @@ def functions(method: EraseDiff) -> dict[str, Any]:
         for name in ("process_gradients", "independent_gradient_partition_epilogue", "clip_grad"):
             found[f"{type(owner).__name__}.{name}"] = own.get(name)
     return found
-
