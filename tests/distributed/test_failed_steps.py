@@ -25,6 +25,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"layout": "zero-3", "zero": SMALL, "barrier": "gap"}),
     (2, {"layout": "zero-3", "offload": "both"}),
     (2, {"layout": "zero-3", "zero": {**SMALL, "stage3_max_reuse_distance": 1000}}),
+    *((2, {"layout": f"zero-{stage}", "zero": SMALL, "own_reduction": False}) for stage in range(4)),
 ]
 
 

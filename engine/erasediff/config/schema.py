@@ -247,6 +247,8 @@ class DistributedConfig(Section):
     offload_optimizer: its state and its step live on the CPU
     offload_params:    parameters rest on the CPU (ZeRO 3 and FSDP)
     deepspeed_config:  a DeepSpeed JSON of one's own; what it leaves open, or to "auto", is as for the other settings
+    own_reduction:     reduce gradients and gather weights of ZeRO by erasediff's code, which overlaps and copies less;
+                       false for DeepSpeed's own
     timeout:           seconds that ranks wait for one another before the run ends with an error
     """
 
@@ -256,6 +258,7 @@ class DistributedConfig(Section):
     offload_optimizer: bool = False
     offload_params: bool = False
     deepspeed_config: Path | None = None
+    own_reduction: bool = True
     timeout: Positive = 600.0
 
 

@@ -1,4 +1,4 @@
-"""Gradients that FSDP2 (``torch.distributed.fsdp.fully_shard``) leaves in the shards of distributed tensors."""
+"""FSDP2 gradient store: gradients in the shards of distributed tensors after ``fully_shard``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients in ``Parameter.grad`` of one process, updated by the fused optimizers or by any other."""
+"""Gradient stores of replicated parameters: one process and DDP."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from erasediff.io.tensor_file import LazyWeights
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.fsdp import reset_after_failure
 from erasediff.parallel.zero.config import cuts_parameters, zero_config
-from erasediff.parallel.zero.engine import check_engine
+from erasediff.parallel.zero.engine import check_engine, without_shared_memory_op
 from erasediff.parallel.zero.partition import gather_in_forward, partition
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
@@ -195,7 +195,8 @@ def _engine(
 ) -> nn.Module:
     deepspeed = _import_deepspeed()
     with _refusals_told(settings, AssertionError, ValueError):
-        engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+        with without_shared_memory_op():
+            engine: nn.Module = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
         check_engine(engine)
     return engine
 
@@ -216,13 +217,12 @@ def _refusals_told(settings: DistributedConfig, *kinds: type[Exception]) -> Iter
 
 
 def _import_deepspeed() -> Any:
+    """DeepSpeed, made quiet. What this changes holds for the whole process: its log level, and one warning's filter."""
     try:
         import deepspeed
     except ImportError:
         raise UserError("--launch zero needs DeepSpeed: install erasediff[zero].") from None
     deepspeed.utils.logger.setLevel("ERROR")
-    # Shared memory for the ranks of a CPU, compiled for minutes when first used; gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Its own calls, at every step; nobody here can mend them.
+    # Of its own calls, in every forward and backward pass, which no block of ours surrounds.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed

@@ -17,6 +17,7 @@ from erasediff.methods.base import SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import TextToImageModel
 from erasediff.models.trainable import select, train_only
+from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.init import share_of
 from erasediff.training.job import precision_of
 from erasediff.training.loop import Batches
@@ -137,6 +138,8 @@ def unlearning_method(
         "autocast": precision_of(config),
         "seed": config.seed,
     }
+    if not config.distributed.own_reduction:
+        options["gradients"] = gradients_for(network, optimizer, own_reduction=False)
     return METHOD_SPECS[settings.method].make(
         BuildContext(
             config=config,

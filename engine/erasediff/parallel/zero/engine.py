@@ -124,6 +124,20 @@ def gathered(*parameters: Tensor) -> AbstractContextManager[object]:
     return deepspeed.zero.GatheredParameters(cut)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def without_shared_memory_op() -> Iterator[None]:
+    """Within the block DeepSpeed joins CPU processes by gloo alone, not by an operator that it compiles for minutes."""
+    import deepspeed
+
+    name, operators = "deepspeed_shm_comm", deepspeed.ops.__compatible_ops__
+    before = operators.get(name, False)
+    operators[name] = False
+    try:
+        yield
+    finally:
+        operators[name] = before
+
+
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """What cuts one whole parameter as ZeRO-3 under ``config`` does, with the first process's values.
 
@@ -131,5 +145,6 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """
     import deepspeed
 
-    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
+    with without_shared_memory_op():
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
     return lambda parameter: init._convert_to_zero_parameters([parameter])

@@ -1,4 +1,4 @@
-"""Gradients of a DeepSpeed engine, ZeRO stages 0 to 3, with or without offloading to the CPU."""
+"""ZeRO gradient store: gradients of a DeepSpeed engine, stages 0 to 3, with or without offloading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are partitioned (ZeRO-3) parameter by parameter, for checkpoints larger than a process's memory."""
+"""Parameter-by-parameter partitioning (ZeRO-3) of checkpoints larger than a process's memory."""
 
 from __future__ import annotations
 

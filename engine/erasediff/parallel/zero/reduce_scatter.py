@@ -1,4 +1,4 @@
-"""Gradients averaged over processes while the backward pass goes on, of which each process keeps its part."""
+"""Bucketed reduce-scatter of gradients during the backward pass."""
 
 from __future__ import annotations
 
