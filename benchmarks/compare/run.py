@@ -66,7 +66,7 @@ def main(
 def _section(table: Table) -> str:
     columns = "".join(f"- {column.label}: {column.note}\n" for column in table.columns())
     missing = "".join(f"- {gap}\n" for gap in gaps(table))
-    return f"## {table.group}\n\n{verdict(table)}\n\n{markdown(table)}\n{columns}\nWhat was not run:\n\n{missing}"
+    return f"## {table.group}\n\n{verdict(table)}\n\n{markdown(table)}\n{columns}\nNot measured:\n\n{missing}"
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def erasediff(task: Task, lr: float, eta: float, ema_decay: float | None) -> Con
     """The engine's step as ``erasediff unlearn`` takes it: barrier norm, relabelling and retention by the original."""
     model = load_text_to_image(task.checkpoint)
     network = model.denoiser
-    teacher = copy.deepcopy(network)
+    teacher = copy.deepcopy(network).requires_grad_(False).eval()
     optimizer = ConstrainedAdamW(network.parameters(), lr, ema_decay=ema_decay)
     method = EraseDiff(
         network,

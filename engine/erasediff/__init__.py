@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from erasediff.diffusion.noise_schedule import Process
     from erasediff.diffusion.targets import GaussianNoise, Relabel, UniformNoise
-    from erasediff.methods.barriers import Cosine, Fixed, Gap, Norm
+    from erasediff.methods.barriers import Conflict, Cosine, Fixed, Gap, Nash, Norm, Threshold
     from erasediff.methods.base import StepReport
     from erasediff.methods.erasediff import EraseDiff
     from erasediff.methods.inner_solve import InnerSolve
 
 __all__ = [
+    "Conflict",
     "Cosine",
     "EraseDiff",
     "Fixed",
     "Gap",
     "GaussianNoise",
     "InnerSolve",
+    "Nash",
     "Norm",
     "Process",
     "Relabel",
     "StepReport",
+    "Threshold",
     "UniformNoise",
 ]
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,7 +109,7 @@ def unlearner(
     options: dict[str, Any] = {"barrier": BARRIERS[barrier], "inner": InnerSolve(steps=2, lr=0.02, refresh_every=3)}
     if relabel:
         other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(7)).to(World.current().device)
-        options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model))
+        options["target"] = Relabel({"encoder_hidden_states": other}, copy.deepcopy(model).requires_grad_(False).eval())
     if bf16:
         options["autocast"] = torch.bfloat16
         model.to(torch.bfloat16)
@@ -408,7 +409,9 @@ def precision_within_the_engine(layout: str) -> tuple[list[torch.dtype], bool]:
     on for GPUs too, as it is where there are some; and whether the engine then does as its configuration says again.
     """
     method = unlearner(layout)
-    method.objective = dataclasses.replace(method.objective, autocast=torch.bfloat16)
+    method.objective = dataclasses.replace(
+        method.objective, autocast=partial(method.gradients.autocast, torch.bfloat16)
+    )
     layer = method.gradients.engine.module.time_embedding.linear_1
     found: list[torch.dtype] = []
     layer.register_forward_hook(lambda _module, _inputs, output: found.append(output.dtype))

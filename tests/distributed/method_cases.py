@@ -1,4 +1,4 @@
-"""The methods other than EraseDiff as the processes of a group run them, on the nano denoiser."""
+"""The methods other than EraseDiff's default as the processes of a group run them, on the nano denoiser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from cases import BATCH, batches, denoiser, process, take_steps, unlearner
 from checkpoint_cases import peers
 
-from erasediff import Fixed, Relabel
+from erasediff import EraseDiff, Fixed, Relabel, Threshold
 from erasediff.methods import ESD, Retrain, SalUn, SelectiveAmnesia
 from erasediff.methods.salun import keep_to_the_salient
 from erasediff.parallel.full_weights import full_weights
@@ -24,7 +24,7 @@ def prompts(count: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def salun(given: dict[str, Any]) -> SalUn:
-    method = SalUn(**given, barrier=Fixed(2.0), target=Relabel(prompts(2, 7), denoiser()))
+    method = SalUn(**given, barrier=Fixed(2.0), target=Relabel(prompts(2, 7), denoiser().requires_grad_(False).eval()))
     keep_to_the_salient(method, [batches(step, World.current())[1] for step in range(2)], share=0.3)
     return method
 
@@ -40,7 +40,7 @@ def esd(given: dict[str, Any]) -> ESD:
     concepts, null = prompts(2, 8), prompts(1, 9)
     return ESD(
         **given,
-        teacher=denoiser(),
+        teacher=denoiser().requires_grad_(False).eval(),
         concepts=concepts,
         null=null,
         shape=(4, 8, 8),
@@ -48,6 +48,10 @@ def esd(given: dict[str, Any]) -> ESD:
         num_inference_steps=4,
         latents_from="current",
     )
+
+
+def threshold(given: dict[str, Any]) -> EraseDiff:
+    return EraseDiff(**given, barrier=Threshold(0.1, eta=2.0))
 
 
 def retrain(given: dict[str, Any]) -> Retrain:
@@ -61,6 +65,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "selective-amnesia": selective_amnesia,
     "esd": esd,
     "retrain": retrain,
+    "threshold": threshold,
 }
 
 

@@ -41,7 +41,7 @@ def test_the_masked_share_of_weights_stays_in_every_layout(run_on: RunOn, alone:
     assert 0.25 < moved / sum(weight.numel() for weight in after.values()) <= 0.31
 
 
-@pytest.mark.parametrize("name", ["esd", "selective-amnesia"])
+@pytest.mark.parametrize("name", ["esd", "selective-amnesia", "threshold"])
 def test_a_method_s_own_state_goes_on_in_another_layout(run_on: RunOn, tmp_path: Path, name: str) -> None:
     whole = run_on(1, CASES, "go_on", str(tmp_path / "whole"), name, 0, 6, {"layout": "local"}, widest=3)[0]
     for place, (size, layout) in enumerate([(2, "zero-2"), (1, "local"), (3, "ddp")]):

@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 for command in (demo, train, unlearn, sample, evaluate, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
+app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from erasediff.cli.output import loading, messages
 from erasediff.config import Config, load_config, parse_assignments
 from erasediff.errors import UserError
 
@@ -65,7 +66,9 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
     how the run is launched.
     """
     given = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    config = load_config(file, parse_assignments(settings or []) | given)
+    overrides = parse_assignments(settings or []) | given
+    with loading(messages):
+        config = load_config(file, overrides)
     launch = config.distributed.launch
     for name, flag, wanted, is_idle in (
         ("distributed.processes", "--processes", "ddp, fsdp or zero", launch == "none"),

@@ -92,14 +92,14 @@ def metrics_table(columns: Mapping[str, Metrics]) -> Table:
     every = list(columns.values())
     conditional = [metrics for metrics in every if isinstance(metrics, ConditionalMetrics)]
     unconditional = [metrics for metrics in every if isinstance(metrics, UnconditionalMetrics)]
-    table = Table("Recognised when asked for" if conditional else "Share of all images", *columns)
+    table = Table("Classified as the class asked for" if conditional else "Share of all images", *columns)
     for name, values in _conditional_rows(conditional) if conditional else _unconditional_rows(unconditional):
         table.add_row(name, *values)
     return table
 
 
 def plans_table(plans: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One column per plan (see ``erasediff.workflows.dry_run.Plan``)."""
+    """One column per plan (see ``erasediff.workflows.dry_run.DryRun``)."""
     table = Table("", *plans)
     for name in next(iter(plans.values())):
         table.add_row(readable_name(name), *(readable(name, plan[name]) for plan in plans.values()))
@@ -110,13 +110,13 @@ def _conditional_rows(columns: Sequence[ConditionalMetrics]) -> list[tuple[str, 
     base = columns[0]
     return [
         *_class_rows([metrics.recognised for metrics in columns], base.forget),
-        ("forgotten", [f"{metrics.forgotten_rate:.2%}" for metrics in columns]),
-        ("forgotten, 95% bound", [f"{metrics.forgotten_bound:.2%}" for metrics in columns]),
-        ("forgotten, like none", [f"{metrics.forgotten_none:.1%}" for metrics in columns]),
-        ("others, mean", [f"{metrics.retained_mean:.1%}" for metrics in columns]),
-        ("others, worst", [f"{metrics.retained_worst:.1%}" for metrics in columns]),
-        ("others, worst drop", [f"{metrics.worst_drop(base):.1%}" for metrics in columns]),
-        ("discrepancy x 1000", [f"{1000 * metrics.discrepancy:.2f}" for metrics in columns]),
+        ("UA (unlearning accuracy)", [f"{1 - metrics.forgotten_rate:.2%}" for metrics in columns]),
+        ("UA, 95% lower bound", [f"{1 - metrics.forgotten_bound:.2%}" for metrics in columns]),
+        ("forgotten, no class", [f"{metrics.forgotten_none:.1%}" for metrics in columns]),
+        ("RA (retain accuracy)", [f"{metrics.retained_mean:.1%}" for metrics in columns]),
+        ("RA, worst class", [f"{metrics.retained_worst:.1%}" for metrics in columns]),
+        ("RA, largest drop", [f"{metrics.worst_drop(base):.1%}" for metrics in columns]),
+        ("MMD^2 x 1000", [f"{1000 * metrics.discrepancy:.2f}" for metrics in columns]),
     ]
 
 
@@ -124,11 +124,11 @@ def _unconditional_rows(columns: Sequence[UnconditionalMetrics]) -> list[tuple[s
     base = columns[0]
     return [
         *_class_rows([metrics.shares for metrics in columns], base.forget),
-        ("like none", [f"{metrics.none:.1%}" for metrics in columns]),
+        ("no class", [f"{metrics.none:.1%}" for metrics in columns]),
         ("forgotten, 95% bound", [f"{metrics.forgotten_bound:.2%}" for metrics in columns]),
-        ("forgotten, of base's", [f"{metrics.remaining(base):.1%}" for metrics in columns]),
-        ("others, largest shift", [f"{metrics.largest_shift(base):.1%}" for metrics in columns]),
-        ("discrepancy x 1000", [f"{1000 * metrics.discrepancy:.2f}" for metrics in columns]),
+        ("forgotten, share of base's", [f"{metrics.remaining(base):.1%}" for metrics in columns]),
+        ("retained, largest shift", [f"{metrics.largest_shift(base):.1%}" for metrics in columns]),
+        ("MMD^2 x 1000", [f"{1000 * metrics.discrepancy:.2f}" for metrics in columns]),
     ]
 
 

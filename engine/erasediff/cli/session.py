@@ -80,11 +80,11 @@ def run_job(job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json
         emit(job.run(place, messages), as_json=as_json)
         return
     if place is None:
-        from erasediff.workflows.dry_run import plan
+        from erasediff.workflows.dry_run import dry_run
 
         with messages.status("Measuring trial steps"):
-            planned = plan(job)
-        emit(asdict(planned), as_json=as_json)
+            measured = dry_run(job)
+        emit(asdict(measured), as_json=as_json)
         return
     result = job.run(place, messages)
     emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Methods side by side: the same task, seeds and judge for each, one JSON line per measurement, a page of them all."""
+"""Comparison of methods on the same tasks, seeds and classifier: JSON lines, table, HTML page."""
 
 from erasediff.comparison.harness import Task, compare
 from erasediff.comparison.results_file import ResultsFile

@@ -1,4 +1,4 @@
-"""The digits: small enough for every class, method and seed, and for the model retrained without the class."""
+"""Comparison task: unlearn one digit, measured by image quality, distance to a retrained model, and relearning."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # Controls: the same steps at the same learning rate, one without anything to forget, one with nothing to retain.
     "finetune": {**EQUAL},
     "neggrad": {**EQUAL},
-    # The oracle: as long as the base was trained, averaged as it was.
+    # The retrained model: as long as the base was trained, averaged as it was.
     "retrain": {"unlearn.batch_size": 128, "unlearn.warmup_steps": 20, "unlearn.ema_decay": 0.99},
 }
 """What each method is run with, beside the defaults of ``erasediff unlearn``, and why."""
@@ -55,12 +55,12 @@ METHODS = (BASE, *SETTINGS)
 
 RELEARNED_IMAGES, RELEARNING_STEPS, RELEARNING_LR = 50, (5, 10, 20, 40, 80), 1e-4
 OTHER_NOISE = 1_000
-"""Added to the seed of the oracle's images: from the noise of those they are held against, they would be pairs."""
+"""Added to the seed of the retrained model's images: from the same noise, images of both models would be pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigitsTask:
-    """Forgetting one digit of the class-conditional model; ``short`` is a trial of the machinery in a minute."""
+    """Unlearning of one digit from the class-conditional model; ``short`` is a trial of all parts in a minute."""
 
     digit: int
     short: bool = False
@@ -90,7 +90,7 @@ class DigitsTask:
         return chosen if method in (BASE, "neggrad") else chosen | {"relearning": self.relearning}
 
     def quality(self, model: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
-        """``ConditionalMetrics``, and distances of the images from real ones and from the oracle's."""
+        """``ConditionalMetrics``, and distances of the images from real ones and from the retrained model's."""
         config, dataset, judge = self.config(case.seed), _dataset(), _judge()
         labels = evaluation_labels(
             dataset.num_classes,
@@ -117,7 +117,7 @@ class DigitsTask:
         return values
 
     def relearning(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
-        """The share of images asked for the digit in which the judge sees it, over steps of fine-tuning on some."""
+        """Share of images asked for the digit that are classified as it, over steps of fine-tuning on a few images."""
         count = 20 if self.short else 100
         config = self.config(case.seed)
         device = set_up_device(config)
@@ -169,5 +169,5 @@ def _judge() -> Judge:
 
 
 def _features(sample: Tensor) -> Tensor:
-    """The judge's decision values for the ten digits, float64 [N, 10]."""
+    """Decision values of the classifier for the ten digits, float64 [N, 10]."""
     return torch.from_numpy(_judge().machine.decision_function(sample.flatten(1).double().numpy()))

@@ -1,4 +1,4 @@
-"""Every method on every task with every seed, each measured in every way that its task knows."""
+"""Comparison harness: run every method on every task and seed, and take the measurements of the task."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from erasediff.comparison.results_file import ResultsFile
-from erasediff.comparison.run_case import Case, FailedRun, carried_out
+from erasediff.comparison.run_case import Case, FailedRun, run_case
 from erasediff.errors import UserError
 
 Measurement = Callable[[Path, Case, Path | None], Mapping[str, Any]]
-"""The numbers of the model at a path, which is that of the case; the last path is the oracle's, where there is one."""
+"""(model's path, case, path of the retrained model if there is one) -> numbers by name."""
 
 BASE, ORACLE = "base", "retrain"
 """Measured first: the others are compared with them."""
@@ -75,8 +75,8 @@ def compare(
         base = task.base(case.seed, console)
         with console.status(title):
             try:
-                oracle = carried_out(_case(task, ORACLE, case.seed), base, runs)[0] if ORACLE in methods else None
-                model, cost = carried_out(case, base, runs)
+                oracle = run_case(_case(task, ORACLE, case.seed), base, runs)[0] if ORACLE in methods else None
+                model, cost = run_case(case, base, runs)
             except FailedRun as failure:
                 failures.append(failure)
                 console.print(f"{title}: {failure}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The report page of a comparison: one HTML file, from the lines and nothing else."""
+"""HTML page of a comparison, with its plots, made from the results file alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from erasediff.comparison.columns import FORGOTTEN, RETAINED, Line
 from erasediff.comparison.results_file import ResultsFile
-from erasediff.comparison.table import FORGOTTEN, RETAINED, Line, Table, cell, gaps, tables
+from erasediff.comparison.table import Table, cell, gaps, tables
 from erasediff.io.atomic import atomic_write
 from erasediff.report.contents import points
 from erasediff.report.figures import DARK, LIGHT, figure_url, save_figure
@@ -20,9 +21,9 @@ Draw = Callable[[Axes, Table, Mapping[str, Any]], None]
 METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
 """In the lines' colours; every other method is grey, told apart by its marker."""
 
-MARKERS = "osDv^<>Pph"
-LEAST_DRAWN = 0.5
-"""Of the other classes, for a point among those that can be told apart."""
+MARKERS = "osDv^<>PX*"
+MIN_SHOWN_RETENTION = 0.5
+"""Retain accuracy below which a method is named under the plot instead of drawn."""
 
 
 def data_url(table: Table, draw: Draw, *, dark: bool) -> str:
@@ -36,7 +37,7 @@ def save(table: Table, draw: Draw, path: Path) -> None:
 
 
 def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
-    """A point per method: what is forgotten to the left, what is retained above.
+    """A point per method: unlearning accuracy to the right, retain accuracy upwards.
 
     A method that ruined the model is named below: its point would press all others into one corner.
     """
@@ -45,15 +46,15 @@ def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
         forgotten, retained = row.numbers[FORGOTTEN], row.numbers[RETAINED]
         if forgotten is None or retained is None:
             continue
-        if retained < LEAST_DRAWN:
-            ruined.append(f"{row.method} ({100 * forgotten:.0f}, {100 * retained:.1f})")
+        if retained < MIN_SHOWN_RETENTION:
+            ruined.append(f"{row.method} ({100 - 100 * forgotten:.0f}, {100 * retained:.1f})")
             continue
         marker = MARKERS[number % len(MARKERS)]
         colour = _colour(row.method, style)
-        axes.plot(100 * forgotten, 100 * retained, marker, color=colour, label=row.method)
+        axes.plot(100 - 100 * forgotten, 100 * retained, marker, color=colour, label=row.method)
     below = f"\nfar below: {', '.join(ruined)}" if ruined else ""
-    axes.set_xlabel(f"forgotten class still drawn, %{below}", color=style["text"], fontsize=9)
-    axes.set_ylabel("other classes drawn, %", color=style["text"], fontsize=9)
+    axes.set_xlabel(f"unlearning accuracy (UA), %{below}", color=style["text"], fontsize=9)
+    axes.set_ylabel("retain accuracy (RA), %", color=style["text"], fontsize=9)
 
 
 def relearning(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
@@ -62,8 +63,8 @@ def relearning(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
         marker = MARKERS[number % len(MARKERS)]
         colour = _colour(method, style)
         axes.plot(list(curve), [100 * rate for rate in curve.values()], marker=marker, color=colour, label=method)
-    axes.set_xlabel("steps of relearning", color=style["text"], fontsize=9)
-    axes.set_ylabel("forgotten class drawn, %", color=style["text"], fontsize=9)
+    axes.set_xlabel("fine-tuning steps", color=style["text"], fontsize=9)
+    axes.set_ylabel("forgotten class recognised, %", color=style["text"], fontsize=9)
 
 
 def _figure(table: Table, draw: Draw, style: Mapping[str, Any]) -> Figure:
@@ -89,8 +90,8 @@ OURS = "erasediff"
 
 def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
     """Write the page of ``lines`` to ``path`` and return its tables; ``command`` is what it says to repeat."""
-    read = lines.read()
-    found = tables(read)
+    results = lines.read()
+    page_tables = tables(results)
     template = template_environment().get_template("compare.html.j2")
     page = template.render(
         tables=[
@@ -100,7 +101,7 @@ def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
                 "cells": [[cell(column, row) for column in table.columns()] for row in table.rows],
                 "verdict": verdict(table),
                 "gaps": gaps(table),
-                "chosen": _chosen(read, table),
+                "chosen": _chosen(results, table),
                 "figures": [
                     {
                         "title": title,
@@ -108,20 +109,20 @@ def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
                         "dark": data_url(table, draw, dark=True),
                     }
                     for title, draw, there in (
-                        ("Forgetting against retention", trade_off, table.rows),
+                        ("Unlearning against retention", trade_off, table.rows),
                         ("Relearning", relearning, table.curves),
                     )
                     if there
                 ],
             }
-            for table in found
+            for table in page_tables
         ],
         ours=OURS,
         command=command,
-        measured=_measured(read),
+        measured=_measured(results),
     )
     atomic_write(path, page)
-    return found
+    return page_tables
 
 
 def verdict(table: Table) -> str:
@@ -130,19 +131,19 @@ def verdict(table: Table) -> str:
         return "EraseDiff was not run."
     better = table.better_than(OURS)
     if not better:
-        return "On the same runs, no method is as good as EraseDiff in forgetting and retention and better in one."
+        return "On the same runs, no method matches EraseDiff in both UA and RA and exceeds it in one."
     margins = [
-        f"{method} ({FORGOTTEN} {points(forgotten)}, {RETAINED} {points(retained)} points)"
+        f"{method} (UA {points(-forgotten)}, RA {points(retained)} percentage points)"
         for method, (forgotten, retained) in better.items()
     ]
     return (
-        "On the runs that both have, nowhere worse than EraseDiff in forgetting and retention, and somewhere better: "
+        "On the runs that both have, at least as good as EraseDiff in both UA and RA, and better in one: "
         f"{', '.join(margins)}."
     )
 
 
 def _chosen(lines: Sequence[Line], table: Table) -> dict[str, dict[str, object]]:
-    """What each method was run with last."""
+    """Settings of each method's last run."""
     return {
         line["method"]: line["chosen"]
         for line in lines
@@ -151,7 +152,7 @@ def _chosen(lines: Sequence[Line], table: Table) -> dict[str, dict[str, object]]
 
 
 def _measured(lines: Sequence[Line]) -> dict[str, str]:
-    """What the numbers may depend on, all values that occur."""
+    """Commit, versions and machine of all lines."""
     versions = {name: {line["versions"][name] for line in lines} for line in lines for name in line["versions"]}
     loads = [line["load"] for line in lines]
     return {

@@ -1,4 +1,4 @@
-"""The results: JSON lines, each with all that is needed to find it again and to judge it later."""
+"""Results file: JSON lines, each with its case, settings, versions and machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIBRARIES = ("erasediff", "torch", "diffusers")
 
 
 class ResultsFile:
-    """The file of lines at ``path``; a measurement that has its line is not taken again."""
+    """JSON lines at ``path``; a measurement that has its line is not taken again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,9 +53,9 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of this code, with + where the tree differs from it; None where it is not in a repository."""
     folder = Path(__file__).parent
-    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return answer.stdout.strip() or None
@@ -63,5 +63,5 @@ def _commit() -> str | None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    return model[1] if model else platform.processor() or platform.machine()

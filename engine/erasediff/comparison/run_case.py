@@ -1,4 +1,4 @@
-"""One method on one task with one seed, carried out by the command line in a process of its own."""
+"""Run one case of a comparison (method, task, seed) by the command line in its own process."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from erasediff.sae.eraser import WEIGHTS
 from erasediff.training.run_dir import MODEL
 
 COST, LOG = "cost.json", "unlearn.log"
-LOOK_EVERY = 0.2
-"""Seconds between looks at the peak memory, which only grows."""
+POLL_INTERVAL = 0.2
+"""Seconds between readings of the peak memory, which only grows."""
 
 ARTEFACTS = ("mask.safetensors", "lora.safetensors", f"{ERASER}/{WEIGHTS}")
 
 
 class FailedRun(UserError):
-    """A method that did not come to its end."""
+    """A run of a case ended with an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a run took. ``seconds`` and ``cpu_seconds`` are those of the whole process, imports and saving included.
+    """Cost of a run.
 
-    training_seconds: of the steps alone, on the clock; other work on the machine makes it longer
-    peak_bytes:       the most resident memory of the process, as Linux tells; None elsewhere
-    artefact_bytes:   what someone who has the original needs in order to have the result: the mask, the LoRA or the
-                      eraser, where the method leaves one, otherwise the tensors that changed
+    Attributes:
+        seconds, cpu_seconds: of the whole process, imports and saving included.
+        training_seconds: wall-clock time of the steps alone; other work on the machine makes it longer.
+        peak_bytes: peak resident memory of the process, as Linux tells; None elsewhere.
+        artefact_bytes: what someone who has the original needs to have the result: the mask, the LoRA or the eraser
+            where the method leaves one, otherwise the tensors that changed.
     """
 
     seconds: float
@@ -53,7 +55,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """``settings`` are dotted names, as for ``--set``; without a ``method`` it is the base model, left alone."""
+    """Case of a comparison: ``settings`` are dotted names, as for ``--set``; ``method`` None is the base model."""
 
     task: str
     method: str | None
@@ -66,7 +68,7 @@ class Case:
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings: with others, it is another case."""
+        """Hash of method and settings."""
         described = json.dumps([self.method, dict(sorted(self.described().items()))], default=str)
         return hashlib.sha256(described.encode()).hexdigest()[:8]
 
@@ -79,11 +81,11 @@ class Case:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What a line of results is found again by."""
+        """Key of its lines in the results."""
         return {"task": self.task, "method": self.method or "base", "seed": self.seed, "settings": self.fingerprint}
 
 
-def carried_out(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
+def run_case(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
     """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
 
     Of a method that leaves the model as it was, the folder ``ERASER``, to be attached to ``base``. A run that was cut
@@ -111,14 +113,14 @@ def _run(case: Case, base: Path, run: Path) -> Cost:
         )
         while True:
             try:
-                printed, _ = process.communicate(timeout=LOOK_EVERY)
+                printed, _ = process.communicate(timeout=POLL_INTERVAL)
                 break
             except subprocess.TimeoutExpired:
                 peak = _peak_bytes(process.pid) or peak
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
-        said = log.read_text().strip().splitlines() or ["nothing"]
-        raise FailedRun(f"{case.name} ended with exit code {process.returncode} and said: {said[-1]}")
+        messages = log.read_text().strip().splitlines() or ["no message"]
+        raise FailedRun(f"{case.name} ended with exit code {process.returncode}: {messages[-1]}")
     result = json.loads(printed)
     log.replace(run / LOG)
     return Cost(

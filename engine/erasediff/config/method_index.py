@@ -1,4 +1,4 @@
-"""Index of the unlearning methods, read from the sources of ``erasediff.methods`` without importing torch."""
+"""Index of the unlearning methods and barriers, read from their sources without importing torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 METHODS_PACKAGE = "erasediff.methods"
 METHODS_FOLDER = Path(__file__).parents[1] / "methods"
+BARRIERS_FOLDER = METHODS_FOLDER / "barriers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,12 @@ def method_index() -> dict[str, MethodEntry]:
     """
     entries = [entry for file in sorted(METHODS_FOLDER.glob("*.py")) for entry in _entries(file)]
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
+
+
+@functools.cache
+def barrier_names() -> tuple[str, ...]:
+    """Every barrier's name, in alphabetical order: the files of ``erasediff.methods.barriers``."""
+    return tuple(sorted(file.stem for file in BARRIERS_FOLDER.glob("*.py") if file.stem not in ("__init__", "base")))
 
 
 def section_name(method: str) -> str:

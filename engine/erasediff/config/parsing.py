@@ -155,6 +155,7 @@ def for_text_to_image(config: Config, method_defaults: Mapping[str, Any] | None 
             "ema_decay": None,
             "forget_label_dropout": 0.0,
             "target": target,
+            "target_space": "noise",
             "retain_target": "teacher",
             "eta": default_eta(config.unlearn.barrier, target),
             **(method_defaults or {}),

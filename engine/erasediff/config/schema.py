@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section, Share
-from erasediff.config.method_index import method_index
+from erasediff.config.method_index import barrier_names, method_index
 from erasediff.errors import UserError
 
 
@@ -62,6 +62,16 @@ def or_list(items: Sequence[str]) -> str:
 
 MethodName = Annotated[str, AfterValidator(_existing_method)]
 
+
+def _existing_barrier(name: str) -> str:
+    if name not in barrier_names():
+        names = [f"'{barrier}'" for barrier in barrier_names()]
+        raise PydanticCustomError("unknown_barrier", "Input should be {names}", {"names": or_list(names)})
+    return name
+
+
+BarrierName = Annotated[str, AfterValidator(_existing_barrier)]
+
 BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
 NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
 """Of the barrier "norm", by target."""
@@ -75,9 +85,13 @@ class UnlearnConfig(Section):
 
     ``moments`` are Adam's: "8-bit" takes 2 bytes per trained weight for both, where "float" takes 8.
 
-    None for ``retain_target``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what was found to suit
-    the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds the values that it
-    took.
+    ``target_space`` is that of the targets uniform and gaussian: "noise" compares the noise that a prediction of any
+    type implies, as published, "prediction" the raw prediction. ``level`` is that of the forget loss which the barrier
+    threshold holds the model to.
+
+    None for ``retain_target``, ``target_space``, ``steps``, ``lr``, ``target``, ``eta`` and ``relabel_to`` means what
+    was found to suit the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds
+    the values that it took.
 
     ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
     ``images``, and label dropout is then that of captions.
@@ -107,8 +121,10 @@ class UnlearnConfig(Section):
     retain_target: Annotated[
         Literal["true", "teacher"] | None, BeforeValidator(lambda value: "true" if value is True else value)
     ] = None
-    barrier: Literal["norm", "gap", "fixed", "cosine"] = "norm"
+    target_space: Literal["noise", "prediction"] | None = None
+    barrier: BarrierName = "norm"
     eta: Positive | None = None
+    level: Positive | None = None
     inner_steps: Count = 3
     inner_lr: Positive = 1e-3
     inner_refresh_every: Count = 1
@@ -138,6 +154,8 @@ class UnlearnConfig(Section):
         defaults = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
+            # What suits the digits' own recipe was found by comparing raw predictions.
+            "target_space": "noise" if conditional or self.target else "prediction",
             "retain_target": "teacher" if conditional else "true",
             "eta": 0.03 if self.barrier == "norm" and not conditional else default_eta(self.barrier, target),
             "steps": 100 if conditional else 200,
@@ -147,9 +165,9 @@ class UnlearnConfig(Section):
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
-def default_eta(barrier: str, target: str) -> float:
-    """What was found to suit a conditional model."""
-    return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS[barrier]
+def default_eta(barrier: str, target: str) -> float | None:
+    """The eta that suits a conditional model; None for the barrier's own default."""
+    return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS.get(barrier)
 
 
 class SampleConfig(Section):
@@ -360,9 +378,9 @@ class Config(Section):
         """The settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
         return next(value for value in vars(self).values() if type(value) is kind)
 
-    def to_yaml(self) -> str:
-        """This configuration as YAML that ``load_config`` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+    def to_yaml(self, exclude: Mapping[str, set[str]] | None = None) -> str:
+        """This configuration as YAML that ``load_config`` reads back to an equal one, less the keys to ``exclude``."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=dict(exclude or {})), sort_keys=False)
 
 
 BASE_FIELDS = frozenset(Config.model_fields)

@@ -1,20 +1,28 @@
-"""The diffusion process and its losses: noise schedules, addressed noise, denoising and forget losses, trajectories."""
+"""Diffusion processes and their losses: noise schedules, addressed noise, denoising and forget losses, trajectories."""
 
-from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser, with_sample_ids
-from erasediff.diffusion.losses import Backward, DenoisingObjective
+from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser, micro_batches, with_sample_ids
+from erasediff.diffusion.losses import DenoisingObjective, MicroBatchLoss
 from erasediff.diffusion.noise_schedule import PREDICTION_TYPES, Process
 from erasediff.diffusion.rng import NoiseRole, draw_timesteps, noise_key
-from erasediff.diffusion.targets import DeviationTarget, GaussianNoise, NegativeGuidance, Relabel, UniformNoise
+from erasediff.diffusion.targets import (
+    DeviationTarget,
+    GaussianNoise,
+    LossContext,
+    NegativeGuidance,
+    Relabel,
+    UniformNoise,
+)
 from erasediff.diffusion.trajectories import Trajectories
 
 __all__ = [
     "PREDICTION_TYPES",
-    "Backward",
     "Batch",
     "Denoiser",
     "DenoisingObjective",
     "DeviationTarget",
     "GaussianNoise",
+    "LossContext",
+    "MicroBatchLoss",
     "NegativeGuidance",
     "NoiseRole",
     "Process",
@@ -23,6 +31,7 @@ __all__ = [
     "UniformNoise",
     "diffusers_denoiser",
     "draw_timesteps",
+    "micro_batches",
     "noise_key",
     "with_sample_ids",
 ]

@@ -1,8 +1,8 @@
-"""A batch is a mapping of tensors, and a model is anything that turns one into a prediction."""
+"""Batches as mappings of tensors, their micro-batches, and the call of a denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +17,23 @@ RESERVED = frozenset({"sample", "sample_ids"})
 
 
 class Denoiser(Protocol):
-    """Calls a model: prediction [B, ...] from x_t [B, ...], the timesteps' conditioning [B] and the condition."""
+    """The call of a model.
+
+    Args:
+        model: the network, whatever wraps it.
+        noisy_sample: x_t [B, ...].
+        timesteps: [B], what the model is told about each timestep (``Process.conditioning``).
+        condition: the batch's other entries, each [B, ...].
+
+    Returns:
+        The prediction, [B, ...] like ``noisy_sample``.
+    """
 
     def __call__(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor: ...
 
 
 def diffusers_denoiser(model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
-    """The call that diffusers' UNets share: ``model(sample, timestep, **condition)``."""
+    """Call a diffusers UNet: ``model(sample, timestep, **condition)``; see ``Denoiser``."""
     prediction: Tensor = model(noisy_sample, timesteps, **condition, return_dict=False)[0]
     return prediction
 
@@ -34,13 +44,20 @@ def condition_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def with_sample_ids(batch: Batch, rank: int = 0) -> dict[str, Tensor]:
-    """``batch``, the part of process ``rank``, with its sample ids filled in.
+    """``batch`` with its sample ids filled in.
 
-    Raises ``ValueError`` for a batch without ``"sample"`` or with entries of another leading dimension.
+    Args:
+        batch: this process's part of the global batch.
+        rank: this process's; without ids, the samples are numbered rank B + 0..B-1.
+
+    Raises:
+        ValueError: for a batch without ``"sample"``, without samples, or with entries of another leading dimension.
     """
     if "sample" not in batch:
         raise ValueError(f'a batch needs the entry "sample" (x_0 [B, ...]), got {sorted(batch)}')
     sample = batch["sample"]
+    if sample.shape[0] == 0:
+        raise ValueError("a batch needs at least one sample, got none")
     for name, value in batch.items():
         if value.ndim == 0 or value.shape[0] != sample.shape[0]:
             raise ValueError(
@@ -54,8 +71,23 @@ def with_sample_ids(batch: Batch, rank: int = 0) -> dict[str, Tensor]:
     return {**batch, "sample_ids": ids}
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[dict[str, Tensor]]:
-    """``batch`` in at most ``count`` consecutive parts of nearly equal size."""
+def micro_batches(batch: Batch, count: int = 1, rank: int = 0) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Cut ``batch`` into micro-batches whose weighted losses sum to the batch's mean loss.
+
+    Args:
+        batch: this process's part of the global batch, B samples.
+        count: the most parts; they are consecutive and of nearly equal size.
+        rank: as in ``with_sample_ids``.
+
+    Returns:
+        (part, weight) of each micro-batch of b samples: a batch with sample ids, and float32 [b] filled with 1 / B.
+
+    Raises:
+        ValueError: as ``with_sample_ids``.
+    """
+    batch = with_sample_ids(batch, rank)
+    sample = batch["sample"]
+    weight = torch.full((sample.shape[0],), 1 / sample.shape[0], device=sample.device)
     chunks: Mapping[str, Sequence[Any]] = {name: value.chunk(count) for name, value in batch.items()}
-    for values in zip(*chunks.values(), strict=True):
-        yield dict(zip(chunks, values, strict=True))
+    parts = [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
+    return [(part, weight[: part["sample"].shape[0]]) for part in parts]

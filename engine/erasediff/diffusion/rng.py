@@ -1,4 +1,4 @@
-"""Randomness by address: every draw is a function of (seed, step, role, sample id), never of what was drawn before.
+"""Addressed randomness: every draw is a function of (seed, step, role, sample id), never of what was drawn before.
 
 A run therefore sees the same noise and timesteps whatever the world size, micro-batching or number of restarts.
 The generator is Philox4x32-10 (Salmon et al. 2011) in ``erasediff_kernels``.
@@ -15,7 +15,7 @@ from erasediff_kernels import philox_bits
 
 
 class NoiseRole(IntEnum):
-    """What a draw is for. The number is part of the Philox counter: changing one changes every run."""
+    """Purposes of draws. The number is part of the Philox counter: changing one changes every run."""
 
     RETAIN_NOISE = 0
     FORGET_NOISE = 1
@@ -39,7 +39,7 @@ class NoiseRole(IntEnum):
 
 
 def noise_key(seed: int, step: int, device: torch.device | str) -> Tensor:
-    """int64 [2] = (seed, step) on ``device``: the part of the Philox address that a whole step shares."""
+    """The part of the Philox address that a whole step shares: int64 [2] = (seed, step) on ``device``."""
     # Filled on the device: copying a host tensor there would wait for the device.
     return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in (seed, step)])
 
@@ -47,10 +47,18 @@ def noise_key(seed: int, step: int, device: torch.device | str) -> Tensor:
 def draw_timesteps(
     sample_ids: Tensor, key: Tensor, role: NoiseRole, num_train_timesteps: int, *, antithetic: bool = False
 ) -> Tensor:
-    """Uniform train timesteps, int64 [B] in [0, T), for int64 ``sample_ids`` [B].
+    """Draw uniform train timesteps.
 
-    With ``antithetic``, the samples 2i and 2i+1 share one draw, t and T-1-t: the mean loss over a batch then varies
-    less from step to step, and each sample's own timestep is still uniform.
+    Args:
+        sample_ids: int64 [B], slots in the global batch.
+        key: int64 [2] of ``noise_key``.
+        role: of the draw.
+        num_train_timesteps: T.
+        antithetic: the samples 2i and 2i+1 share one draw, t and T-1-t: the mean loss over a batch then varies less
+            from step to step, and each sample's own timestep is still uniform.
+
+    Returns:
+        int64 [B] in [0, T).
     """
     word = philox_bits(sample_ids // 2 if antithetic else sample_ids, key, int(role), 1)[:, 0]
     timesteps = (word * num_train_timesteps) >> 32

@@ -1,6 +1,8 @@
-"""Latents of a concept without an image of it: sampling trajectories, all advanced together, each at its own time."""
+"""Pools of sampling trajectories, advanced together, each at its own timestep: latents of a concept without images."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,10 +23,17 @@ class Trajectories:
     The sampler is DDIM's at eta 0 (Song et al. 2021, eq. 12) with trailing timesteps, which for flow matching is
     Euler's: both keep the estimates of x_0 and eps and change their coefficients.
 
-    shape:  (C, h, w) of a sample
-    slots:  int64 [B], the places of this process's trajectories in the global pool, of ``total``; the noise is
-            addressed by (seed, how often the place began anew, place)
-    steps:  S
+    Args:
+        process: noise schedule and prediction type of the sampling model.
+        shape: (C, h, w) of a sample.
+        slots: int64 [B], the places of this process's trajectories in the global pool; the noise is addressed by
+            (seed, how often the place began anew, place).
+        total: places in the global pool.
+        steps: S.
+        seed: of the noise.
+
+    Raises:
+        ValueError: for steps outside [1, train timesteps].
     """
 
     def __init__(
@@ -41,9 +50,21 @@ class Trajectories:
         step = torch.arange(steps, device=slots.device)
         self.timesteps = process.num_train_timesteps - 1 - step * process.num_train_timesteps // steps
         self.offsets = slots * steps // total
-        self.iteration = 0
-        """Where the pool is; ``sample`` belongs to it."""
-        self.sample: Tensor | None = None
+        self.sample = torch.zeros(len(slots), *shape, device=slots.device)
+        """States x_t [B, C, h, w] at ``iteration``."""
+        self.iteration: int | None = None
+        """The iteration that ``sample`` belongs to; None before the pool was sampled."""
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The states, None before the pool was sampled."""
+        return {"trajectories": None if self.iteration is None else self.sample}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None], iteration: int) -> None:
+        """Restore ``state_dict`` of a pool at ``iteration``."""
+        sample = state["trajectories"]
+        self.iteration = None if sample is None else iteration
+        if sample is not None:
+            self.sample = sample.to(self.slots.device)
 
     def places(self, iteration: int) -> tuple[Tensor, Tensor]:
         """(which trajectory, step within it), each int64 [B]. Trajectories count up in every slot."""
@@ -63,8 +84,8 @@ class Trajectories:
     def advanced(self, sample: Tensor, prediction: Tensor, iteration: int) -> Tensor:
         """The states at ``iteration`` + 1, from those at ``iteration`` and what the sampling model predicts there."""
         _, step = self.places(iteration)
-        arrived = _column(step + 1 == self.steps, sample)
-        return torch.where(arrived, self.noise(iteration + 1), self.moved(sample, prediction, step))
+        at_end = _column(step + 1 == self.steps, sample)
+        return torch.where(at_end, self.noise(iteration + 1), self.moved(sample, prediction, step))
 
     def moved(self, sample: Tensor, prediction: Tensor, step: Tensor) -> Tensor:
         """``sample``, each at its ``step`` int64 [B], one step on; at the last, where it was."""

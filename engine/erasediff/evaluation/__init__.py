@@ -1,4 +1,4 @@
-"""What a model draws, who judges it, and the numbers that come out."""
+"""Evaluation: sampling, a classifier of real images, metrics of unlearning and retention, attacks."""
 
 from erasediff.evaluation.judge import NONE, Judge
 from erasediff.evaluation.metrics import (

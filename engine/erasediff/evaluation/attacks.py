@@ -1,4 +1,4 @@
-"""Words that bring back what a model has forgotten: a search over prompts (after UnlearnDiffAtk, arXiv 2310.11868)."""
+"""Attacks on unlearned models: prompt search (UnlearnDiffAtk, arXiv 2310.11868), textual inversion, relearning."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasediff.diffusion.batch import Denoiser, diffusers_denoiser
+from erasediff.diffusion.batch import Denoiser, diffusers_denoiser, micro_batches
 from erasediff.diffusion.losses import DenoisingObjective
 from erasediff.diffusion.noise_schedule import Process
-from erasediff.diffusion.rng import NoiseRole, noise_key
+from erasediff.diffusion.rng import noise_key
 from erasediff.errors import UserError
 from erasediff.methods import FineTune
 from erasediff.models.stable_diffusion import StableDiffusion
@@ -145,14 +145,12 @@ class PromptSearch:
             "sample_ids": self.slots,
             **condition(self.model, token_ids(self.model, prompt), count),
         }
-        return self.objective.denoising_loss_of(
-            self.network,
-            batch,
-            noise_key(self.seed, step, self.model.device),
-            torch.Tensor.backward if backward else None,
-            noise=NoiseRole.RETAIN_NOISE,
-            timestep=NoiseRole.RETAIN_TIMESTEP,
-        )
+        [(whole, weight)] = micro_batches(batch)
+        key = noise_key(self.seed, step, self.model.device)
+        loss = self.objective.retain_loss(self.network, whole, weight, key=key)
+        if backward:
+            torch.autograd.backward(loss)
+        return loss.detach()
 
 
 def textual_inversion(
@@ -185,14 +183,9 @@ def textual_inversion(
         optimizer.zero_grad()
         with in_place_of(model, word, vector):
             batch = {"sample": latents[rows], "sample_ids": slots, **condition(model, ids, batch_size)}
-            objective.denoising_loss_of(
-                network,
-                batch,
-                noise_key(seed, step, model.device),
-                torch.Tensor.backward,
-                noise=NoiseRole.RETAIN_NOISE,
-                timestep=NoiseRole.RETAIN_TIMESTEP,
-            )
+            [(whole, weight)] = micro_batches(batch)
+            key = noise_key(seed, step, model.device)
+            torch.autograd.backward(objective.retain_loss(network, whole, weight, key=key))
         optimizer.step()
     return vector.detach()
 

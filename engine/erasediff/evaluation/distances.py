@@ -1,4 +1,4 @@
-"""How far two sets of images are from each other as distributions, from kernel values alone."""
+"""Distances between distributions of image features: Fréchet, kernel (MMD), Gaussian MMD."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Matrix = Tensor | NDArray[np.float64]
 
 
 def squared_discrepancy(xx: Matrix, yy: Matrix, xy: Matrix) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3).
+    """Unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3).
 
-    xx, yy, xy: the kernel's values [N, N], [M, M] and [N, M], N and M at least 2
+    Args:
+        xx, yy, xy: the kernel's values [N, N], [M, M] and [N, M], N and M at least 2.
     """
     return _mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * float(xy.mean())
 
@@ -28,7 +29,7 @@ def _mean_off_diagonal(kernel: Any) -> float:
 def frechet_distance(features: Tensor, real: Tensor) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of [N, D] and [M, D], in fp64 (Heusel et al. 2017; FID's formula).
 
-    The features are whatever the judge of a task has, not Inception's: the numbers of two tasks cannot be compared.
+    The features are those of a task's classifier, not Inception's: the numbers of two tasks cannot be compared.
     """
     (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (features, real))
     root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()

@@ -1,4 +1,4 @@
-"""The judge: a classifier of real images that has never seen a generated one, and may answer "none of them"."""
+"""Classifier of real images with a reject option, which measures what generated images show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasediff.data import ClassDataset
 from erasediff.evaluation.distances import squared_discrepancy
 
 NONE = -1
-"""The judge's answer for an image that resembles no real one."""
+"""Class of an image that resembles no real one."""
 
 GAMMA = 0.064  # exp(-GAMMA |x - y|^2) on pixels in [-1, 1]; 0.001 on grey values 0 .. 16, scikit-learn's own example
 REGULARISATION = 10.0
@@ -25,13 +25,17 @@ ACCEPTED_SHARE = 0.995
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A support vector machine on pixels, fitted to the training images of a data set.
+    """Support vector machine on pixels, fitted to the training images of a data set.
 
     A support vector machine gives every image a class: pure noise is a "1" to it, nineteen times in twenty. So an
     image farther from its nearest training image than all but one in 200 training images are from theirs is NONE.
 
-    accuracy: share of the held-out images that it classifies rightly, NONE counting as wrong
-    rejected: share of the held-out images that it calls NONE
+    Attributes:
+        machine: of scikit-learn, on pixels.
+        neighbours: the training images.
+        reach: largest distance of an image with a class from the nearest of them.
+        accuracy: share of the held-out images that are classified correctly, NONE counting as wrong.
+        rejected: share of the held-out images that are NONE.
     """
 
     machine: SVC
@@ -42,7 +46,7 @@ class Judge:
 
     @classmethod
     def fit(cls, dataset: ClassDataset) -> Judge:
-        """Takes a fraction of a second for the digits; deterministic."""
+        """The classifier of ``dataset``; deterministic, a fraction of a second for the digits."""
         train, labels = _pixels(dataset.train.sample), dataset.train.class_labels.cpu().numpy()
         machine = SVC(C=REGULARISATION, gamma=GAMMA).fit(train, labels)
         neighbours = NearestNeighbors(n_neighbors=1).fit(train)
@@ -76,10 +80,10 @@ class Judge:
         return torch.from_numpy(distances[:, 0] <= self.reach)
 
     def discrepancy(self, sample: Tensor, reference: Tensor) -> float:
-        """How far the images are from the reference images as a distribution; 0 for equal ones, noisy around it.
+        """Squared maximum mean discrepancy between two sets of images [N, C, H, W]; 0 for equal distributions.
 
-        The unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) in the judge's own
-        kernel: what the Kernel Inception Distance is to Inception's features. At least two images on each side, or nan.
+        The unbiased estimate (Gretton et al. 2012, eq. 3) in the classifier's own kernel: what the Kernel Inception
+        Distance is to Inception's features. At least two images on each side, or nan.
         """
         x, y = _pixels(sample), _pixels(reference)
         if min(len(x), len(y)) < 2:

@@ -1,4 +1,4 @@
-"""Membership inference by loss: can one tell from a model which images it was trained on?"""
+"""Membership inference by denoising loss, and detection of reproduced training images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,25 @@ def image_losses(
     draws: int = 20,
     seed: int = 0,
 ) -> Tensor:
-    """float32 [B] on the host: each image's denoising loss, the mean over ``draws`` timesteps evenly spread over all.
+    """Each image's denoising loss, the mean over ``draws`` timesteps evenly spread over all.
 
     What an attacker thresholds who holds the model and an image (Yeom et al. 2018; Carlini et al. 2023, section 5.2).
     The noise is addressed by (``seed``, draw, sample id): two models are asked about the same noisy images, and an
     image's loss depends on no other.
 
-    Raises ``ValueError`` for fewer than one draw, and for a batch as in ``with_sample_ids``.
+    Args:
+        model: on the batch's device.
+        batch: "sample" [B, ...] and its condition; "sample_ids" int64 [B], if any.
+        process: noise schedule and prediction type.
+        denoiser: how the model is called.
+        draws: timesteps per image.
+        seed: of the noise.
+
+    Returns:
+        float32 [B] on the host.
+
+    Raises:
+        ValueError: for fewer than one draw, and for a batch as in ``with_sample_ids``.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -44,29 +56,38 @@ def image_losses(
         role = int(NoiseRole.MEMBERSHIP)
         noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, key=key, role=role)
         prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], condition_of(batch))
-        losses = [
-            denoising_loss(
-                prediction[i : i + 1].to(sample.dtype),
-                sample[i : i + 1],
-                alpha[i : i + 1],
-                sigma[i : i + 1],
-                prediction_type=process.prediction_type,
-                weight=torch.ones(1, device=sample.device),
-                sample_ids=ids[i : i + 1],
-                key=key,
-                role=role,
-            ).loss
-            for i in range(len(sample))
-        ]
-        total += torch.stack(losses)
+        gradient = denoising_loss(
+            prediction.float(),
+            sample.float(),
+            alpha,
+            sigma,
+            prediction_type=process.prediction_type,
+            weight=torch.ones(len(sample), device=sample.device),
+            sample_ids=ids,
+            key=key,
+            role=role,
+        ).grad
+        total += sample_losses(gradient)
     return (total / draws).float().cpu()
+
+
+def sample_losses(gradient: Tensor) -> Tensor:
+    """Each sample's mean squared error, float32 [B], from the gradient [B, ...] of their sum.
+
+    The gradient of mean_e (p_e - target_e)^2 over E elements is 2 (p - target) / E, so one kernel gives all losses.
+    """
+    elements = gradient.flatten(1)
+    return elements.float().square().sum(1) * (elements.shape[1] / 4)
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:
     """How likely a member has the lower loss of a random pair, ties counted half; losses [M] and [N].
 
     The area under the attack's ROC curve (Mann & Whitney 1947): 0.5 tells nothing, 1 gives every member away, and 0
-    does too, for a loss that is conspicuously high. Raises ``ValueError`` for an empty side.
+    does too, for a loss that is conspicuously high.
+
+    Raises:
+        ValueError: for an empty side.
     """
     if not len(members) or not len(others):
         raise ValueError("membership needs at least one member and one other image")
@@ -83,8 +104,8 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     ``queries`` [M, ...] are of the same shape per row; any dtype, compared in float32.
     """
     y = references.flatten(1).float()
-    found = [torch.cdist(x.flatten(1).float(), y).min(1) for x in queries.split(CHUNK)]  # type: ignore[no-untyped-call]
-    return torch.cat([pair.values for pair in found]), torch.cat([pair.indices for pair in found])
+    minima = [torch.cdist(x.flatten(1).float(), y).min(1) for x in queries.split(CHUNK)]  # type: ignore[no-untyped-call]
+    return torch.cat([part.values for part in minima]), torch.cat([part.indices for part in minima])
 
 
 def isolation(index: Tensor, references: Tensor) -> Tensor:
@@ -104,13 +125,14 @@ def reproduces(drawn: Sequence[Tensor], training: Sequence[Tensor], index: Tenso
     training images is reproduced by less than one that stands alone (as the ratio in Carlini et al. 2023, section 4.2).
     The training images must differ from each other.
 
-    Raises ``ValueError`` without a view, or for views that do not go together.
+    Raises:
+        ValueError: without a view, or for views that do not go together.
     """
     if not drawn or len(drawn) != len(training):
         raise ValueError(f"give at least one view of both sides, got {len(drawn)} and {len(training)}")
     again = torch.ones(len(index), dtype=torch.bool)
     for queries, references in zip(drawn, training, strict=True):
-        distance, found = nearest(queries, references)
-        wanted, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        again &= (found == index) & (distance < isolation(wanted, references)[place])
+        distance, nearest_index = nearest(queries, references)
+        unique, inverse = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        again &= (nearest_index == index) & (distance < isolation(unique, references)[inverse])
     return again

@@ -1,4 +1,4 @@
-"""Images from a model, each a function of (seed, its number, its class) alone."""
+"""Sampling from a pixel-space model; each image is a function of (seed, its index, its class) alone."""
 
 from __future__ import annotations
 
@@ -29,15 +29,22 @@ def sample_images(
 ) -> Tensor:
     """Images [N, C, H, W] float32 in [-1, 1] on the host, by DPM-Solver++ (Lu et al. 2022).
 
-    class_labels:   int64 [N], the class asked for in each image; None for an unconditional model
-    count:          N, needed without labels
-    guidance_scale: w of classifier-free guidance, u + w (c - u); 1 is the conditional prediction, 0 the null label's
-    progress:       called after each batch with the number of images in it
-
     The noise that image i begins with is addressed by (seed, i), so neither the batch size nor the other images
     change it: two models sampled with one seed are compared image by image.
 
-    Raises ``ValueError`` where labels and model, or labels and count, do not go together.
+    Args:
+        model: set to evaluation mode meanwhile.
+        class_labels: int64 [N], the class of each image; None for an unconditional model.
+        count: N, needed without labels.
+        guidance_scale: w of classifier-free guidance, u + w (c - u); 1 is the conditional prediction, 0 the null
+            label's.
+        num_inference_steps: of the sampler.
+        seed: of the initial noise.
+        batch_size: images at once.
+        progress: called after each batch with the number of images in it.
+
+    Raises:
+        ValueError: where labels and model, or labels and count, do not go together.
     """
     if (class_labels is None) != (model.num_classes is None):
         raise ValueError("class_labels are needed by a conditional model, and by no other")

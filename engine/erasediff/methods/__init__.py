@@ -4,7 +4,7 @@ import pkgutil
 from importlib import import_module
 
 from erasediff.config.schema import register_sections
-from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
+from erasediff.methods.barriers import Barrier, Conflict, Cosine, Fixed, Gap, Nash, Norm, Threshold
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.baselines import FineTune, NegativeGradient, Retrain
 from erasediff.methods.erasediff import EraseDiff
@@ -13,7 +13,7 @@ from erasediff.methods.inner_solve import InnerSolve
 from erasediff.methods.pruning import PrunedEraseDiff, PrunedESD
 from erasediff.methods.salun import SalUn
 from erasediff.methods.selective_amnesia import SelectiveAmnesia
-from erasediff.methods.spec import BuildContext, Method, MethodSpec, Requirements
+from erasediff.methods.spec import BuildContext, MethodSpec, Requirements
 
 
 def _discover() -> dict[str, MethodSpec]:
@@ -34,14 +34,15 @@ __all__ = [
     "METHOD_SPECS",
     "Barrier",
     "BuildContext",
+    "Conflict",
     "Cosine",
     "EraseDiff",
     "FineTune",
     "Fixed",
     "Gap",
     "InnerSolve",
-    "Method",
     "MethodSpec",
+    "Nash",
     "NegativeGradient",
     "Norm",
     "PrunedESD",
@@ -53,4 +54,5 @@ __all__ = [
     "Solver",
     "SolverOptions",
     "StepReport",
+    "Threshold",
 ]

@@ -1,4 +1,4 @@
-"""Forward passes of a concept and of what is to stay, for those who look into the network meanwhile."""
+"""Activation statistics of layers under a concept and under what is to stay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from erasediff.models.weight_masks import weight_masks, without_masks
 
 @contextmanager
 def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each forward pass leaves float32 [B, inputs] by layer: E x^2 over a sample's positions."""
+    """Record E x^2 over a sample's positions in each forward pass within the block: float32 [B, inputs] by layer."""
     inputs: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -34,7 +34,7 @@ def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
 
 @contextmanager
 def recorded_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each forward pass leaves float32 [B, neurons] by layer: E |z| over a sample's positions."""
+    """Record E |z| over a sample's positions in each forward pass within the block: float32 [B, neurons] by layer."""
     outputs: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -55,9 +55,14 @@ def _channels_last(layer: nn.Module, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """States x_t [B, ...] and their conditions, of which ``of_concept`` bool [B] belong to the concept.
+    """States that a network is observed at.
 
-    attack: the conditions with the concept's replaced by some that are to bring it back; None without any
+    Attributes:
+        sample: x_t [B, ...].
+        timesteps: int64 [B].
+        condition: of each state.
+        of_concept: bool [B], whether a state belongs to the concept.
+        attack: the conditions with the concept's replaced by some that are to bring it back; None without any.
     """
 
     sample: Tensor
@@ -73,7 +78,7 @@ Observations = Callable[[int], Iterator[Observation]]
 
 @torch.no_grad()
 def on_trajectories(method: ESD, count: int) -> Iterator[Observation]:
-    """Of prompts, on the frozen model's trajectories, from where the method's pool is."""
+    """Observe prompts, on the frozen model's trajectories from where the method's pool is, ``count`` times."""
     sample = method.states()
     for iteration in range(method.iteration, method.iteration + count):
         yield Observation(
@@ -92,7 +97,7 @@ def on_trajectories(method: ESD, count: int) -> Iterator[Observation]:
 def of_batches(
     method: Solver, retain: Callable[[int], Iterable[Batch]], forget: Callable[[int], Iterable[Batch]], count: int
 ) -> Iterator[Observation]:
-    """Of images, noised to timesteps of their own; the noise is addressed by (seed, number of the batch)."""
+    """Observe ``count`` batches of images of each kind, with noise addressed by (seed, number of the batch)."""
     roles = ((NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP), (NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP))
     objective = dataclasses.replace(method.objective, antithetic=False)
     for index, batches in enumerate(zip(retain(count), forget(count), strict=True)):
@@ -129,16 +134,17 @@ class InputNorms:
         return cls(squares, torch.zeros(2, bins, device=device))
 
     @torch.no_grad()
-    def observe(self, method: Solver, layers: Mapping[str, nn.Module], seen: Observation) -> None:
-        """Add what the network's layers get to see in one pass."""
+    def observe(self, method: Solver, layers: Mapping[str, nn.Module], observation: Observation) -> None:
+        """Add the layers' inputs in one forward pass."""
         objective = method.objective
         bins = self.counts.shape[1]
-        place = seen.of_concept * bins + seen.timesteps * bins // objective.process.num_train_timesteps
+        bin_of_time = observation.timesteps * bins // objective.process.num_train_timesteps
+        row = observation.of_concept * bins + bin_of_time
         with recorded_inputs(layers) as inputs:
-            objective.prediction(method.model, seen.sample, seen.timesteps, seen.condition)
+            objective.prediction(method.model, observation.sample, observation.timesteps, observation.condition)
         for name, values in inputs.items():
-            self.squares[name].flatten(0, 1).index_add_(0, place, values)
-        self.counts.flatten().index_add_(0, place, torch.ones_like(place, dtype=self.counts.dtype))
+            self.squares[name].flatten(0, 1).index_add_(0, row, values)
+        self.counts.flatten().index_add_(0, row, torch.ones_like(row, dtype=self.counts.dtype))
 
     def norms(self, name: str) -> Tensor:
         """Root mean squares, [2, bins, inputs]."""
@@ -158,30 +164,37 @@ def concept_neurons(method: Solver, observations: Iterable[Observation]) -> list
     """The neurons of masked layers with the largest correlation to the concept, largest first.
 
     A neuron is an output of a masked layer, z its mean magnitude over an image's positions, over x_t of the concept.
-    correlation: E |z| of the original - E |z| of the pruned model, on the concept (the paper's rho)
-    sensitivity: E | z under an attack prompt - z under the concept |, both of the pruned model; only where there are
-                 attack prompts. The sources cut the paper's delta off: this is the reading of its definition in words.
+
+    Args:
+        method: whose masked model is observed.
+        observations: of the concept.
+
+    Returns:
+        Rows ``{"layer", "neuron", "correlation", "sensitivity"}``. correlation: E |z| of the original - E |z| of the
+        pruned model, on the concept (the paper's rho). sensitivity: E | z under an attack prompt - z under the
+        concept |, both of the pruned model; only where there are attack prompts. The sources cut the paper's delta off:
+        this is the reading of its definition in words.
     """
     layers = {name: module for name, module, _ in weight_masks(method.model)}
     sums: dict[str, dict[str, Tensor]] = {"correlation": {}, "sensitivity": {}}
     count = 0
 
-    def magnitudes(seen: Observation, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def magnitudes(observation: Observation, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with recorded_outputs(layers) as outputs:
-            method.objective.prediction(method.model, seen.sample, seen.timesteps, condition)
-        return {name: value[seen.of_concept] for name, value in outputs.items()}
+            method.objective.prediction(method.model, observation.sample, observation.timesteps, condition)
+        return {name: value[observation.of_concept] for name, value in outputs.items()}
 
-    for seen in observations:
-        if not bool(seen.of_concept.any()):
+    for observation in observations:
+        if not bool(observation.of_concept.any()):
             continue
         with without_masks(method.model):
-            original = magnitudes(seen, seen.condition)
-        pruned = magnitudes(seen, seen.condition)
+            original = magnitudes(observation, observation.condition)
+        pruned = magnitudes(observation, observation.condition)
         _add(sums["correlation"], {name: original[name] - pruned[name] for name in layers})
-        if seen.attack is not None:
-            attacked = magnitudes(seen, seen.attack)
+        if observation.attack is not None:
+            attacked = magnitudes(observation, observation.attack)
             _add(sums["sensitivity"], {name: (attacked[name] - pruned[name]).abs() for name in layers})
-        count += int(seen.of_concept.sum())
+        count += int(observation.of_concept.sum())
     rows = []
     for name, correlation in sums["correlation"].items():
         for neuron in correlation.topk(min(REPORTED, correlation.numel())).indices.tolist():

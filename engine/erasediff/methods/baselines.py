@@ -1,7 +1,8 @@
-"""Plain training on retained data: the base model's trainer, the retrained oracle, and a control."""
+"""Baselines: fine-tuning and retraining on retained data, gradient ascent on forgotten data."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,6 @@ from erasediff.config import Config, TrainConfig
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.rng import NoiseRole
 from erasediff.errors import UserError
-from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, StepReport
 from erasediff.methods.spec import (
     FORGET_KEYS,
@@ -36,11 +36,11 @@ class FineTune(Solver):
     name: ClassVar[str] = "finetune"
 
     def step(self, retain: Batch, forget: Batch | None = None) -> StepReport:
-        """One step on ``retain``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
-        loss, gradient = self._gradient(
-            retain, lambda backward: self.objective.retain_loss(self.model, retain, self._key(), backward)
+        """One step on ``retain``; see ``Solver.step``."""
+        loss, gradient = self.loss_and_gradient(
+            retain, partial(self.objective.retain_loss, self.model, key=self._key())
         )
-        return self._update(gradient, [], Fixed(0.0), retain_loss=loss)
+        return self._update(gradient, [], retain_loss=loss)
 
 
 def build_finetune(context: BuildContext) -> FineTune:
@@ -66,20 +66,16 @@ class NegativeGradient(Solver):
     name: ClassVar[str] = "neggrad"
 
     def step(self, retain: Batch, forget: Batch) -> StepReport:
-        """One step on ``forget``; see ``EraseDiff.step`` for what is returned and when a step is skipped."""
-        loss, gradient = self._gradient(
-            forget,
-            lambda backward: self.objective.denoising_loss_of(
-                self.model,
-                forget,
-                self._key(),
-                backward,
-                noise=NoiseRole.FORGET_NOISE,
-                timestep=NoiseRole.FORGET_TIMESTEP,
-                sign=-1.0,
-            ),
+        """One step on ``forget``; see ``Solver.step``."""
+        loss = partial(
+            self.objective.denoising_loss,
+            self.model,
+            key=self._key(),
+            noise=NoiseRole.FORGET_NOISE,
+            timestep=NoiseRole.FORGET_TIMESTEP,
         )
-        return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
+        negative_loss, gradient = self.loss_and_gradient(forget, lambda part, weight: loss(part, -weight))
+        return self._update(gradient, [], forget_loss=-negative_loss)
 
 
 def build_neggrad(context: BuildContext) -> NegativeGradient:

@@ -1,8 +1,10 @@
-"""EraseDiff as a configuration describes it; the method itself is ``erasediff.solver.EraseDiff``."""
+"""EraseDiff: constrained first-order unlearning with a multiplier in closed form (arXiv 2401.05779)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.diffusion.batch import Batch
-from erasediff.diffusion.losses import Backward
+from erasediff.diffusion.losses import MicroBatchLoss
 from erasediff.diffusion.noise_schedule import Process
-from erasediff.diffusion.targets import DeviationTarget, GaussianNoise, Relabel, UniformNoise
-from erasediff.methods.barriers import Barrier, Cosine, Fixed, Gap, Norm
+from erasediff.diffusion.targets import DeviationTarget, GaussianNoise, Relabel, UniformNoise, check_frozen
+from erasediff.errors import UserError
+from erasediff.methods.barriers import BARRIERS, Barrier, Norm
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.inner_solve import InnerCopy, InnerSolve
 from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
@@ -28,19 +31,22 @@ class EraseDiff(Solver):
 
     You keep the loop, the model and the optimizer; ``step`` computes both gradients, the multiplier and the update.
 
-    model:     predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds. A plain module,
-               one in DDP, one after ``fully_shard``, a DeepSpeed engine (ZeRO 0-3), or what ``accelerate`` made of them
-    optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``; an
-               engine brings its own
-    process:   noise schedule and prediction type: diffusers' scheduler of the pipeline, or a ``Process``
-    barrier:   ``Norm`` (default), ``Gap``, ``Fixed`` or ``Cosine``
-    target:    ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``
-    inner:     settings of the inner solve; it runs only under a barrier that depends on it
-    retain_teacher: the frozen model whose predictions on the retained batch are preserved, instead of its true noise;
-               costs its forward pass, and keeps what the model can do better. None (default): L_r of the paper
-    options:   see ``SolverOptions``
+    Args:
+        model: predicts from (x_t, timesteps, **condition); its weights are what ``optimizer`` holds. A plain module,
+            one in DDP, one after ``fully_shard``, a DeepSpeed engine (ZeRO 0-3), or what ``accelerate`` made of them.
+        optimizer: ``ConstrainedAdamW`` or ``ConstrainedSGD`` for the fused update, or any ``torch.optim.Optimizer``; an
+            engine brings its own.
+        process: noise schedule and prediction type: diffusers' scheduler of the pipeline, or a ``Process``.
+        barrier: combines the gradients; ``Norm`` by default. One instance belongs to one solver: it may have state.
+        target: ``UniformNoise`` (default), ``GaussianNoise`` or ``Relabel``.
+        inner: settings of the inner solve; it runs only under a barrier that depends on it.
+        retain_teacher: the frozen model whose predictions on the retained batch are preserved, instead of its true
+            noise; costs its forward pass, and keeps what the model can do better. None (default): L_r of the paper.
+        **options: see ``SolverOptions``.
 
-    Raises ``ValueError`` for settings out of range, ``TypeError`` for an option that does not exist.
+    Raises:
+        ValueError: for settings out of range, and for a teacher that is not frozen.
+        TypeError: for an option that does not exist.
     """
 
     name: ClassVar[str] = "erasediff"
@@ -58,54 +64,45 @@ class EraseDiff(Solver):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(model, optimizer, process=process, **options)
-        self.barrier: Barrier = Norm() if barrier is None else barrier
+        self.barrier = Norm() if barrier is None else barrier
         self.target: DeviationTarget = UniformNoise() if target is None else target
-        self.retain_teacher = None if retain_teacher is None else retain_teacher.requires_grad_(False).eval()
+        self.retain_teacher = None if retain_teacher is None else check_frozen(retain_teacher)
         self.inner: InnerCopy | None = None
         if self.barrier.needs_inner_solve:
             self.inner = InnerCopy(self.gradients, inner or InnerSolve())
 
     def step(self, retain: Batch, forget: Batch) -> StepReport:
-        """One constrained update from a retained and a forgotten batch (see ``erasediff.objectives.Batch``).
-
-        Among several processes each gives its own part, all of one size, and every report tells of the whole. Nothing
-        is read on the host: the report's values are 0-D tensors on the device. A step whose gradients are not
-        finite leaves weights and optimizer state untouched and adds one to ``skipped``.
-        """
+        """One step: delta = r + lambda g, lambda = max(0, (a - <r,g>) / |g|^2) (Theorem 3.1); see ``Solver.step``."""
         key = self._key()
-        inner_loss = None if self.inner is None else self._inner_loss(self.inner, forget, key)
+        inner_loss = self._inner_loss(forget, key)  # L_f(phi_K), for a barrier that asks for it
         with self.gradients.no_reshard():
-            retain_loss, retain_gradient = self._gradient(
-                retain, lambda backward: self._retain_loss(retain, key, backward)
-            )
-            forget_loss, forget_gradient = self._gradient(
-                forget, lambda backward: self.objective.forget_loss(self.model, forget, key, self.target, backward)
-            )
-        return self._update(
-            retain_gradient,
-            forget_gradient,
-            self.barrier,
-            retain_loss=retain_loss,
-            forget_loss=forget_loss,
-            inner_loss=inner_loss,
-        )
+            retain_loss, r = self.loss_and_gradient(retain, self._retain_loss(key))
+            forget_loss, g = self.loss_and_gradient(forget, self._forget_loss(key))
+        # |r|^2, <r,g>, |g|^2 and the mean losses: all that processes exchange
+        values = self._values(r, g, retain_loss=retain_loss, forget_loss=forget_loss, inner_loss=inner_loss)
+        constraint = self.barrier.constraint(values, self.max_grad_norm)  # lambda, |delta|, clipping
+        self.gradients.update(r, g, constraint)  # theta - lr delta, or what the optimizer makes of delta
+        return self._finish_step(values, constraint)
 
-    def _retain_loss(self, retain: Batch, key: Tensor, backward: Backward | None) -> Tensor:
+    def _retain_loss(self, key: Tensor) -> MicroBatchLoss:
+        """L_r: the denoising loss, or the distance to the teacher's predictions."""
         if self.retain_teacher is None:
-            return self.objective.retain_loss(self.model, retain, key, backward)
-        return self.objective.preservation_loss(self.model, self.retain_teacher, retain, key, backward)
+            return partial(self.objective.retain_loss, self.model, key=key)
+        return partial(self.objective.preservation_loss, self.model, self.retain_teacher, key=key)
 
-    def _inner_loss(self, inner: InnerCopy, forget: Batch, key: Tensor) -> Tensor:
-        """L_f(phi_K) on the batch, timesteps and noise that this step's L_f(theta) uses."""
+    def _forget_loss(self, key: Tensor) -> MicroBatchLoss:
+        """L_f: the distance to the deviated target."""
+        return partial(self.objective.forget_loss, self.model, self.target, key=key)
 
-        def loss(backward: Backward | None) -> Tensor:
-            return self.objective.forget_loss(self.model, forget, key, self.target, backward)
-
-        with inner.in_place_of_the_weights():
-            if self.iteration % inner.settings.refresh_every == 0:
-                inner.minimise(lambda: self._gradient(forget, loss)[1])
-            with torch.no_grad():
-                return loss(None)
+    def _inner_loss(self, forget: Batch, key: Tensor) -> Tensor | None:
+        """L_f(phi_K) on the batch, timesteps and noise that this step's L_f(theta) uses; None without inner solve."""
+        if self.inner is None:
+            return None
+        loss = self._forget_loss(key)
+        with self.inner.in_place_of_the_weights():
+            if self.iteration % self.inner.settings.refresh_every == 0:
+                self.inner.minimise(lambda: self.loss_and_gradient(forget, loss)[1])
+            return self._loss(forget, loss)
 
     def shards(self) -> Iterator[Shard]:
         return self.gradients.shards(**({} if self.inner is None else {"inner": self.inner.weights}))
@@ -121,19 +118,34 @@ class EraseDiff(Solver):
 
 
 def barrier_of(settings: UnlearnConfig) -> Barrier:
-    """The barrier by its name, with ``eta`` as its number."""
-    assert settings.eta is not None
-    barriers: dict[str, Callable[[float], Barrier]] = {"norm": Norm, "gap": Gap, "fixed": Fixed, "cosine": Cosine}
-    return barriers[settings.barrier](settings.eta)
+    """The barrier by its name, with those of the settings ``eta`` and ``level`` that it takes.
+
+    Raises:
+        UserError: for a setting that it does not take, or one that it cannot do without.
+    """
+    barrier = BARRIERS[settings.barrier]
+    parameters = inspect.signature(barrier).parameters
+    options: dict[str, float] = {}
+    for setting, number in (("eta", settings.eta), ("level", settings.level)):
+        # The fixed barrier's one number is the multiplier itself.
+        name = "multiplier" if setting == "eta" and "multiplier" in parameters else setting
+        if number is None:
+            if name in parameters and parameters[name].default is inspect.Parameter.empty:
+                raise UserError(f"The barrier {settings.barrier} needs a {setting}: set unlearn.{setting}.")
+        elif name not in parameters:
+            raise UserError(f"The barrier {settings.barrier} takes no {setting}: omit unlearn.{setting}.")
+        else:
+            options[name] = number
+    return barrier(**options)
 
 
 def target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> DeviationTarget:
     """The target by its name."""
     match settings.target:
         case "uniform":
-            return UniformNoise()
+            return UniformNoise(settings.target_space or "noise")
         case "gaussian":
-            return GaussianNoise()
+            return GaussianNoise(settings.target_space or "noise")
         case _:
             return relabel()
 
@@ -173,7 +185,7 @@ READS = (
     SOLVER_KEYS
     | RETAIN_KEYS
     | FORGET_KEYS
-    | {"target", "relabel_to", "teacher", "retain_target", "barrier", "eta"}
+    | {"target", "relabel_to", "target_space", "teacher", "retain_target", "barrier", "eta", "level"}
     | {"inner_steps", "inner_lr", "inner_refresh_every"}
 )
 

@@ -1,9 +1,10 @@
-"""Erased Stable Diffusion: what a prompt means is taken away, from the prompt alone (arXiv 2303.07345)."""
+"""Erased Stable Diffusion: a concept is erased from its prompt alone, without images (arXiv 2303.07345)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from erasediff.config.fields import Count, NonNegative, Section
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.noise_schedule import Process
-from erasediff.diffusion.targets import NegativeGuidance
+from erasediff.diffusion.targets import NegativeGuidance, check_frozen
 from erasediff.diffusion.trajectories import Trajectories
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Barrier, Fixed
@@ -31,15 +32,29 @@ class ESD(Solver):
 
     The paper's ESD-x, ESD-x-strict and ESD-u are selections of weights: "xattn", "xattn-kv", "noxattn".
 
-    teacher:    the frozen model; None for a subclass that has it otherwise (``frozen``)
-    concepts:   condition tensors [N, ...]; trajectory i is of concept i mod N
-    null:       likewise [1, ...], of the empty prompt
-    erase_from: likewise, of what the concept is erased from; None: see ``NegativeGuidance``
-    shape:      (C, h, w) of a sample
-    batch_size: of this process
-    references: likewise [M, ...], of what is to stay (ours): every other trajectory is then of one of these, the
-                frozen model's prediction there is preserved, and ``barrier`` (default: both losses alike) balances the
-                two as in ``EraseDiff``. None (default): as published. ``ValueError`` where a process's batch is odd
+    Args:
+        model: as in ``Solver``.
+        optimizer: likewise.
+        process: likewise.
+        teacher: the frozen model; None for a subclass that has it otherwise (``frozen``).
+        concepts: condition tensors [N, ...]; trajectory i is of concept i mod N.
+        null: likewise [1, ...], of the empty prompt.
+        erase_from: likewise, of what the concept is erased from; None: see ``NegativeGuidance``.
+        shape: (C, h, w) of a sample.
+        batch_size: of this process.
+        guidance: of the target; ``NegativeGuidance()`` by default.
+        guidance_scale: classifier-free guidance of the trajectories.
+        num_inference_steps: steps of a whole trajectory.
+        latents_from: the model that samples the trajectories, the frozen or the current one.
+        references: condition tensors [M, ...] of what is to stay (ours): every other trajectory is then of one of
+            these, the frozen model's prediction there is preserved, and ``barrier`` balances the two as in
+            ``EraseDiff``. None (default): as published.
+        barrier: with references; default: both losses alike.
+        attack: condition tensors [K, ...] that are to bring the concept back; for diagnosis alone.
+        **options: see ``SolverOptions``.
+
+    Raises:
+        ValueError: for a teacher that is not frozen, and with references where a process's batch is odd.
     """
 
     name: ClassVar[str] = "esd"
@@ -62,20 +77,23 @@ class ESD(Solver):
         latents_from: Literal["frozen", "current"] = "frozen",
         references: Mapping[str, Tensor] | None = None,
         barrier: Barrier | None = None,
+        attack: Mapping[str, Tensor] | None = None,
         **options: Unpack[SolverOptions],
     ) -> None:
         if references is not None and batch_size % 2:
             raise ValueError(f"half of the trajectories are of references: batch_size must be even, got {batch_size}")
+        if teacher is None and type(self).frozen is ESD.frozen:
+            raise ValueError("ESD needs a teacher: pass copy.deepcopy(model).requires_grad_(False).eval()")
         super().__init__(model, optimizer, process=process, **options)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.teacher = None if teacher is None else check_frozen(teacher)
         self.concepts, self.null, self.erase_from = dict(concepts), dict(null), erase_from
         self.guidance = guidance or NegativeGuidance()
         self.guidance_scale = guidance_scale
         self.latents_from = latents_from
         self.references = None if references is None else dict(references)
-        self.barrier: Barrier = Fixed(1.0) if barrier is None else barrier
-        self.attack: dict[str, Tensor] | None = None
-        """Conditions that are to bring the concept back; for diagnosis alone."""
+        if self.references is not None:
+            self.barrier = Fixed(1.0) if barrier is None else barrier
+        self.attack = None if attack is None else dict(attack)
         world = self.gradients.world
         self.trajectories = Trajectories(
             self.objective.process,
@@ -87,7 +105,7 @@ class ESD(Solver):
         )
 
     def step(self, retain: Batch | None = None, forget: Batch | None = None) -> StepReport:
-        """One step on latents of its own; both batches are ignored. See ``EraseDiff.step`` for what is returned."""
+        """One step on latents of its own; both batches are ignored. See ``Solver.step``."""
         sample = self.states()
         predictions = self._predicted(sample, self.iteration, frozen=True)
         batch = {
@@ -97,47 +115,43 @@ class ESD(Solver):
             "timesteps": self.trajectories.times(self.iteration),
             **self.condition(self.iteration),
         }
-        self._advance(sample, predictions)
+        advanced = self._advanced(sample, predictions)
+        loss = partial(self.objective.loss_to_target, self.model)
         if self.references is None:
-            loss, gradient = self._towards_target(batch)
-            return self._update(gradient, [], Fixed(0.0), forget_loss=loss)
-        retain = {name: value[1::2] for name, value in (batch | {"target": predictions[0]}).items()}
-        retain_loss, retain_gradient = self._towards_target(retain)
-        forget_loss, forget_gradient = self._towards_target({name: value[::2] for name, value in batch.items()})
-        return self._update(
-            retain_gradient, forget_gradient, self.barrier, retain_loss=retain_loss, forget_loss=forget_loss
-        )
-
-    def _towards_target(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        return self._gradient(batch, lambda backward: self.objective.loss_to_target(self.model, batch, backward))
+            forget_loss, gradient = self.loss_and_gradient(batch, loss)
+            report = self._update(gradient, [], forget_loss=forget_loss)
+        else:
+            retain = {name: value[1::2] for name, value in (batch | {"target": predictions[0]}).items()}
+            retain_loss, r = self.loss_and_gradient(retain, loss)
+            forget_loss, g = self.loss_and_gradient({name: value[::2] for name, value in batch.items()}, loss)
+            report = self._update(r, g, retain_loss=retain_loss, forget_loss=forget_loss)
+        # Last: a step that fails before the update can be taken again.
+        self.trajectories.sample, self.trajectories.iteration = advanced, self.iteration
+        return report
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "trajectories": self.trajectories.sample}
+        return {**super().state_dict(), **self.trajectories.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.trajectories.sample, self.trajectories.iteration = state["trajectories"], self.iteration
+        self.trajectories.load_state_dict(state, self.iteration)
 
     def own_shards(self) -> Iterator[Shard]:
         """The states of this process's trajectories, of the pool of all."""
         pool = self.trajectories
-        if pool.sample is None:
-            pool.sample = torch.empty(len(pool.slots), *pool.shape, device=self.device)
         pool.sample = pool.sample.contiguous()
         first = int(pool.slots[0]) * pool.sample[0].numel()
         yield Shard("trajectories", first, {"trajectories": pool.sample.view(-1)})
 
     def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
         super().load_scalars(scalars)
-        self.trajectories.iteration = self.iteration
+        # A run that was saved before its first step had no pool.
+        self.trajectories.iteration = self.iteration or None
 
     def states(self) -> Tensor:
-        """x_t of every trajectory now.
-
-        A pool that is not there, at the beginning, is sampled from its noise.
-        """
+        """x_t of every trajectory now, [B, C, h, w]; a pool that is not there yet is sampled from its noise."""
         pool = self.trajectories
-        if pool.sample is None or pool.iteration != self.iteration:
+        if pool.iteration != self.iteration:
             # As far back as the oldest trajectory began, on a clock that may be negative; those that begin later wait.
             pool.sample = pool.noise(self.iteration)
             for back in range(pool.steps - 1, 0, -1):
@@ -148,21 +162,19 @@ class ESD(Solver):
     def _catch_up(self, back: int) -> None:
         """Advance those trajectories that were on their way ``back`` iterations ago by the step they took then."""
         pool = self.trajectories
-        assert pool.sample is not None
         _, step = pool.places(self.iteration)
-        on_their_way = step >= back
+        is_under_way = step >= back
         then = (step - back).clamp(min=0)
         frozen, times = self.latents_from == "frozen", pool.timesteps[then]
         predictions = self._predicted(pool.sample, self.iteration, frozen=frozen, timesteps=times)
         moved = pool.moved(pool.sample, self._guided(*predictions[:2]), then)
-        pool.sample = torch.where(on_their_way.view(-1, *(1,) * (moved.ndim - 1)), moved, pool.sample)
+        pool.sample = torch.where(is_under_way.view(-1, *(1,) * (moved.ndim - 1)), moved, pool.sample)
 
-    def _advance(self, sample: Tensor, of_teacher: tuple[Tensor, ...]) -> None:
-        pool = self.trajectories
+    def _advanced(self, sample: Tensor, frozen_predictions: tuple[Tensor, ...]) -> Tensor:
+        """The states at the next iteration."""
         frozen = self.latents_from == "frozen"
-        predictions = of_teacher if frozen else self._predicted(sample, self.iteration, frozen=False)
-        pool.sample = pool.advanced(sample, self._guided(*predictions[:2]), self.iteration)
-        pool.iteration = self.iteration + 1
+        predictions = frozen_predictions if frozen else self._predicted(sample, self.iteration, frozen=False)
+        return self.trajectories.advanced(sample, self._guided(*predictions[:2]), self.iteration)
 
     def _guided(self, concept: Tensor, null: Tensor) -> Tensor:
         return torch.lerp(null, concept, self.guidance_scale)
@@ -175,12 +187,12 @@ class ESD(Solver):
             return {name: value[number % value.shape[0]] for name, value in rows.items()}
         turn = number // 2
         of_concept = self.of_concept()
-        found = {}
+        condition = {}
         for name, value in rows.items():
-            other = self.references[name]
+            reference = self.references[name]
             where = of_concept.view(-1, *(1,) * (value.ndim - 1))
-            found[name] = torch.where(where, value[turn % value.shape[0]], other[turn % other.shape[0]])
-        return found
+            condition[name] = torch.where(where, value[turn % value.shape[0]], reference[turn % reference.shape[0]])
+        return condition
 
     def of_concept(self) -> Tensor:
         """Bool [B]: which trajectories are of a concept, rather than of a reference; the same at every iteration."""

@@ -1,4 +1,4 @@
-"""The value function's inner minimisation: phi_K, K steps of SGD on L_f from theta, on a copy."""
+"""Inner solve of the value function: phi_K, K steps of SGD on L_f from theta, on a copy of the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from erasediff.parallel.gradient_store import GradientStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InnerSolve:
-    """K plain SGD steps at their own learning rate, begun again from theta every ``refresh_every`` outer steps.
+    """Settings of the inner solve (arXiv 2401.05779, Algorithm 1; BOME, arXiv 2209.08709, keeps a separate SGD too).
 
-    (arXiv 2401.05779, Algorithm 1; BOME keeps a separate SGD for it.)
+    Attributes:
+        steps: K, plain SGD steps from theta; 0 leaves phi at theta.
+        lr: their learning rate.
+        refresh_every: outer steps after which phi begins again from theta.
+
+    Raises:
+        ValueError: for numbers out of range.
     """
 
     steps: int = 1
@@ -33,6 +39,10 @@ class InnerCopy:
 
     The model computes with phi while it stands in the place of theta, whose bits come back afterwards. Nothing of the
     inner solve reaches the optimizer's moments or the global random state.
+
+    Args:
+        gradients: the store of the trained model.
+        settings: of the inner solve.
     """
 
     def __init__(self, gradients: GradientStore, settings: InnerSolve) -> None:
@@ -53,25 +63,29 @@ class InnerCopy:
             self._exchange()
 
     def minimise(self, gradient: Callable[[], list[Tensor]]) -> None:
-        """K steps of phi <- phi - lr grad L_f(phi), from theta; ``gradient`` is that of one batch. Within the block."""
+        """Take K steps of phi <- phi - lr grad L_f(phi), from theta; called within the block.
+
+        Args:
+            gradient: grad L_f at the model's weights, one tensor for each of ``GradientStore.weights``.
+        """
         phi = self.gradients.weights()
         torch._foreach_copy_(phi, self.weights)
         self.gradients.refresh()
         for _ in range(self.settings.steps):
-            of_phi = gradient()
-            torch._foreach_add_(phi, of_phi, alpha=-self.settings.lr)
-            self.gradients.release(of_phi)
+            phi_gradient = gradient()
+            torch._foreach_add_(phi, phi_gradient, alpha=-self.settings.lr)
+            self.gradients.release(phi_gradient)
             self.gradients.refresh()
 
     @torch.no_grad()
     def load(self, weights: list[Tensor]) -> None:
-        """Restores ``weights``."""
+        """Restore ``weights``."""
         torch._foreach_copy_(self.weights, weights)
 
     @torch.no_grad()
     def _exchange(self) -> None:
         for weight, other in zip(self.gradients.weights(), self.weights, strict=True):
-            kept = weight.clone()
+            previous = weight.clone()
             weight.copy_(other)
-            other.copy_(kept)
+            other.copy_(previous)
         self.gradients.refresh()

@@ -1,13 +1,14 @@
-"""Pruning for concept erasing: which weights to leave out is learned, none is changed (arXiv 2405.16534, P-ESD)."""
+"""Pruning for concept erasing by learned weight masks (arXiv 2405.16534, P-ESD), or by ``concept_prune``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -15,23 +16,25 @@ from torch import Tensor, nn
 
 from erasediff.config import Config
 from erasediff.config.fields import Count, NonNegative, Positive, Section, Share
+from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.methods import erasediff, esd
 from erasediff.methods.activation_stats import (
     InputNorms,
+    Observation,
     Observations,
     concept_neurons,
     of_batches,
     on_trajectories,
     over_inputs,
 )
-from erasediff.methods.barriers import Barrier
-from erasediff.methods.base import Solver, StepReport
+from erasediff.methods.barriers import StepValues
+from erasediff.methods.base import Solver
 from erasediff.methods.concept_prune import HeldMask
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.spec import SOLVER_KEYS, BuildContext, Method, MethodSpec, Requirements, Space
+from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements, Space
 from erasediff.models.weight_masks import (
     add_masks,
     limit_masks,
@@ -46,28 +49,46 @@ from erasediff.models.weight_masks import (
 MASK, NEURONS = "mask.safetensors", "neurons.json"
 NEURON_OBSERVATIONS = 8
 
+Batches = Callable[[int], Iterable[Batch]]
+"""The first batches, as many as are asked for."""
 
-class SparsityPenalty(Solver):
-    """Adds the gradient of ``sparsity_weight`` mean(1 - sigmoid(s)) to that of the scores s.
 
-    Taken from the scores themselves, wherever their shards are, so it needs no backward pass.
+class LearnedMask(Solver):
+    """Descent on the scores of a network's masks, with a penalty on the pruned share.
+
+    The gradient of ``sparsity_weight`` mean(1 - sigmoid(s)) is added to that of the scores s. It is taken from the
+    scores themselves, wherever their shards are, so it needs no backward pass.
+
+    Args:
+        *args: as in the class that this is mixed into, as ``options``.
+        sparsity_weight: of the penalty, not negative.
+
+    Raises:
+        ValueError: for a network without masks, or a negative weight.
     """
 
-    sparsity_weight: float
-    score_count: int
-    observations: Observations
+    def __init__(self, *args: Any, sparsity_weight: float = 0.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sparsity_weight = sparsity_weight
+        self.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(self.model))
+        if not self.score_count:
+            raise ValueError("the network has no masks to learn: add_masks to it, and train their scores")
+        if sparsity_weight < 0:
+            raise ValueError(f"sparsity_weight must not be negative, got {sparsity_weight}")
 
-    def _update(
-        self, retain: list[Tensor], forget: list[Tensor], barrier: Barrier, **losses: Tensor | None
-    ) -> StepReport:
+    @abstractmethod
+    def observations(self, count: int) -> Iterator[Observation]:
+        """As many observations of the concept and of what is to stay, the same at every call."""
+
+    def _values(self, retain: list[Tensor], forget: list[Tensor], **losses: Tensor | None) -> StepValues:
         scale = -self.sparsity_weight / self.score_count
         for gradient, score in zip(retain, self.gradients.weights(), strict=True):
             sigmoid = torch.sigmoid(score.detach().to(gradient.dtype))
             gradient.add_(sigmoid * (1 - sigmoid), alpha=scale)
-        return super()._update(retain, forget, barrier, **losses)
+        return super()._values(retain, forget, **losses)
 
 
-class PrunedESD(SparsityPenalty, ESD):
+class PrunedESD(LearnedMask, ESD):
     """min over M of L_ESD(theta o M), M in {0, 1} per weight, theta frozen (2405.16534, P-ESD).
 
     The paper publishes neither relaxation nor schedule. Ours: M = 1[sigmoid(s) > 1/2] with a straight-through gradient,
@@ -75,6 +96,10 @@ class PrunedESD(SparsityPenalty, ESD):
     weights that the concept drives may go (``correlated``), and what the network predicts for other prompts is
     preserved (``references`` of ``ESD``): without either, all weights come near the threshold together, and the network
     is lost at once. The frozen model is the same network without its masks: no second copy.
+
+    Args:
+        *args: as in ``ESD``, as ``options``; no teacher. The optimizer trains the scores that ``add_masks`` returns.
+        sparsity_weight: see ``LearnedMask``.
     """
 
     name: ClassVar[str] = "pruning"
@@ -84,30 +109,59 @@ class PrunedESD(SparsityPenalty, ESD):
         with without_masks(self.model):
             yield self.model
 
+    def observations(self, count: int) -> Iterator[Observation]:
+        return on_trajectories(self, count)
 
-class PrunedEraseDiff(SparsityPenalty, EraseDiff):
-    """As ``PrunedESD``, with EraseDiff's two losses and its multiplier (ours)."""
+
+class PrunedEraseDiff(LearnedMask, EraseDiff):
+    """As ``PrunedESD``, with EraseDiff's two losses and its multiplier (ours).
+
+    Args:
+        *args: as in ``EraseDiff``, as ``options``. The optimizer trains the scores that ``add_masks`` returns.
+        retain_batches: the first batches of retained data, as many as are asked for: for ``observations`` alone.
+        forget_batches: likewise.
+        sparsity_weight: see ``LearnedMask``.
+    """
 
     name: ClassVar[str] = "pruning"
+
+    def __init__(
+        self, *args: Any, retain_batches: Batches | None = None, forget_batches: Batches | None = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.retain_batches, self.forget_batches = retain_batches, forget_batches
+
+    def observations(self, count: int) -> Iterator[Observation]:
+        if self.retain_batches is None or self.forget_batches is None:
+            raise ValueError("observations are of batches: give PrunedEraseDiff retain_batches and forget_batches")
+        return of_batches(self, self.retain_batches, self.forget_batches, count)
 
 
 @torch.no_grad()
 def correlated(method: Solver, observations: Observations, count: int) -> dict[str, Tensor]:
-    """|w| (|x| under the concept - |x| elsewhere) of each masked weight, by the masked module's name.
+    """|w| (|x| under the concept - |x| elsewhere) of each masked weight.
 
     |x| is the root mean square of the weight's input. The paper finds a concept's neurons by their activations before
     and after erasing; here the comparison is between prompts, so that it can be made before.
+
+    Args:
+        method: whose masked network is observed.
+        observations: of the concept and of what is to stay.
+        count: how many.
+
+    Returns:
+        By the masked module's name, a tensor like its weight.
     """
     layers = {name: module for name, module, _ in weight_masks(method.model)}
-    seen = InputNorms.none(layers, 1, method.device)
+    norms = InputNorms.none(layers, 1, method.device)
     for observation in observations(count):
-        seen.observe(method, layers, observation)
-    found = {}
+        norms.observe(method, layers, observation)
+    importance = {}
     for name, _, _ in weight_masks(method.model):
-        elsewhere, concept = seen.norms(name)[:, 0]
+        elsewhere, concept = norms.norms(name)[:, 0]
         weight: Any = layers[name].weight
-        found[name] = weight.abs() * over_inputs(weight, concept - elsewhere)
-    return found
+        importance[name] = weight.abs() * over_inputs(weight, concept - elsewhere)
+    return importance
 
 
 class PruningConfig(Section):
@@ -162,26 +216,39 @@ def trained(config: Config, network: nn.Module, selected: Any) -> list[nn.Parame
 
 def build(context: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
     settings = context.config.section(PruningConfig)
-    given: dict[str, Any] = {"process": context.process, **context.options}
-    method: ESD | EraseDiff
-    observations: Observations
+    options: dict[str, Any] = {"process": context.process, **context.options}
+    if settings.learned:
+        options["sparsity_weight"] = settings.sparsity_weight
     if settings.objective == "esd":
-        method = _of_prompts(context, given)
-        observations = partial(on_trajectories, method)
-    else:
-        kind = PrunedEraseDiff if settings.learned else EraseDiff
-        method = kind(context.network, context.optimizer, **erasediff.erasediff_options(context), **given)
-        observations = partial(of_batches, method, context.retain_batches, context.forget_batches)
-    if isinstance(method, PrunedESD | PrunedEraseDiff):
-        method.observations = observations
-        method.sparsity_weight = settings.sparsity_weight
-        limit_masks(method.model, correlated(method, observations, settings.observations), settings.share)
-        method.score_count = sum(mask.score.numel() for _, _, mask in weight_masks(context.network))
-        return method
+        options |= _prompt_options(context)
+        if settings.learned:
+            return _limited(PrunedESD(context.network, context.optimizer, **options), settings)
+        by_prompts = ESD(context.network, context.optimizer, teacher=context.teacher(), **options)
+        return _held(context, by_prompts, partial(on_trajectories, by_prompts))
+    options |= erasediff.erasediff_options(context)
+    batches = {"retain_batches": context.retain_batches, "forget_batches": context.forget_batches}
+    if settings.learned:
+        return _limited(PrunedEraseDiff(context.network, context.optimizer, **options, **batches), settings)
+    by_images = EraseDiff(context.network, context.optimizer, **options)
+    return _held(context, by_images, partial(of_batches, by_images, context.retain_batches, context.forget_batches))
+
+
+PrunedT = TypeVar("PrunedT", PrunedESD, PrunedEraseDiff)
+
+
+def _limited(method: PrunedT, settings: PruningConfig) -> PrunedT:
+    """``method`` with only those weights open to pruning that the concept drives most."""
+    importance = correlated(method, method.observations, settings.observations)
+    limit_masks(method.model, importance, settings.share)
+    return method
+
+
+def _held(context: BuildContext, tuned: ESD | EraseDiff, observations: Observations) -> HeldMask:
+    settings = context.config.section(PruningConfig)
     for _, _, mask in weight_masks(context.teacher()):
         mask.active = False
     return HeldMask(
-        method,
+        tuned,
         observations,
         masks=None if settings.mask is None else load_masks(settings.mask),
         count=settings.observations,
@@ -190,27 +257,23 @@ def build(context: BuildContext) -> PrunedESD | PrunedEraseDiff | HeldMask:
     )
 
 
-def _of_prompts(context: BuildContext, given: dict[str, Any]) -> ESD:
+def _prompt_options(context: BuildContext) -> dict[str, Any]:
+    """Keywords of ``ESD`` with references. UserError for an odd batch."""
     config = context.config
     settings = config.section(PruningConfig)
     erase_from = config.section(esd.EsdConfig).erase_from
     if context.batch_size % 2:
         raise UserError("Half of a batch of pruning is of prompts to retain; give an even unlearn.batch_size.")
     others = config.images.retain_prompts or (() if erase_from is None else (erase_from,))
-    options = esd.esd_options(context) | {
+    attack = settings.attack_prompts
+    return esd.esd_options(context) | {
         "references": esd.floats(context.encode_prompts([*others, ""])),
         "barrier": erasediff.barrier_of(config.unlearn),
+        "attack": esd.floats(context.encode_prompts(attack)) if attack else None,
     }
-    if settings.learned:
-        method: ESD = PrunedESD(context.network, context.optimizer, **options, **given)
-    else:
-        method = ESD(context.network, context.optimizer, teacher=context.teacher(), **options, **given)
-    if settings.attack_prompts:
-        method.attack = esd.floats(context.encode_prompts(settings.attack_prompts))
-    return method
 
 
-def finalize(method: Method, path: Path) -> None:
+def finalize(method: Solver, path: Path) -> None:
     """Make the masks part of the model, and write them and the neurons that they are about beside it."""
     assert isinstance(method, PrunedESD | PrunedEraseDiff | HeldMask)
     solver = method.tuned if isinstance(method, HeldMask) else method
@@ -247,7 +310,7 @@ SPEC = MethodSpec(
     name="pruning",
     summary="masks over weights, learned (arXiv 2405.16534) or training-free (ConceptPrune, arXiv 2405.19237)",
     config=PruningConfig,
-    reads=lambda config: SOLVER_KEYS | {"barrier", "eta"} if prunes_by_prompts(config) else erasediff.READS,
+    reads=lambda config: SOLVER_KEYS | {"barrier", "eta", "level"} if prunes_by_prompts(config) else erasediff.READS,
     sections=("esd",),
     defaults=defaults,
     needs=needs,

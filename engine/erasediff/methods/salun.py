@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erasediff.config.fields import Count, Positive, Section, Share
 from erasediff.diffusion.batch import Batch
-from erasediff.diffusion.losses import DenoisingObjective
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
@@ -24,37 +24,38 @@ HALF_BITS = 16
 HALF_MASK = (1 << HALF_BITS) - 1
 
 
-def forget_gradients(
-    model: nn.Module,
-    gradients: GradientStore,
-    objective: DenoisingObjective,
-    batches: Iterable[Batch],
-    *,
-    seed: int = 0,
-) -> list[Tensor]:
-    """This process's share of the gradient, summed over ``batches`` of forgotten data, of the loss that the model was
-    trained with: one tensor for each of ``gradients.weights()``, zero where the loss does not reach.
+def forget_gradients(method: Solver, batches: Iterable[Batch]) -> list[Tensor]:
+    """Sum the gradient of the loss that the model was trained with over batches of forgotten data (SalUn, eq. 3).
 
-    The quantity of SalUn's eq. 3, at the original weights. Noise and timesteps are addressed by (seed, number of the
-    batch). ``ValueError`` without a batch.
+    It is taken at the weights as they are, without min-SNR weights or antithetic timesteps; noise and timesteps are
+    addressed by (seed, number of the batch).
+
+    Args:
+        method: whose model, gradient store and seed are used; nothing of it changes.
+        batches: of forgotten data.
+
+    Returns:
+        This process's share: one tensor for each of ``method.gradients.weights()``, zero where the loss does not reach.
+
+    Raises:
+        ValueError: without a batch.
     """
+    objective = dataclasses.replace(method.objective, min_snr_gamma=None, antithetic=False)
     total: list[Tensor] = []
     for step, batch in enumerate(batches):
-        gradients.begin(objective.micro_batch_count(batch))
-        objective.denoising_loss_of(
-            model,
-            batch,
-            noise_key(seed, step, gradients.device),
-            gradients.backward,
+        loss = partial(
+            objective.denoising_loss,
+            method.model,
+            key=noise_key(method.seed, step, method.device),
             noise=NoiseRole.FORGET_NOISE,
             timestep=NoiseRole.FORGET_TIMESTEP,
         )
-        taken = gradients.pop_grads()
+        _, gradient = method.loss_and_gradient(batch, loss)
         if total:
-            torch._foreach_add_(total, taken)
-            gradients.release(taken)
+            torch._foreach_add_(total, gradient)
+            method.gradients.release(gradient)
         else:
-            total = taken
+            total = gradient
     if not total:
         raise ValueError("saliency needs at least one batch of forgotten data")
     return total
@@ -69,13 +70,17 @@ def saliency_threshold(
 ) -> Tensor:
     """The magnitude, 0-D float32, that ``share`` of all elements reach: SalUn's gamma, exact, without sorting.
 
-    count:  how many elements there are; more in ``gradients``, which must be zero, are padding. None: all of them
-    summed: from this process's counts to those of all elements, where ``gradients`` are a shard
-
     Non-negative floats are ordered as their bits are. A count of their upper halves finds the bin that the threshold is
     in, and one of the lower halves in that bin finds it: all that shards exchange is two counts of 65,536 bins.
 
-    Raises ``ValueError`` for a share outside (0, 1].
+    Args:
+        gradients: this process's share, any shapes and floating dtypes.
+        share: of the elements, in (0, 1].
+        count: how many elements there are; more in ``gradients``, which must be zero, are padding. None: all of them.
+        summed: from this process's counts to those of all elements, where ``gradients`` are a shard.
+
+    Raises:
+        ValueError: for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: it must lie in (0, 1]")
@@ -88,23 +93,29 @@ def saliency_threshold(
 
 
 def set_saliency_mask(gradients: GradientStore, values: Sequence[Tensor], *, share: float = 0.5) -> float:
-    """Let the optimizer move only the ``share`` of weights whose entry in ``values`` is largest; returns what moves.
-
-    values: as ``forget_gradients`` returns them
+    """Let the optimizer move only the weights whose gradients are largest.
 
     SalUn's default is one half, its gamma the median of the magnitudes. Equal magnitudes stand or fall together.
+
+    Args:
+        gradients: the store of the model's gradients.
+        values: as ``forget_gradients`` returns them.
+        share: of the weights that moves, in (0, 1].
+
+    Returns:
+        The share that moves indeed.
     """
     device = gradients.device
 
     def summed(counts: Tensor) -> Tensor:
         return gradients.world.sum(counts.to(device)) // gradients.replicas
 
-    here = sum(shard.tensors["weight"].numel() for shard in gradients.shards())
-    count = int(summed(torch.tensor(here)))
+    local_count = sum(shard.tensors["weight"].numel() for shard in gradients.shards())
+    count = int(summed(torch.tensor(local_count)))
     threshold = saliency_threshold(values, share, count=count, summed=summed)
     masks = [value.abs().float() >= threshold for value in values]
     gradients.set_masks(masks)
-    padding = sum(value.numel() for value in values) - here
+    padding = sum(value.numel() for value in values) - local_count
     moving = sum((mask.sum() for mask in masks), torch.zeros((), dtype=torch.int64, device=threshold.device))
     # Padding is free to move where the threshold is zero.
     moving = moving - padding * (threshold == 0).to(torch.int64)
@@ -124,15 +135,15 @@ def _counted(parts: Iterable[Tensor]) -> Tensor:
 def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
     """(the bin of the ``rank``-th largest element, how many elements are in larger bins)."""
     from_the_top = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_the_top, rank))
-    return len(counts) - 1 - place, int(from_the_top[place - 1]) if place else 0
+    index = int(torch.searchsorted(from_the_top, rank))
+    return len(counts) - 1 - index, int(from_the_top[index - 1]) if index else 0
 
 
 class SalUn(EraseDiff):
     """Descent on alpha L_r + E | eps(x_t | c') - eps(x_t | c) |^2 under a saliency mask (2310.12508, eq. 5 and 7).
 
     It is EraseDiff's step with a ``Relabel`` target and a constant multiplier 1 / alpha: the same direction, of another
-    length, which Adam does not notice. The mask is the optimizer's (``models.saliency``): weights without their bit
+    length, which Adam does not notice. The mask is the optimizer's (``set_saliency_mask``): weights without their bit
     have no part in the step.
     """
 
@@ -176,9 +187,7 @@ def build(context: BuildContext) -> SalUn:
 
 def keep_to_the_salient(method: Solver, batches: Iterable[Batch], *, share: float) -> None:
     """Let ``method`` move only the ``share`` of weights that matter most to ``batches`` of forgotten data."""
-    objective = dataclasses.replace(method.objective, min_snr_gamma=None, antithetic=False)
-    values = forget_gradients(method.model, method.gradients, objective, batches, seed=method.seed)
-    set_saliency_mask(method.gradients, values, share=share)
+    set_saliency_mask(method.gradients, forget_gradients(method, batches), share=share)
 
 
 SPEC = MethodSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -27,9 +28,17 @@ class SelectiveAmnesia(Solver):
     F is the diagonal Fisher information at theta*, the mean square of the loss's gradient over batches of both kinds;
     the paper takes it from single samples, so ewc_weight does not carry over between batch sizes. The penalty's
     gradient is added to each shard of the gradient: nothing is gathered.
+
+    Args:
+        model: as in ``Solver``.
+        optimizer: likewise.
+        process: likewise.
+        ewc_weight: lambda of the paper's eq. 8.
+        **options: see ``SolverOptions``.
     """
 
     name: ClassVar[str] = "selective-amnesia"
+    barrier = Fixed(1.0)
 
     def __init__(
         self,
@@ -46,16 +55,22 @@ class SelectiveAmnesia(Solver):
         self.fisher = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.original]
 
     def estimate_fisher(self, batches: Iterable[Batch]) -> None:
-        """F from ``batches``, at the weights as they are; to be called before the first step."""
+        """Estimate F from ``batches``, at the weights as they are; to be called before the first step.
+
+        Raises:
+            ValueError: without a batch.
+        """
         count = 0
         for count, batch in enumerate(batches, start=1):
             key = noise_key(self.seed, count, self.device)
-            _, gradient = self._gradient(
-                batch,
-                lambda backward, batch=batch, key=key: self.objective.denoising_loss_of(  # type: ignore[misc]
-                    self.model, batch, key, backward, noise=NoiseRole.FISHER_NOISE, timestep=NoiseRole.FISHER_TIMESTEP
-                ),
+            loss = partial(
+                self.objective.denoising_loss,
+                self.model,
+                key=key,
+                noise=NoiseRole.FISHER_NOISE,
+                timestep=NoiseRole.FISHER_TIMESTEP,
             )
+            _, gradient = self.loss_and_gradient(batch, loss)
             for fisher, part in zip(self.fisher, gradient, strict=True):
                 fisher.addcmul_(part.float(), part.float())
             self.gradients.release(gradient)
@@ -64,28 +79,22 @@ class SelectiveAmnesia(Solver):
         torch._foreach_div_(self.fisher, float(count))
 
     def step(self, retain: Batch, forget: Batch) -> StepReport:
-        """One step from both batches, of ``forget`` the condition alone; see ``EraseDiff.step`` for the report."""
+        """One step from both batches, of ``forget`` the condition alone; see ``Solver.step``."""
         key = self._key()
-        retain_loss, gradient = self._gradient(
-            retain, lambda backward: self.objective.retain_loss(self.model, retain, key, backward)
+        retain_loss, gradient = self.loss_and_gradient(retain, partial(self.objective.retain_loss, self.model, key=key))
+        surrogate_loss = partial(
+            self.objective.denoising_loss,
+            self.model,
+            key=key,
+            noise=NoiseRole.FORGET_NOISE,
+            timestep=NoiseRole.FORGET_TIMESTEP,
         )
-        surrogate = self._surrogate(forget, key)
-        forget_loss, of_forget = self._gradient(
-            surrogate,
-            lambda backward: self.objective.denoising_loss_of(
-                self.model,
-                surrogate,
-                key,
-                backward,
-                noise=NoiseRole.FORGET_NOISE,
-                timestep=NoiseRole.FORGET_TIMESTEP,
-            ),
-        )
+        forget_loss, surrogate_gradient = self.loss_and_gradient(self._surrogate(forget, key), surrogate_loss)
         for part, fisher, weight, original in zip(
             gradient, self.fisher, self.gradients.weights(), self.original, strict=True
         ):
             part.addcmul_(fisher.to(part.dtype), (weight - original).to(part.dtype), value=self.ewc_weight)
-        return self._update(gradient, of_forget, Fixed(1.0), retain_loss=retain_loss, forget_loss=forget_loss)
+        return self._update(gradient, surrogate_gradient, retain_loss=retain_loss, forget_loss=forget_loss)
 
     def _surrogate(self, forget: Batch, key: Tensor) -> Batch:
         batch = with_sample_ids(forget, self.gradients.world.rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from erasediff.config.method_index import section_name
 from erasediff.diffusion.batch import Batch, Denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
-from erasediff.methods.base import SolverOptions, StepReport
+from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models.base import LatentModel
 
 Space = Literal["pixel", "latent"]
@@ -93,24 +93,6 @@ class RunContext:
     console: Console
 
 
-class Method(Protocol):
-    """One step at a time, on the device, resumable."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def iteration(self) -> int:
-        """Steps taken so far."""
-        ...
-
-    def step(self, retain: Batch, forget: Batch) -> StepReport: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 SOLVER_KEYS = frozenset(
     {
         *("model", "forget", "retain", "method"),
@@ -161,8 +143,8 @@ class MethodSpec:
     defaults: Callable[[Config, Space], Mapping[str, Any]] = _no_defaults
     needs: Callable[[Config], Requirements] = lambda _: Requirements()
     trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
-    build: Callable[[BuildContext], Method] | None = None
-    finalize: Callable[[Method, Path], None] | None = None
+    build: Callable[[BuildContext], Solver] | None = None
+    finalize: Callable[[Solver, Path], None] | None = None
     run: Callable[[RunContext], dict[str, Any]] | None = None
     single_process_reason: str | None = None
 

@@ -60,6 +60,10 @@ class GradientStore(Protocol):
         """
         ...
 
+    def autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+        """``torch.autocast`` to ``dtype`` that holds in the model's forward passes, or nothing if it is None."""
+        ...
+
     def begin(self, calls: int) -> None:
         """The next ``calls`` calls of ``backward`` make one gradient: only the last one need communicate."""
         ...

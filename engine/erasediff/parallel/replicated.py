@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,8 +59,15 @@ class LocalGradientStore:
     def no_reshard(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    @contextmanager
+    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            yield
+
     def begin(self, calls: int) -> None:
-        pass
+        # What a step that failed has left.
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
@@ -169,6 +176,7 @@ class DataParallelGradientStore(LocalGradientStore):
         self._calls_left = 1
 
     def begin(self, calls: int) -> None:
+        super().begin(calls)
         self._calls_left = calls
         # What DDP.no_sync sets; a context manager would have to span the model's forward passes.
         self._ddp.require_backward_grad_sync = calls == 1

@@ -1,4 +1,4 @@
-"""Memory per rank of one EraseDiff step, item by item, for each ZeRO stage, offload and number of ranks.
+"""Memory per rank of one step, item by item, for each ZeRO stage, offload and number of ranks.
 
 What is stored follows from counting (Rajbhandari et al. 2020, arXiv 1910.02054, section 5, with a second gradient);
 DeepSpeed's buffers follow its 0.19 sources. ``benchmarks/sharded`` compares both with what processes take.
@@ -10,26 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from erasediff.errors import UserError
 from erasediff.parallel.zero.config import read_own
 from erasediff.parallel.zero.reduce_scatter import LARGEST_BUCKET, MAX_OPEN_BUCKETS
 from erasediff.parallel.zero.stage0 import BUCKET_NUMEL
 from erasediff.planning.reference_models import Network
-from erasediff.planning.trace import Trace
-
-Precision = Literal["float32", "autocast", "bfloat16"]
-"""float32: everything; autocast: float32 weights, bfloat16 operators; bfloat16: both, with fp32 masters under ZeRO and
-stochastic rounding without."""
+from erasediff.planning.step_plan import StepPlan
+from erasediff.planning.trace import Trace, activation_bytes
 
 FP32 = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a run is spread: ``stage`` None is one process without DeepSpeed. The other names are DeepSpeed's, with its
-    defaults; bucket sizes and thresholds count elements."""
+    """Parallel layout of a run: ``stage`` None is one process without DeepSpeed.
+
+    The other names are DeepSpeed's, with its defaults; bucket sizes and thresholds count elements.
+    """
 
     stage: Literal[0, 1, 2, 3] | None = None
     ranks: int = 1
@@ -61,10 +58,14 @@ class Layout:
 class RankMemory:
     """Bytes on one rank; those with ``host_`` are on the CPU because they were offloaded.
 
-    gradients:   both, retain and forget, as they are kept until the update
-    buffers:     buckets of gradients, and the parameters that ZeRO-3 gathers around the module that runs
-    activations: the most alive within one pass; see ``trace.Trace``
-    peak:        of the whole step. Less than the sum: gradients come to be while activations go
+    Attributes:
+        weights, masters, moments, averages: of the network and its optimizer.
+        teacher: the frozen copy.
+        gradients: all lists (EraseDiff: retain and forget), as they are kept until the update.
+        buffers: buckets of gradients, and the parameters that ZeRO-3 gathers around the module that runs.
+        activations: peak within one pass; see ``trace.activation_bytes``.
+        peak: of the whole step. Less than the sum: gradients come to be while activations go.
+        method: what the method itself keeps of the trained weights, such as an inner copy.
     """
 
     weights: int
@@ -76,22 +77,24 @@ class RankMemory:
     buffers: int
     activations: int
     peak: int
+    method: int = 0
     host_weights: int = 0
     host_masters: int = 0
     host_moments: int = 0
     host_averages: int = 0
+    host_method: int = 0
     host_gradients: int = 0
     host_buffers: int = 0
 
     @property
     def host(self) -> int:
-        stored = self.host_weights + self.host_masters + self.host_moments + self.host_averages
+        stored = self.host_weights + self.host_masters + self.host_moments + self.host_averages + self.host_method
         return stored + self.host_gradients + self.host_buffers
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of elements, and the bytes of one, of a network's weights; ``trained_bytes`` is that of a trained one."""
+    """Element counts of a network's weights, and bytes per element; ``trained_bytes`` is that of a trained one."""
 
     weights: int
     trained: int
@@ -102,7 +105,7 @@ class Sizes:
 
 
 def sizes_of(network: Network, persistence_threshold: int) -> Sizes:
-    """Counted exactly. UserErrors were raised by ``network_of``; ``ValueError`` where nothing is trained."""
+    """Exact counts of ``network``. ``ValueError`` where nothing is trained."""
     parameters = list(network.module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -118,19 +121,23 @@ def sizes_of(network: Network, persistence_threshold: int) -> Sizes:
     )
 
 
-def rank_memory(
-    network: Network, layout: Layout, traced: Trace, *, averages: bool = False, teacher: bool = False
-) -> RankMemory:
-    """What each rank of ``layout`` holds during a step on ``traced.batch_size`` samples at a time.
+def rank_memory(network: Network, layout: Layout, traced: Trace, plan: StepPlan | None = None) -> RankMemory:
+    """Memory of each rank of ``layout`` during a step.
 
-    averages: the optimizer keeps a running average of the trained weights
-    teacher:  a frozen copy of the network predicts the forget target; under ZeRO-3 it is partitioned too
+    Args:
+        network: its parameters' dtypes and ``requires_grad`` say what is stored and trained.
+        layout: how ranks share the state.
+        traced: a pass over ``plan.micro_batch_size`` samples.
+        plan: passes and state of the step; None for one gradient of retained and one of forgotten samples.
     """
+    plan = plan or StepPlan()
     sizes = sizes_of(network, layout.stage3_param_persistence_threshold)
     half = sizes.trained_bytes < FP32
     # Weights that are not trained are the network's own, where nobody cuts them.
-    frozen_teacher = sizes.trained * sizes.trained_bytes if teacher else 0
-    moments, average = 2 * FP32 * sizes.trained, FP32 * sizes.trained if averages else 0
+    frozen_teacher = sizes.trained * sizes.trained_bytes if plan.teacher else 0
+    moments, average = plan.moment_bytes * sizes.trained, FP32 * sizes.trained if plan.averages else 0
+    method = plan.state_bytes * sizes.trained
+    activations = activation_bytes(traced, plan)
     gradient = sizes.trained * sizes.trained_bytes
     if not layout.stage:
         masters = FP32 * sizes.trained if layout.stage == 0 and half else 0
@@ -138,17 +145,20 @@ def rank_memory(
         bucket = min(BUCKET_NUMEL, sizes.trained) * sizes.trained_bytes if layout.ranks > 1 else 0
         # DeepSpeed casts one gradient to the masters' precision before it steps.
         cast = FP32 * sizes.trained if masters else 0
-        stored = sizes.weights * sizes.weight_bytes + masters + moments + average + frozen_teacher
+        stored = sizes.weights * sizes.weight_bytes + masters + moments + average + method + frozen_teacher
+        in_pass = max(traced.pass_bytes, activations + (gradient if plan.accumulation_steps > 1 else 0))
         return RankMemory(
             weights=sizes.weights * sizes.weight_bytes,
             masters=masters,
             moments=moments,
             averages=average,
             teacher=frozen_teacher,
-            gradients=2 * gradient,
+            gradients=plan.gradients * gradient,
             buffers=max(bucket, cast),
-            activations=traced.activation_bytes,
-            peak=stored + gradient + max(traced.pass_bytes, gradient + max(bucket, cast)),
+            activations=activations,
+            method=method,
+            # The other gradient is there already.
+            peak=stored + (plan.gradients - 1) * gradient + max(in_pass, gradient + max(bucket, cast)),
         )
     shards = layout.ranks
     gradient = -(-gradient // shards)
@@ -157,23 +167,24 @@ def rank_memory(
         "masters": -(-FP32 * sizes.trained // shards),
         "moments": -(-moments // shards),
         "averages": -(-average // shards),
+        "method": -(-method // shards),
     }
     bucket = _reduction(layout, sizes) * sizes.trained_bytes
     gathered, weights = 0, sizes.weights * sizes.weight_bytes
     if layout.stage == 3:
         weights = -(-weights // shards)
         gathered = _gathered(layout, sizes) * sizes.weight_bytes
-        frozen_teacher = weights if teacher else 0
+        frozen_teacher = weights if plan.teacher else 0
     on_device = {} if layout.offload_optimizer else optimizer
     on_host = optimizer if layout.offload_optimizer else {}
-    gradients, host_gradients = 2 * gradient, 0
+    gradients, host_gradients = plan.gradients * gradient, 0
     if layout.offload_optimizer:
-        gradients, host_gradients = 0, 2 * -(-FP32 * sizes.trained // shards)
+        gradients, host_gradients = 0, plan.gradients * -(-FP32 * sizes.trained // shards)
     stored = sum(on_device.values()) + frozen_teacher + (0 if layout.offload_param else weights)
-    in_pass = gradients + bucket + gathered + traced.activation_bytes
+    in_pass = gradients + bucket + gathered + activations
     # Before the update, one gradient is cast to fp32.
     cast = FP32 * sizes.trained // shards if half else 0
-    in_update = 0 if layout.offload_optimizer else 2 * gradient + bucket + cast
+    in_update = 0 if layout.offload_optimizer else plan.gradients * gradient + bucket + cast
     return RankMemory(
         weights=0 if layout.offload_param else weights,
         masters=on_device.get("masters", 0),
@@ -182,12 +193,14 @@ def rank_memory(
         teacher=frozen_teacher,
         gradients=gradients,
         buffers=bucket + gathered,
-        activations=traced.activation_bytes,
+        activations=activations,
         peak=stored + max(in_pass, in_update),
+        method=on_device.get("method", 0),
         host_weights=weights if layout.offload_param else 0,
         host_masters=on_host.get("masters", 0),
         host_moments=on_host.get("moments", 0),
         host_averages=on_host.get("averages", 0),
+        host_method=on_host.get("method", 0),
         host_gradients=host_gradients,
         # A partition of the model's own precision: of the new weights on their way back, or under ZeRO-3 of a gradient.
         host_buffers=gradient if layout.offload_optimizer else 0,
@@ -213,12 +226,6 @@ def _reduction(layout: Layout, sizes: Sizes) -> int:
     )
     # ZeRO-3 allocates one bucket at the beginning, which then is ours.
     return max(ours, layout.reduce_bucket_size) if layout.stage == 3 else ours
-
-
-def dtype_of(precision: Precision) -> tuple[torch.dtype, torch.dtype | None]:
-    """(dtype of the weights, of autocast)."""
-    weights = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return weights, torch.bfloat16 if precision == "autocast" else None
 
 
 def buckets_of(path: Path | None) -> Layout:

@@ -1,4 +1,4 @@
-"""Everything ``erasediff plan`` shows of one model: counts, FLOPs, and memory for each way to spread it."""
+"""Plan of a step on one model: parameter counts, FLOPs, and memory for each parallel layout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from erasediff.models import lora
-from erasediff.models.trainable import select, train_only
-from erasediff.planning.memory import Layout, Precision, RankMemory, dtype_of, rank_memory
-from erasediff.planning.reference_models import network_of
-from erasediff.planning.trace import StepFlops, Trace, step_flops, trace
+from erasediff.planning.memory import Layout, RankMemory, rank_memory
+from erasediff.planning.reference_models import Network
+from erasediff.planning.step_plan import StepPlan, dtypes
+from erasediff.planning.trace import StepFlops, Trace, activation_bytes, step_flops, trace
 
 DEVICE_GB = (24, 40, 80, 141)
 """Sizes of GPUs, in 10^9 bytes: RTX 4090, A100, H100, H200."""
@@ -31,14 +28,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """``batch_size`` retained and as many forgotten samples per rank."""
+    """A step of ``step`` on the model called ``model``, whose images have ``resolution`` pixels along each side."""
 
     model: str
-    train: str
-    precision: Precision
     resolution: int
-    batch_size: int
-    gradient_checkpointing: bool
+    step: StepPlan
     parameters: int
     parameters_trained: int
     traced: Trace
@@ -48,9 +42,13 @@ class Overview:
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes end in ``_bytes``."""
         return {
-            **{name: value for name, value in asdict(self).items() if name not in ("rows", "traced", "flops")},
+            "model": self.model,
+            "resolution": self.resolution,
+            "parameters": self.parameters,
+            "parameters_trained": self.parameters_trained,
+            **asdict(self.step),
             "flops": {**asdict(self.flops), "total": self.flops.total},
-            "activation_bytes": self.traced.activation_bytes,
+            "activation_bytes": activation_bytes(self.traced, self.step),
             "reserved": {"bytes": RESERVE_BYTES, "share": RESERVE_SHARE},
             "rows": [
                 {
@@ -68,50 +66,35 @@ class Overview:
 
 
 def overview(
-    source: str,
-    *,
-    train: str = "xattn",
-    lora_rank: int = 16,
-    lora_targets: str = "xattn",
-    ranks: Sequence[int] = (1, 8, 64),
-    precision: Precision = "bfloat16",
-    batch_size: int = 1,
-    resolution: int | None = None,
-    gradient_checkpointing: bool = False,
-    relabel: bool = False,
-    averages: bool = False,
-    buckets: Layout | None = None,
+    network: Network, step: StepPlan, *, ranks: Sequence[int] = (1, 8, 64), buckets: Layout | None = None
 ) -> Overview:
-    """Plan ``source`` (see ``network_of``); ``train`` is a selection of ``models.selection.select``, or "lora".
+    """Plan ``step`` on ``network``.
 
-    ``relabel``, a forget target predicted by a frozen teacher, adds the teacher; ``averages`` a running average of the
-    weights. ``buckets`` carries DeepSpeed's buffer sizes where they are not its defaults. UserError as ``network_of``
-    and ``select``.
+    Args:
+        network: on the meta device, in the dtype of ``step.precision``, with what is trained requiring gradients.
+        step: the passes and the state of a step; ``workflows.plan`` derives them from a configuration.
+        ranks: numbers of processes to plan for.
+        buckets: carries DeepSpeed's buffer sizes where they are not its defaults.
     """
-    weights, autocast = dtype_of(precision)
-    network = network_of(source, resolution, weights)
-    if train == "lora":
-        with torch.device("meta"):
-            lora.add(network.module, rank=lora_rank, targets=select(network.module, lora_targets))
-    else:
-        train_only(network.module, select(network.module, train))
-    traced = trace(network, batch_size=batch_size, autocast=autocast, gradient_checkpointing=gradient_checkpointing)
-    parameters = list(network.module.parameters())
+    traced = trace(
+        network,
+        batch_size=step.micro_batch_size,
+        autocast=dtypes(step.precision)[1],
+        gradient_checkpointing=step.gradient_checkpointing,
+    )
     rows = []
     for layout in layouts(ranks, buckets or Layout(stage=0)):
-        memory = rank_memory(network, layout, traced, averages=averages, teacher=relabel)
+        memory = rank_memory(network, layout, traced, step)
         rows.append(Row(layout=layout, memory=memory, device_gb=smallest_device(memory.peak)))
+    parameters = list(network.module.parameters())
     return Overview(
         model=network.name,
-        train=train,
-        precision=precision,
         resolution=network.resolution,
-        batch_size=batch_size,
-        gradient_checkpointing=gradient_checkpointing,
+        step=step,
         parameters=sum(parameter.numel() for parameter in parameters),
         parameters_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         traced=traced,
-        flops=step_flops(traced, relabel=relabel),
+        flops=step_flops(traced, step),
         rows=tuple(rows),
     )
 

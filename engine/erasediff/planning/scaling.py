@@ -1,4 +1,4 @@
-"""A roofline of a step on many GPUs: FLOPs, bytes of memory, bytes on links, and what is assumed of each.
+"""Roofline model of a step on many GPUs: FLOPs, bytes of memory, bytes on links.
 
 Williams et al. 2009 for the roofline; rings within a node and between nodes for the collectives (Thakur et al. 2005).
 It tells what bounds a step and how EraseDiff compares with fine-tuning; it is no measurement.
@@ -17,13 +17,15 @@ from erasediff.planning.trace import Trace
 class Cluster:
     """Nodes of H100 SXM GPUs. Rates per GPU and second; a share is what is reached of the rate.
 
-    peak_flops:      bfloat16, dense; ``flops_share`` is reached over forward and backward passes. The more of it, the
-                     less there is for the second gradient's reduction to hide behind
-    memory_bytes:    HBM3
-    nvlink_bytes:    each way, among the GPUs of a node
-    network_bytes:   each way, InfiniBand NDR, one adapter of 400 Gb/s for each GPU
-    latency_seconds: of each stage of an all-reduce of a few numbers between nodes
-    overlap:         of the backward passes' time, what can hide the gradients' reduction
+    Attributes:
+        gpus_per_node: joined by NVLink.
+        peak_flops: bfloat16, dense; ``flops_share`` is reached over forward and backward passes. The more of it, the
+            less there is for the second gradient's reduction to hide behind.
+        memory_bytes: HBM3.
+        nvlink_bytes: each way, among the GPUs of a node.
+        network_bytes: each way, InfiniBand NDR, one adapter of 400 Gb/s for each GPU.
+        latency_seconds: of each stage of an all-reduce of a few numbers between nodes.
+        overlap: share of the backward passes' time that can hide the gradients' reduction.
     """
 
     gpus_per_node: int = 8
@@ -41,12 +43,16 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaledStep:
-    """Seconds of one step under ZeRO 2 with bfloat16 weights and gradients, and where they go.
+    """Seconds of one step under ZeRO 2 with bfloat16 weights and gradients, by cause.
 
-    compute:   all passes
-    reduction: reduce-scatters of gradients, of which ``exposed`` is not hidden behind backward passes
-    gather:    all-gather of the updated weights; scalars: the Gram values' all-reduce
-    update:    Gram values and the constrained update, on this rank's shard
+    Attributes:
+        ranks: processes.
+        samples: of all ranks.
+        compute: all passes.
+        reduction: reduce-scatters of gradients, of which ``exposed`` is not hidden behind backward passes.
+        gather: all-gather of the updated weights.
+        scalars: all-reduce of the Gram values.
+        update: Gram values and the constrained update, on this rank's shard.
     """
 
     ranks: int
@@ -93,7 +99,7 @@ def scaled_step(
 
 
 def collective_seconds(size: int, ranks: int, cluster: Cluster) -> float:
-    """Of a reduce-scatter or an all-gather of ``size`` bytes: a ring within each node, then one between nodes."""
+    """Seconds of a reduce-scatter or an all-gather of ``size`` bytes: rings within each node, then between nodes."""
     local = min(ranks, cluster.gpus_per_node)
     nodes = ceil(ranks / cluster.gpus_per_node)
     within = size * (local - 1) / local / (cluster.nvlink_bytes * cluster.nvlink_share)

@@ -1,4 +1,4 @@
-"""One forward and backward pass on fake tensors: FLOPs and the most memory alive, without weights or arithmetic."""
+"""FLOPs and peak memory of a forward and backward pass, counted on fake tensors without weights or arithmetic."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from erasediff.planning.reference_models import Network
+from erasediff.planning.step_plan import StepPlan
 
 aten = torch.ops.aten
 
@@ -27,18 +28,24 @@ MARGIN = 1.03
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Of one pass over ``batch_size`` samples. FLOPs count a multiplication and its addition as two.
+    """Cost of one pass over ``batch_size`` samples. FLOPs count a multiplication and its addition as two.
 
-    forward_flops:             of a forward pass without gradients
-    pass_flops:                forward and backward, with checkpointing's second forward where it is on
-    activation_bytes:          the most alive at once beyond parameters and their gradients: what is saved for the
-                               backward pass, and temporaries
-    pass_bytes:                the same with the parameters' gradients as they come to be
+    Attributes:
+        batch_size: samples in the pass.
+        forward_flops: of a forward pass without gradients.
+        pass_flops: forward and backward, with checkpointing's second forward where it is on.
+        forward_bytes: peak of a forward pass without gradients, beyond parameters.
+        saved_bytes: kept between forward and backward.
+        activation_bytes: peak of forward and backward beyond parameters and their gradients: what is saved for the
+            backward pass, and temporaries.
+        pass_bytes: the same with the parameters' gradients as they come to be.
     """
 
     batch_size: int
     forward_flops: int
     pass_flops: int
+    forward_bytes: int
+    saved_bytes: int
     activation_bytes: int
     pass_bytes: int
 
@@ -48,11 +55,14 @@ def trace(
 ) -> Trace:
     """Run ``network`` on fake tensors; its parameters' dtypes and ``requires_grad`` say how, and what is trained.
 
-    autocast:               dtype of the operators under autocast; None for the weights' own
-    gradient_checkpointing: as diffusers does it: each block keeps its input and runs again
-
     Attention is counted as one fused operator that saves its inputs, output and row sums, as flash attention does.
     What an allocator loses to rounding and fragmentation is not counted.
+
+    Args:
+        network: on any device; its weights are not read.
+        batch_size: samples in the pass.
+        autocast: dtype of the operators under autocast; None for the weights' own.
+        gradient_checkpointing: as diffusers does it: each block keeps its input and runs again.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         module: Any = _fake_module(network.module)
@@ -61,7 +71,7 @@ def trace(
             module.enable_gradient_checkpointing()
         inputs = network.inputs(batch_size, network.dtype, "cpu")
         precision = partial(torch.autocast, "cpu", autocast) if autocast is not None else nullcontext
-        with torch.no_grad(), precision(), flop_counter() as forward:
+        with torch.no_grad(), precision(), flop_counter() as forward, LiveBytes() as idle:
             module(**inputs)
         with flop_counter() as both, LiveBytes() as live:
             for parameter in module.parameters():
@@ -71,12 +81,15 @@ def trace(
                 (prediction,) = module(**inputs)
             loss = prediction.float().square().mean()
             del prediction
+            saved = live.alive
             live.begin_backward()
             loss.backward()
     return Trace(
         batch_size=batch_size,
         forward_flops=forward.get_total_flops(),
         pass_flops=both.get_total_flops(),
+        forward_bytes=idle.peak,
+        saved_bytes=saved,
         activation_bytes=live.peak,
         pass_bytes=live.peak_with_gradients,
     )
@@ -89,7 +102,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.peak_with_gradients = 0
         self._sizes: dict[int, int] = {}
-        self._alive = self._gradients = 0
+        self.alive = self._gradients = 0
         self._collect_at = self._collect_all_at = sys.maxsize
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,14 +116,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note_peaks(self) -> None:
-        if self._alive - self._gradients > self._collect_at or self._alive > self._collect_all_at:
+        if self.alive - self._gradients > self._collect_at or self.alive > self._collect_all_at:
             # Checkpointing leaves reference cycles, whose fake tensors would be taken for live ones. The margin keeps
             # collections rare, and garbage below it.
             gc.collect()
-            self._collect_at = max(self._collect_at, int(MARGIN * (self._alive - self._gradients)))
-            self._collect_all_at = max(self._collect_all_at, int(MARGIN * self._alive))
-        self.peak = max(self.peak, self._alive - self._gradients)
-        self.peak_with_gradients = max(self.peak_with_gradients, self._alive)
+            self._collect_at = max(self._collect_at, int(MARGIN * (self.alive - self._gradients)))
+            self._collect_all_at = max(self._collect_all_at, int(MARGIN * self.alive))
+        self.peak = max(self.peak, self.alive - self._gradients)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.alive)
 
     def __enter__(self) -> Self:
         gc.collect()
@@ -135,11 +148,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = id_of(tensor)
         self._sizes[key] = storage.nbytes()
-        self._alive += storage.nbytes()
+        self.alive += storage.nbytes()
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
-        self._alive -= self._sizes.pop(key, 0)
+        self.alive -= self._sizes.pop(key, 0)
 
 
 def id_of(tensor: Tensor) -> int:
@@ -181,29 +194,50 @@ def flop_counter() -> FlopCounterMode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFlops:
-    """Of the network alone, a multiplication and its addition counted as two.
+    """FLOPs of one step's network passes, a multiplication and its addition counted as two.
 
     The update adds about 30 per trained weight, which is below a thousandth of a pass over one sample.
+
+    Attributes:
+        retain: passes with gradients on retained samples.
+        forget: passes with gradients on forgotten samples, an inner solve's included.
+        teacher: forward passes of the frozen copy.
+        no_grad: forward passes of the model without gradients.
+        fine_tuning: plain fine-tuning on as many samples.
     """
 
     retain: int
     forget: int
     teacher: int
+    no_grad: int
     fine_tuning: int
 
     @property
     def total(self) -> int:
-        return self.retain + self.forget + self.teacher
+        return self.retain + self.forget + self.teacher + self.no_grad
 
 
-def step_flops(traced: Trace, *, relabel: bool = False) -> StepFlops:
-    """Of a step with ``traced.batch_size`` retained and as many forgotten samples.
+def step_flops(traced: Trace, plan: StepPlan) -> StepFlops:
+    """FLOPs of the passes of ``plan``, each in proportion to its number of samples."""
 
-    relabel: the forget target is a prediction, one more forward pass over the forgotten samples; otherwise it is noise
-    """
+    def of(flops: int, samples: float) -> int:
+        return round(flops * samples / traced.batch_size)
+
     return StepFlops(
-        retain=traced.pass_flops,
-        forget=traced.pass_flops,
-        teacher=traced.forward_flops if relabel else 0,
-        fine_tuning=2 * traced.pass_flops,
+        retain=of(traced.pass_flops, plan.samples(gradient=True, data="retain")),
+        forget=of(traced.pass_flops, plan.samples(gradient=True, data="forget")),
+        teacher=of(traced.forward_flops, plan.samples(network="teacher")),
+        no_grad=of(traced.forward_flops, plan.samples(network="model", gradient=False)),
+        fine_tuning=of(traced.pass_flops, plan.data_samples),
     )
+
+
+def activation_bytes(traced: Trace, plan: StepPlan) -> int:
+    """Peak of activations in a step: of a pass with gradients, or of a forward pass beside what another one saved."""
+    per_row = traced.forward_bytes / traced.batch_size
+    peaks = [per_row * plan.rows(nested=False)]
+    if any(part.gradient for part in plan.passes):
+        peaks.append(traced.activation_bytes)
+    if plan.rows(nested=True):
+        peaks.append(traced.saved_bytes + per_row * plan.rows(nested=True))
+    return round(max(peaks))

@@ -1,4 +1,4 @@
-"""The report that a demo leaves behind: one file to read anywhere."""
+"""HTML report of a demo: one self-contained file."""
 
 from erasediff.report.contents import Column, Contents
 from erasediff.report.render import render

@@ -1,4 +1,4 @@
-"""What a report tells."""
+"""Contents of a report: models, metrics, images, settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from erasediff.evaluation import ConditionalMetrics, UnconditionalMetrics
 class Column:
     """One model of the comparison.
 
-    title:   as in "EraseDiff"
-    summary: what was done to it, in a few words
-    metrics: of one kind in all columns
-    images:  [N, C, H, W] in [-1, 1], from the same seed in all columns
-    rows:    int64 [N], the row of the picture that each image belongs to: the class asked for, or the class that the
-             judge sees in an unconditional image (no class: negative)
-    records: of each step, as in metrics.jsonl; empty where the report shows no curve
+    Attributes:
+        title: as in "EraseDiff".
+        summary: what was done to it, in a few words.
+        metrics: of one kind in all columns.
+        images: [N, C, H, W] in [-1, 1], from the same seed in all columns.
+        rows: int64 [N], the row of the picture that each image belongs to: the class asked for, or the class of an
+            unconditional image (no class: negative).
+        records: of each step, as in metrics.jsonl; empty where the report shows no curve.
     """
 
     title: str
@@ -34,12 +35,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """A whole report; ``columns`` are the base, the unlearned model, and then the controls.
+    """Contents of one report.
 
-    judge_accuracy: on held-out real images, in [0, 1]
-    command:        that repeats the run
-    settings:       the run's configuration, as YAML
-    versions:       of what the numbers may depend on, by name
+    Attributes:
+        columns: the base, the unlearned model, and then the controls.
+        class_names: by class number.
+        judge_accuracy: of the classifier on held-out real images, in [0, 1].
+        command: that repeats the run.
+        settings: the run's configuration, as YAML.
+        versions: of libraries, by name.
     """
 
     columns: Sequence[Column]
@@ -96,20 +100,24 @@ def _conditional_rows(metrics: list[ConditionalMetrics]) -> list[Row]:
         return Row(label, note, [value(m) for m in metrics])
 
     return [
-        row("Forgotten, recognised", "asked for it, the judge sees it", lambda m: percent(m.forgotten_rate)),
-        row("… 95% upper bound", "of that share, by the number of images", lambda m: percent(m.forgotten_bound)),
-        row("… if forced to choose", "the judge may not answer “none”", lambda m: percent(m.forgotten_nearest)),
-        row("… like no class", "asked for it, nothing recognisable comes", lambda m: percent(m.forgotten_none)),
-        row("Others, recognised", "mean over the other classes", lambda m: percent(m.retained_mean)),
-        row("Others, worst", "least of the other classes", lambda m: percent(m.retained_worst)),
         row(
-            "Others, largest drop",
-            "points below the base",
+            "Unlearning accuracy (UA)",
+            "asked for the forgotten class, the classifier sees another one or none",
+            lambda m: percent(1 - m.forgotten_rate),
+        ),
+        row("… 95% lower bound", "Wilson interval for the number of images", lambda m: percent(1 - m.forgotten_bound)),
+        row("… without “none”", "the classifier has to choose a class", lambda m: percent(1 - m.forgotten_nearest)),
+        row("… no class", "share of these images that resemble no class", lambda m: percent(m.forgotten_none)),
+        row("Retain accuracy (RA)", "mean over the retained classes", lambda m: percent(m.retained_mean)),
+        row("… worst class", "lowest of the retained classes", lambda m: percent(m.retained_worst)),
+        row(
+            "… largest drop",
+            "of a class, in percentage points below the base",
             lambda m: "–" if m is base else points(m.worst_drop(base)),
         ),
         row(
-            "Others, shown as forgotten",
-            "asked for another class, the forgotten one comes",
+            "Retained, seen as forgotten",
+            "asked for a retained class, the classifier sees the forgotten one",
             lambda m: percent(m.forgotten_elsewhere),
         ),
         _discrepancy(metrics),
@@ -123,24 +131,24 @@ def _unconditional_rows(metrics: list[UnconditionalMetrics]) -> list[Row]:
         return Row(label, note, [value(m) for m in metrics])
 
     return [
-        row("Forgotten, share", "of all images", lambda m: percent(m.forgotten_share)),
-        row("… 95% upper bound", "of that share, by the number of images", lambda m: percent(m.forgotten_bound)),
-        row("… if forced to choose", "the judge may not answer “none”", lambda m: percent(m.forgotten_nearest)),
-        row("… left of the base's", "share divided by the base's", lambda m: percent(m.remaining(base))),
+        row("Forgotten class, share", "of all images, by the classifier", lambda m: percent(m.forgotten_share)),
+        row("… 95% upper bound", "Wilson interval for the number of images", lambda m: percent(m.forgotten_bound)),
+        row("… without “none”", "the classifier has to choose a class", lambda m: percent(m.forgotten_nearest)),
+        row("… relative to the base", "share divided by the base's", lambda m: percent(m.remaining(base))),
         row(
-            "Others, largest shift",
-            "of a class's proportion among the others, in points",
+            "Retained, largest shift",
+            "of a class's proportion among the retained ones, in percentage points",
             lambda m: "–" if m is base else points(m.largest_shift(base)),
         ),
-        row("Like no class", "share of all images", lambda m: percent(m.none)),
+        row("No class", "share of images that resemble no class", lambda m: percent(m.none)),
         _discrepancy(metrics),
     ]
 
 
 def _discrepancy(metrics: Sequence[ConditionalMetrics | UnconditionalMetrics]) -> Row:
     return Row(
-        "Discrepancy × 1000",
-        "of the other classes' images from real ones, 0 is best",
+        "MMD² × 1000",
+        "distance of the retained classes' images from real ones, 0 is best",
         [f"{1000 * m.discrepancy:.1f}" for m in metrics],
     )
 

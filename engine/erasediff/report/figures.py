@@ -1,4 +1,4 @@
-"""Figures as files of their own, and within pages."""
+"""Figures: training curves and benchmark bars, as files and as data URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contents to HTML."""
+"""Rendering of a report as one HTML page."""
 
 import base64
 import io

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from torch import nn
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
 from erasediff.io.state_file import load_state, open_state, save_state
-from erasediff.methods import Method
+from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
-from erasediff.training.resharding import Fragments, Sharded, from_full_checkpoint, opened, to_shards
+from erasediff.parallel.unwrap import named
+from erasediff.training.resharding import Fragments, from_full_checkpoint, opened, to_shards
 
 PREFIX = "checkpoint-"
 STATE = "state.safetensors"
@@ -180,18 +181,20 @@ class Snapshot(Protocol):
 class FullState:
     """Of one process. Reads checkpoints of any number of ranks."""
 
-    def __init__(self, method: Method, model: nn.Module) -> None:
+    def __init__(self, method: Solver, model: nn.Module) -> None:
         self.method = method
         self.model = model
 
     def save(self, checkpoint: Checkpoint) -> None:
         frozen = _frozen(self.model)
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+        groups = self.method.optimizer.param_groups
+        trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
         checkpoint.save(
             {
                 "model": weights,
                 # In the order of the optimizer's state.
-                "parameters": list(getattr(getattr(self.method, "gradients", None), "names", ())),
+                "parameters": list(named(self.model, trained)),
                 "method": {"name": self.method.name, "state": self.method.state_dict()},
                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             }
@@ -200,7 +203,7 @@ class FullState:
     def restore(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_whole:
             with checkpoint.fragments(ControlPlane.current()) as fragments:
-                fragments.restore(cast(Sharded, self.method))
+                fragments.restore(self.method)
             return
         state = checkpoint.load(next(self.model.parameters()).device)
         missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
@@ -215,8 +218,8 @@ class FullState:
 class SharedSnapshot:
     """Of the ranks together: each writes and reads its part. Random states return where the ranks are as many again."""
 
-    def __init__(self, method: Method, peers: ControlPlane, *, replicated: bool, device: torch.device) -> None:
-        self.method = cast(Sharded, method)
+    def __init__(self, method: Solver, peers: ControlPlane, *, replicated: bool, device: torch.device) -> None:
+        self.method = method
         self.name = method.name
         self.peers = peers
         self.replicated = replicated
@@ -239,11 +242,11 @@ class SharedSnapshot:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
 
 
-def snapshot_of(method: Method, model: nn.Module, *, shared: bool) -> Snapshot:
+def snapshot_of(method: Solver, model: nn.Module, *, shared: bool) -> Snapshot:
     """``model`` is what the method trains, as it was before anything was put around it."""
     if not shared:
         return FullState(method, model)
-    gradients = cast(Any, method).gradients
+    gradients = method.gradients
     return SharedSnapshot(method, ControlPlane.current(), replicated=gradients.replicated, device=gradients.device)
 
 

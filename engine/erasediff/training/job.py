@@ -15,7 +15,7 @@ from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
-from erasediff.methods import METHOD_SPECS, Method
+from erasediff.methods import METHOD_SPECS, Solver
 from erasediff.models.trainable import frozen_copy
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, load_full_weights_
@@ -52,7 +52,7 @@ class TrainingJob:
     network: nn.Module
     save: Callable[[Path], None]
     optimizer: ConstrainedAdamW
-    method: Method
+    method: Solver
     rate: LearningRate
     retain: Batches
     forget: Batches | None = None
@@ -102,8 +102,7 @@ class TrainingJob:
             with ema_weights(self.optimizer):
                 self.save(path)
             return
-        method: Any = self.method
-        weights = gather_ema_weights(method.model, method.gradients, path.parent)
+        weights = gather_ema_weights(self.method.model, self.method.gradients, path.parent)
         peers = ControlPlane.current()
         with peers.main_process_first():
             if peers.is_main:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erasediff.config import RunConfig
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import Interrupted, UserError
-from erasediff.methods import Method
+from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
 from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def run_steps(
-    method: Method,
+    method: Solver,
     model: nn.Module,
     run: RunFolder,
     *,

@@ -11,26 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.io.state_file import StoredTensor, load_state, open_state
+from erasediff.methods import Solver
 from erasediff.parallel.gradient_store import Shard
-
-
-class Sharded(Protocol):
-    """A method whose state can be taken apart: see ``erasediff.solver.Solver``."""
-
-    def shards(self) -> Iterator[Shard]: ...
-
-    def own_shards(self) -> Iterator[Shard]: ...
-
-    def scalars(self) -> dict[str, Tensor]: ...
-
-    def load_scalars(self, scalars: Mapping[str, Tensor]) -> None: ...
 
 
 class Piece(NamedTuple):
@@ -49,7 +38,7 @@ class Fragments:
         self._scalars = scalars
 
     @torch.no_grad()
-    def restore(self, method: Sharded) -> None:
+    def restore(self, method: Solver) -> None:
         """Write this rank's part of the state to ``method``. UserError where the checkpoint does not hold all of it."""
         for shard in chain(method.shards(), method.own_shards()):
             for key, tensor in _filled(shard):
@@ -78,7 +67,7 @@ class Fragments:
         return UserError(f"The checkpoint {self._path} holds no {what}: it is of a run of another kind.")
 
 
-def to_shards(method: Sharded, *, with_shards: bool) -> dict[str, Any]:
+def to_shards(method: Solver, *, with_shards: bool) -> dict[str, Any]:
     """What this rank writes; without the weights' shards, what is not the same on all ranks alone."""
     shards: Iterable[Shard] = method.shards() if with_shards else ()
     fragments = [
@@ -127,4 +116,5 @@ def from_full_checkpoint(path: Path, file: Path) -> Fragments:
     pieces |= {(key, key): [Piece(0, value.reshape(-1))] for key, value in own.items()}
     scalars = {"iteration": torch.tensor(method["iteration"]), "skipped": method["skipped"]}
     scalars |= {f"group.{index}.step": group["step"] for index, group in enumerate(optimizer["param_groups"])}
+    scalars |= {f"barrier.{name}": value for name, value in method.get("barrier", {}).items()}
     return Fragments(path, pieces, scalars)

@@ -1,4 +1,4 @@
-"""Progress bars, on whichever console the caller gives: the error stream's, so that output stays clean."""
+"""Progress bars, on the console that the caller gives (the error stream's, so that output stays clean)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from rich.table import Column
 
 
 class Bar:
-    """Moves one progress bar."""
+    """One task of a progress display."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress

@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic of the machine at hand."""
+"""Timers, transient peak memory, and matrix-product throughput of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EraseDiff beside plain fine-tuning on as many samples, in turns on this machine; nothing is written."""
+"""Benchmark of an EraseDiff step against plain fine-tuning on as many samples, in turns; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from erasediff.methods.erasediff import EraseDiff
 from erasediff.planning.trace import flop_counter
 from erasediff.training.job import TrainingJob, precision_of
 from erasediff.utils.timing import Stopwatch, TransientPeak, matmul_flops_per_second, wait_for
+from erasediff.workflows.record_passes import step_plan
 
 WARM_UP_TURNS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """``samples`` per step; seconds are medians over the turns, ``first_quartile`` and ``third_quartile`` their spread.
+    """One method's cost per step.
 
-    flops:                 of the network in one step as it runs, gradient checkpointing's second forward included; what
-                           custom attention kernels do is not seen
-    flops_utilisation:     flops per second, of the matrix product's measured in the same turns
-    peak_bytes:            weights, this contender's own optimizer state, and the most that a step takes beyond them;
-                           None where the system does not tell
-    update_share:          Gram values, multiplier and update, of the step's time; None for fine-tuning
-    times_fine_tuning:     median over turns of the ratio to fine-tuning's time
+    Attributes:
+        samples: per step.
+        seconds: median over the turns; ``first_quartile`` and ``third_quartile`` are their spread.
+        flops: of the network in one step as it runs, gradient checkpointing's second forward included; what custom
+            attention kernels do is not seen.
+        flops_utilisation: flops per second, as a share of the matrix product's in the same turns.
+        peak_bytes: weights, this contender's own optimizer state, and the transient peak of a step; None where the
+            system does not tell.
+        update_share: Gram values, multiplier and update, as a share of the step's time; None for fine-tuning.
+        times_fine_tuning: median over turns of the ratio to fine-tuning's time.
     """
 
     name: str
@@ -50,11 +54,17 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """``matmul_flops_per_second`` is the fastest turn's, of a square product in ``precision``."""
+    """Benchmark of all contenders on one machine.
+
+    Attributes:
+        passes: network passes of an EraseDiff step, as ``erasediff plan`` counts them.
+        matmul_flops_per_second: the fastest turn's, of a square product in ``precision``.
+    """
 
     device: str
     threads: int
     precision: str
+    passes: str
     parameters: int
     parameters_trained: int
     turns: int
@@ -113,6 +123,7 @@ def bench(session: TrainingJob, *, turns: int, progress: Callable[[], object] = 
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         threads=torch.get_num_threads(),
         precision=str(precision).removeprefix("torch."),
+        passes=step_plan(session.config).describe(),
         parameters=sum(parameter.numel() for parameter in parameters),
         parameters_trained=sum(parameter.numel() for parameter in trained),
         turns=turns,
@@ -146,8 +157,8 @@ def _fine_tuning(method: EraseDiff, trained: list[torch.nn.Parameter]) -> FineTu
         min_snr_gamma=objective.min_snr_gamma,
         antithetic=objective.antithetic,
         max_grad_norm=method.max_grad_norm,
-        accumulation_steps=objective.accumulation_steps,
-        autocast=objective.autocast,
+        accumulation_steps=method.accumulation_steps,
+        autocast=method.autocast,
         seed=method.seed,
     )
 

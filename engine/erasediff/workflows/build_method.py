@@ -15,8 +15,8 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights
-from erasediff.methods import METHOD_SPECS, BuildContext, Method, MethodSpec
-from erasediff.methods.base import SolverOptions
+from erasediff.methods import METHOD_SPECS, BuildContext, MethodSpec
+from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import LatentModel
 from erasediff.models.trainable import select, train_only
@@ -197,7 +197,7 @@ def unlearning_method(
     teacher: Callable[[], nn.Module],
     retain: Batches,
     forget: Batches,
-) -> Method:
+) -> Solver:
     """``config.unlearn.method`` about to train ``network``, which is ``model``'s as ranks share it."""
     settings = config.unlearn
     options: SolverOptions = {
@@ -250,7 +250,7 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
     return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 
 
-def finalize_and_save(method: Method, save: Callable[[Path], None], path: Path) -> None:
+def finalize_and_save(method: Solver, save: Callable[[Path], None], path: Path) -> None:
     """Write the method's own files beside the model's ``path``, and the model with ``save``."""
     finalize = METHOD_SPECS[method.name].finalize
     if finalize is not None:

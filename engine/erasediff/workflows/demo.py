@@ -18,7 +18,7 @@ from erasediff.io.atomic import atomic_write
 from erasediff.report import Column, Contents, render
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.training.run_dir import RunFolder, RunPlace
-from erasediff.workflows.dry_run import Plan, plan
+from erasediff.workflows.dry_run import DryRun, dry_run
 from erasediff.workflows.evaluate import EvaluatedModel, Evaluation, judge_model
 from erasediff.workflows.load_model import load_model
 from erasediff.workflows.train_pixel import CachedTraining, training_job, untrained_model
@@ -130,7 +130,7 @@ def demo(config: Config, place: RunPlace, console: Console, command: str) -> Dem
 
 
 @thread_scope()
-def plan_demo(config: Config) -> dict[str, Plan]:
+def plan_demo(config: Config) -> dict[str, DryRun]:
     """What each part of ``demo`` that is not in the cache would cost, by its column's name. Writes nothing."""
     config = _complete(config)
     trainings = {
@@ -138,11 +138,13 @@ def plan_demo(config: Config) -> dict[str, Plan]:
         "retrained": CachedTraining(config, exclude=config.unlearn.forget),
     }
     plans = {
-        name: plan(training_job(training.config)) for name, training in trainings.items() if not training.run.finished
+        name: dry_run(training_job(training.config))
+        for name, training in trainings.items()
+        if not training.run.finished
     }
     for method in ("erasediff", *CONTROLS):
         base = untrained_model(config, set_up_device(config))
-        plans[method] = plan(pixel_unlearning_job(_with_unlearn(config, method=method), base))
+        plans[method] = dry_run(pixel_unlearning_job(_with_unlearn(config, method=method), base))
     return plans
 
 

@@ -1,4 +1,4 @@
-"""What a run would do and cost, measured on trial steps; nothing is written."""
+"""Dry run: size and cost of a run, measured on trial steps in memory; nothing is written."""
 
 import resource
 import sys
@@ -7,17 +7,33 @@ from dataclasses import dataclass
 
 import torch
 
+from erasediff.planning.step_plan import Pass, StepPlan
 from erasediff.training.job import TrainingJob
+from erasediff.utils.timing import wait_for
+from erasediff.workflows.record_passes import step_plan
 
 TRIAL_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Sizes in bytes, times in seconds. ``peak_bytes`` is the process's on a CPU, the allocator's on a GPU."""
+class DryRun:
+    """Measured cost of a run.
+
+    Attributes:
+        method: name of the method.
+        device: of the network.
+        passes: network passes per step, as ``erasediff plan`` counts them; empty among several processes.
+        parameters, parameters_trained: numbers of elements.
+        steps: of the whole run.
+        state_bytes: weights and optimizer state.
+        peak_bytes: peak of the process on a CPU, of the allocator on a GPU.
+        seconds_per_step: mean of the trial steps after the first.
+        seconds: of the whole run.
+    """
 
     method: str
     device: str
+    passes: str
     parameters: int
     parameters_trained: int
     steps: int
@@ -27,27 +43,28 @@ class Plan:
     seconds: float
 
 
-def plan(session: TrainingJob) -> Plan:
-    """Take a few steps of ``session`` in memory and scale them up. The session is of no use afterwards."""
-    device = next(session.network.parameters()).device
+def dry_run(job: TrainingJob) -> DryRun:
+    """Take a few steps of ``job`` in memory and scale them up. The job is of no use afterwards."""
+    device = next(job.network.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    session.trial_step(0)
-    _wait_for(device)
+    job.trial_step(0)
+    wait_for(device)
     began = time.perf_counter()
     for index in range(1, TRIAL_STEPS):
-        session.trial_step(index)
-    _wait_for(device)
+        job.trial_step(index)
+    wait_for(device)
     seconds_per_step = (time.perf_counter() - began) / (TRIAL_STEPS - 1)
-    parameters = list(session.network.parameters())
+    parameters = list(job.network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer_tensors = [
-        tensor for state in session.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)
+        tensor for state in job.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)
     ]
-    steps = session.rate.steps
-    return Plan(
-        method=session.method.name,
+    steps = job.rate.steps
+    return DryRun(
+        method=job.method.name,
         device=str(device),
+        passes=_passes(job),
         parameters=sum(parameter.numel() for parameter in parameters),
         parameters_trained=sum(parameter.numel() for parameter in trained),
         steps=steps,
@@ -58,9 +75,13 @@ def plan(session: TrainingJob) -> Plan:
     )
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _passes(job: TrainingJob) -> str:
+    if job.config.distributed.launch != "none":
+        return ""
+    if job.forget is not None:
+        return step_plan(job.config).describe()
+    size = job.config.train.batch_size
+    return StepPlan(batch_size=size, passes=(Pass(data="retain", rows=size),)).describe()
 
 
 def _peak_bytes(device: torch.device) -> int:

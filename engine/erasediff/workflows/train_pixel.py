@@ -86,6 +86,8 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
 
 
 LIBRARIES = ("erasediff", "torch", "diffusers")
+SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}}
+"""Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
 
 
 class CachedTraining:
@@ -116,7 +118,7 @@ def _fingerprint(config: Config) -> str:
     """Hash of the settings, the training images and the versions of the code that turns them into a model."""
     images = load_digits().train
     digest = hashlib.sha256(images.sample.numpy().tobytes() + images.class_labels.numpy().tobytes())
-    digest.update(config.to_yaml().encode())
+    digest.update(config.to_yaml(exclude=SETTINGS_AFTER_THE_FIRST_CACHES).encode())
     digest.update(json.dumps({name: version(name) for name in LIBRARIES}).encode())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What a comparison measures, keeps, and concludes."""
+"""Comparison: results file, runs of cases, table and verdict, page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from erasediff import Process
 from erasediff.comparison import Case, ResultsFile, compare
 from erasediff.comparison.digits_task import tasks_named
 from erasediff.comparison.page import verdict, write_page
-from erasediff.comparison.run_case import Cost, artefact_bytes, carried_out, command
-from erasediff.comparison.table import gaps, tables
+from erasediff.comparison.run_case import Cost, artefact_bytes, command, run_case
+from erasediff.comparison.table import gaps, markdown, tables
 from erasediff.errors import UserError
 from erasediff.evaluation.attacks import relearning_curve
 from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
@@ -106,7 +106,7 @@ def test_a_method_that_leaves_the_model_alone_is_measured_with_what_it_attaches(
     assert artefact_bytes(tmp_path / "base", eraser.parent) == size
     cost = Cost(seconds=2.0, cpu_seconds=1.0, training_seconds=1.0, peak_bytes=None, artefact_bytes=size)
     (eraser.parent / "cost.json").write_text(json.dumps(dataclasses.asdict(cost)))
-    assert carried_out(case, tmp_path / "base", tmp_path) == (eraser, cost)
+    assert run_case(case, tmp_path / "base", tmp_path) == (eraser, cost)
 
 
 def test_a_case_of_other_settings_is_another_case(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_verdict_names_who_is_better_on_both(tmp_path: Path) -> None:
     assert [row.method for row in table.rows][:2] == ["base", "retrain"]
     assert "no method" in verdict(table)
     (table,) = tables([ours, line("salun", 0.02, 0.98), base])
-    assert "somewhere better: salun (forgotten rate 0.0, retained +1.0 points)" in verdict(table)
+    assert "better in one: salun (UA 0.0, RA +1.0 percentage points)" in verdict(table)
     # Of the runs that only one has, nothing is concluded.
     (table,) = tables([ours, line("salun", 0.02, 0.98), line("salun", 0.9, 0.5, seed=1)])
     assert table.better_than("erasediff") == {"salun": (0, pytest.approx(0.01))}
@@ -157,9 +157,29 @@ def test_the_last_settings_count_and_gaps_are_named() -> None:
     said = " ".join(gaps(table))
     assert "1 seed of three: " in said
     assert "esd was not run on toy/2" in said
-    assert "Not measured: steps to relearn" in said
+    assert "Not measured: steps to relearn (median)" in said
     (table,) = tables([line("esd", 0.1, 0.9, seed=seed) for seed in range(3)] + [line("salun", 0.1, 0.9)])
     assert "Only 1 seed of three for salun: " in " ".join(gaps(table))
+
+
+def test_one_run_that_never_relearns_does_not_decide_the_row() -> None:
+    """The median of steps to relearn over runs: infinite only where half of the runs never get there."""
+
+    def relearned(seed: int, *rates: float) -> dict[str, Any]:
+        curve = [[5 * step, rate] for step, rate in enumerate(rates)]
+        return line("esd", 0, 0, seed=seed, measurement="relearning", values={"curve": curve})
+
+    def shown(*runs: tuple[float, ...]) -> str:
+        quality = [line("esd", 0.25, 0.9, seed=seed) for seed in range(len(runs))]
+        (table,) = tables([*quality, *(relearned(seed, *rates) for seed, rates in enumerate(runs))])
+        return markdown(table)
+
+    assert "| 10 |" in shown((0, 0.6), (0, 0.4, 0.6), (0, 0.1, 0.1))
+    assert "| never |" in shown((0, 0.6), (0, 0.1), (0, 0.1))
+    text = shown((0, 0.6))
+    assert "steps to relearn (median)" in text
+    assert "| UA | RA |" in text
+    assert "| 75.0% | 90.0% |" in text, "UA is the share of forgotten images that are not recognised"
 
 
 class ToyTask:
@@ -225,7 +245,7 @@ def test_the_page_is_drawn_from_the_lines_alone(tmp_path: Path) -> None:
     write_page(tmp_path / "report.html", lines, "erasediff compare --seeds '<0>'")
     page = (tmp_path / "report.html").read_text()
     assert "97.0%" in page
-    assert "What was not run" in page
+    assert "Not measured" in page
     assert "&lt;0&gt;" in page
     assert "http" not in page, "nothing is loaded from elsewhere"
 

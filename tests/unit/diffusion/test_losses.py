@@ -1,11 +1,14 @@
 """The losses against their definitions in fp64, and the targets' promises."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
-from erasediff import GaussianNoise, Process, Relabel, UniformNoise
-from erasediff.diffusion import DenoisingObjective, NoiseRole, draw_timesteps, noise_key
-from erasediff_kernels import philox_noise
+from erasediff import EraseDiff, GaussianNoise, Process, Relabel, UniformNoise
+from erasediff.diffusion import DenoisingObjective, NoiseRole, draw_timesteps, micro_batches, noise_key
+from erasediff_kernels import ConstrainedSGD, philox_noise
 
 KEY = noise_key(11, 4, "cpu")
 IDS = torch.arange(8)
@@ -44,7 +47,8 @@ def test_retain_loss_and_gradient_equal_the_definition(model, process, make_batc
         model, batch, process, KEY, NoiseRole.RETAIN_NOISE, NoiseRole.RETAIN_TIMESTEP, None, gamma, antithetic
     )
     model.zero_grad()
-    loss = objective.retain_loss(model, batch, KEY, torch.autograd.backward)
+    loss = objective.retain_loss(model, *micro_batches(batch)[0], key=KEY)
+    loss.backward()
     torch.testing.assert_close(loss, expected.float())
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -63,15 +67,14 @@ def test_noise_targets_equal_their_definition(model, process, make_batch, target
         assert drawn.min() >= 0
         assert drawn.max() < 1
     expected = reference_loss(model, batch, process, KEY, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP, drawn)
-    loss = DenoisingObjective(process=process).forget_loss(model, batch, KEY, target, None)
+    loss = DenoisingObjective(process=process).forget_loss(model, target, *micro_batches(batch)[0], key=KEY)
     torch.testing.assert_close(loss, expected.float())
 
 
 def test_relabel_target_is_the_detached_prediction_under_another_class(model, make_model, process, make_batch):
     batch = make_batch(2)
-    teacher = make_model()
-    with torch.no_grad():
-        teacher.outward.weight.mul_(2)
+    teacher = make_model().requires_grad_(False).eval()
+    teacher.outward.weight.mul_(2)
     relabel = Relabel({"class_labels": torch.tensor([0, 3, 4])}, teacher=teacher)
     labels = relabel.relabelled({"class_labels": batch["class_labels"]}, IDS, KEY)["class_labels"]
     t = draw_timesteps(IDS, KEY, NoiseRole.FORGET_TIMESTEP, 100)
@@ -80,7 +83,8 @@ def test_relabel_target_is_the_detached_prediction_under_another_class(model, ma
     noisy = process.alpha[t].reshape(shape) * batch["sample"] + process.sigma[t].reshape(shape) * noise
     target = teacher(noisy, t, labels)[0].double()
     expected = reference_loss(model, batch, process, KEY, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP, target)
-    loss = DenoisingObjective(process=process).forget_loss(model, batch, KEY, relabel, torch.autograd.backward)
+    loss = DenoisingObjective(process=process).forget_loss(model, relabel, *micro_batches(batch)[0], key=KEY)
+    loss.backward()
     torch.testing.assert_close(loss, expected.float())
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -90,7 +94,7 @@ def test_relabel_follows_the_current_model_without_a_teacher(model, process, mak
     with torch.no_grad():
         model.label.weight.copy_(model.label.weight[:1].expand_as(model.label.weight))
     relabel = Relabel({"class_labels": torch.tensor([0, 1, 3])})
-    loss = DenoisingObjective(process=process).forget_loss(model, make_batch(2), KEY, relabel, None)
+    loss = DenoisingObjective(process=process).forget_loss(model, relabel, *micro_batches(make_batch(2))[0], key=KEY)
     assert loss == 0
 
 
@@ -121,8 +125,9 @@ def test_relabel_replaces_embeddings_and_their_companions_together():
 
 def test_relabel_refuses_to_relabel_with_the_forgotten_class(model, process, make_batch):
     objective = DenoisingObjective(process=process)
+    relabel = Relabel({"class_labels": torch.tensor([2])})
     with pytest.raises(RuntimeError, match="only alternative"):
-        objective.forget_loss(model, make_batch(2), KEY, Relabel({"class_labels": torch.tensor([2])}), None)
+        objective.forget_loss(model, relabel, *micro_batches(make_batch(2))[0], key=KEY)
 
 
 @pytest.mark.parametrize(
@@ -142,25 +147,35 @@ def test_relabel_refuses_choices_that_do_not_fit(choices):
 def test_relabel_names_the_entry_that_the_batch_lacks(model, process, make_batch):
     relabel = Relabel({"encoder_hidden_states": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match="encoder_hidden_states"):
-        DenoisingObjective(process=process).forget_loss(model, make_batch(2), KEY, relabel, None)
+        DenoisingObjective(process=process).forget_loss(model, relabel, *micro_batches(make_batch(2))[0], key=KEY)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 20])
 def test_accumulated_micro_batches_equal_the_whole_batch(make_model, process, make_batch, steps):
     gradients = []
-    for accumulation_steps in (1, steps):
+    objective = DenoisingObjective(process=process, min_snr_gamma=5.0)
+    for count in (1, steps):
         model = make_model()
-        objective = DenoisingObjective(process=process, accumulation_steps=accumulation_steps, min_snr_gamma=5.0)
-        retain = objective.retain_loss(model, make_batch(1), KEY, torch.autograd.backward)
-        forget = objective.forget_loss(model, make_batch(2), KEY, UniformNoise(), torch.autograd.backward)
-        gradients.append([retain, forget, *(parameter.grad for parameter in model.parameters())])
+        losses = [
+            objective.retain_loss(model, part, weight, key=KEY) for part, weight in micro_batches(make_batch(1), count)
+        ] + [
+            objective.forget_loss(model, UniformNoise(), part, weight, key=KEY)
+            for part, weight in micro_batches(make_batch(2), count)
+        ]
+        sum(losses).backward()
+        gradients.append([sum(losses).detach(), *(parameter.grad for parameter in model.parameters())])
     for whole, accumulated in zip(*gradients, strict=True):
         torch.testing.assert_close(accumulated, whole)
 
 
+def retain_loss(objective, model, batch):
+    return objective.retain_loss(model, *micro_batches(batch)[0], key=KEY).detach()
+
+
 def test_bf16_autocast_stays_near_fp32(model, process, make_batch):
-    full = DenoisingObjective(process=process).retain_loss(model, make_batch(1), KEY, None)
-    half = DenoisingObjective(process=process, autocast=torch.bfloat16).retain_loss(model, make_batch(1), KEY, None)
+    full = retain_loss(DenoisingObjective(process=process), model, make_batch(1))
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    half = retain_loss(DenoisingObjective(process=process, autocast=autocast), model, make_batch(1))
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0.02, atol=0)
     assert not torch.equal(half, full)
@@ -170,7 +185,7 @@ def test_batch_without_ids_is_numbered_from_zero(model, process, make_batch):
     objective = DenoisingObjective(process=process)
     batch = make_batch(1)
     unnumbered = {name: value for name, value in batch.items() if name != "sample_ids"}
-    assert objective.retain_loss(model, unnumbered, KEY, None) == objective.retain_loss(model, batch, KEY, None)
+    assert retain_loss(objective, model, unnumbered) == retain_loss(objective, model, batch)
 
 
 def test_split_batch_sees_the_noise_of_the_whole(model, process, make_batch):
@@ -178,19 +193,85 @@ def test_split_batch_sees_the_noise_of_the_whole(model, process, make_batch):
     objective = DenoisingObjective(process=process)
     batch = make_batch(1)
     halves = [{name: value[part] for name, value in batch.items()} for part in (slice(0, 4), slice(4, 8))]
-    split = sum(objective.retain_loss(model, half, KEY, None) for half in halves) / 2
-    torch.testing.assert_close(split, objective.retain_loss(model, batch, KEY, None))
+    split = sum(retain_loss(objective, model, half) for half in halves) / 2
+    torch.testing.assert_close(split, retain_loss(objective, model, batch))
 
 
-def test_malformed_batch_is_named(model, process, make_batch):
-    objective = DenoisingObjective(process=process)
+def test_malformed_batch_is_named(make_batch):
     with pytest.raises(ValueError, match='entry "sample"'):
-        objective.retain_loss(model, {"class_labels": torch.zeros(3)}, KEY, None)
+        micro_batches({"class_labels": torch.zeros(3)})
     with pytest.raises(ValueError, match="class_labels"):
-        objective.retain_loss(model, {**make_batch(1), "class_labels": torch.zeros(3)}, KEY, None)
+        micro_batches({**make_batch(1), "class_labels": torch.zeros(3)})
+    with pytest.raises(ValueError, match="at least one sample"):
+        micro_batches({"sample": torch.zeros(0, 1, 2, 3)})
 
 
-@pytest.mark.parametrize("setting", [{"accumulation_steps": 0}, {"min_snr_gamma": 0.0}, {"min_snr_gamma": -1.0}])
-def test_settings_out_of_range_are_refused(process, setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        DenoisingObjective(process=process, **setting)
+@pytest.mark.parametrize("gamma", [0.0, -1.0])
+def test_settings_out_of_range_are_refused(process, gamma):
+    with pytest.raises(ValueError, match="min_snr_gamma"):
+        DenoisingObjective(process=process, min_snr_gamma=gamma)
+
+
+def test_teachers_must_be_frozen_and_are_left_as_they_are(model, process):
+    """To freeze them would freeze the user's own module, be it the one that is trained."""
+    trains, evaluates = (copy.deepcopy(model) for _ in range(2))
+    trains.requires_grad_(False)
+    evaluates.eval()
+    choices = {"class_labels": torch.tensor([0])}
+    for teacher in (model, trains, evaluates):
+        with pytest.raises(ValueError, match="frozen"):
+            Relabel(choices, teacher)
+        with pytest.raises(ValueError, match="frozen"):
+            EraseDiff(model, ConstrainedSGD(model.parameters(), lr=0.1), process=process, retain_teacher=teacher)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+
+
+PREDICTION_OF_NOISE = {
+    "epsilon": lambda eps, x, alpha, sigma: eps,
+    "v_prediction": lambda eps, x, alpha, sigma: (eps - sigma * x) / alpha,
+    "sample": lambda eps, x, alpha, sigma: (x - sigma * eps) / alpha,
+    "flow_prediction": lambda eps, x, alpha, sigma: (eps - x) / alpha,
+}
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_OF_NOISE)
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize(("kind", "distribution"), [(UniformNoise, "uniform"), (GaussianNoise, "normal")])
+def test_the_published_target_holds_for_every_parametrisation(
+    make_batch, process, prediction_type, gamma, kind, distribution
+):
+    """A model that says the same of the noise has the published L_f, E |eps_f - eps_theta|^2, whatever it predicts."""
+    sigma = process.sigma.double()
+    alpha = 1 - sigma if prediction_type == "flow_prediction" else process.alpha.double()
+    process = Process(alpha.float(), sigma.float(), prediction_type, process.conditioning)
+    batch = make_batch(2)
+    t = draw_timesteps(IDS, KEY, NoiseRole.FORGET_TIMESTEP, 100)
+    column = (-1, 1, 1, 1)
+    alpha, sigma = alpha[t].reshape(column), sigma[t].reshape(column)
+    eps_theta = torch.randn(8, 1, 2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def denoiser(model, noisy_sample, timesteps, condition):
+        return PREDICTION_OF_NOISE[prediction_type](eps_theta, noisy_sample.double(), alpha, sigma).float()
+
+    objective = DenoisingObjective(process=process, denoiser=denoiser, min_snr_gamma=gamma)
+    eps_f = philox_noise(IDS, KEY, int(NoiseRole.FORGET_TARGET), (1, 2, 3), distribution=distribution).double()
+    expected = (eps_f - eps_theta).square().flatten(1).mean(1)
+    if gamma is not None:
+        snr = (alpha / sigma).square().flatten()
+        expected = expected * snr.clamp(max=gamma) / snr
+    loss = objective.forget_loss(torch.nn.Identity(), kind(), *micro_batches(batch)[0], key=KEY)
+    torch.testing.assert_close(loss.double(), expected.mean(), rtol=2e-5, atol=0)
+
+
+def test_raw_predictions_are_compared_only_where_a_setting_says_so(model, process, make_batch):
+    batch = make_batch(2)
+    process = Process(process.alpha, process.sigma, "v_prediction", process.conditioning)
+    drawn = philox_noise(IDS, KEY, int(NoiseRole.FORGET_TARGET), (1, 2, 3), distribution="uniform").double()
+    expected = reference_loss(model, batch, process, KEY, NoiseRole.FORGET_NOISE, NoiseRole.FORGET_TIMESTEP, drawn)
+    objective, part = DenoisingObjective(process=process), micro_batches(batch)[0]
+    raw = objective.forget_loss(model, UniformNoise(space="prediction"), *part, key=KEY)
+    torch.testing.assert_close(raw, expected.float())
+    assert not torch.isclose(objective.forget_loss(model, UniformNoise(), *part, key=KEY), raw, rtol=0.01)
+    with pytest.raises(ValueError, match="space"):
+        UniformNoise(space="velocity")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasediff.diffusion import DenoisingObjective, NoiseRole, noise_key
+from erasediff.diffusion import DenoisingObjective, micro_batches, noise_key
 from erasediff.errors import UserError
 from erasediff.evaluation.attacks import (
     PromptSearch,
@@ -41,10 +41,10 @@ def latents(sd: StableDiffusion) -> torch.Tensor:
 def loss(model: StableDiffusion, latents: torch.Tensor, prompt: str) -> float:
     objective = DenoisingObjective(process=model.process, denoiser=model.predict)
     batch = {"sample": latents, "sample_ids": torch.arange(len(latents))}
-    roles = {"noise": NoiseRole.RETAIN_NOISE, "timestep": NoiseRole.RETAIN_TIMESTEP}
     with torch.no_grad():
         batch |= condition(model, token_ids(model, prompt), len(latents))
-        return float(objective.denoising_loss_of(model.denoiser, batch, noise_key(7, 0, "cpu"), None, **roles))
+        part, weight = micro_batches(batch)[0]
+        return float(objective.retain_loss(model.denoiser, part, weight, key=noise_key(7, 0, "cpu")))
 
 
 def test_the_condition_is_the_pipelines(sd: StableDiffusion) -> None:

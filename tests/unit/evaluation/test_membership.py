@@ -1,12 +1,15 @@
-"""A model that was trained on an image has the lower loss on it, and the number says how surely one can tell."""
+"""Membership inference: losses per image, and the AUC of telling members by them."""
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from erasediff.diffusion import NoiseRole, Process, noise_key
-from erasediff.evaluation.memorization import image_losses, membership_auc
-from erasediff_kernels import philox_noise
+from erasediff.evaluation import memorization
+from erasediff.evaluation.memorization import image_losses, membership_auc, sample_losses
+from erasediff_kernels import denoising_loss, philox_noise
 
 TIMESTEPS = 100
 
@@ -51,6 +54,33 @@ def test_losses_are_those_of_each_image_by_itself(prediction_type: str) -> None:
         target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}[prediction_type]
         expected += target.square().mean((1, 2, 3)) / draws
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_kernel_gives_the_losses_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many launches as draws, and what the kernel says of each image by itself."""
+    used, sample, calls = process("epsilon"), images(5), []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args[0].shape[0])
+        return denoising_loss(*args, **options)
+
+    monkeypatch.setattr(memorization, "denoising_loss", counted)
+    losses = image_losses(Zero(), {"sample": sample}, process=used, draws=3)
+    assert calls == [5, 5, 5]
+    ids = torch.arange(5)
+    alone = [
+        image_losses(Zero(), {"sample": sample[i : i + 1], "sample_ids": ids[i : i + 1]}, process=used, draws=3)
+        for i in range(5)
+    ]
+    torch.testing.assert_close(losses, torch.cat(alone))
+    prediction, target = sample.double(), torch.zeros(5, 4, 8, 8, dtype=torch.float64)
+    given = [
+        denoising_loss(p[None], p[None], *torch.ones(2, 1), noise=t[None])
+        for p, t in zip(prediction, target, strict=True)
+    ]
+    at_once = denoising_loss(prediction, prediction, *torch.ones(2, 5), noise=target, weight=torch.ones(5))
+    expected = torch.stack([each.loss for each in given]).float()
+    torch.testing.assert_close(sample_losses(at_once.grad), expected)
 
 
 def test_an_image_alone_has_the_loss_it_has_among_others() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erasediff.diffusion import DenoisingObjective, NoiseRole, noise_key
+from erasediff.diffusion import DenoisingObjective, NoiseRole, micro_batches, noise_key
 from erasediff.methods import METHOD_SPECS, EraseDiff, FineTune, NegativeGradient
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD
 
@@ -40,14 +40,14 @@ def test_finetune_descends_on_the_retained_loss_and_ignores_the_forgotten_batch(
 def test_negative_gradient_is_the_ascent_direction(model, make_model, process, make_batch):
     batch = make_batch(2)
     twin = make_model()
-    loss = DenoisingObjective(process=process).denoising_loss_of(
+    loss = DenoisingObjective(process=process).denoising_loss(
         twin,
-        batch,
-        noise_key(0, 0, "cpu"),
-        torch.autograd.backward,
+        *micro_batches(batch)[0],
+        key=noise_key(0, 0, "cpu"),
         noise=NoiseRole.FORGET_NOISE,
         timestep=NoiseRole.FORGET_TIMESTEP,
     )
+    loss.backward()
     optimizer = ConstrainedSGD(model.parameters(), lr=0.5)
     method = NegativeGradient(model, optimizer, process=process, max_grad_norm=None)
     report = method.step(make_batch(1), batch)

@@ -27,9 +27,9 @@ def esd(model: nn.Module, process: Process, **options: Any) -> ESD:
         model,
         ConstrainedAdamW(model.parameters(), lr=1e-2),
         process=process,
-        teacher=copy.deepcopy(model),
         shape=SHAPE,
         **{
+            "teacher": copy.deepcopy(model).requires_grad_(False).eval(),
             "concepts": {"class_labels": torch.tensor([1, 2])},
             "null": {"class_labels": torch.tensor([5])},
             "batch_size": 4,
@@ -151,7 +151,7 @@ def test_a_pool_that_was_not_kept_is_sampled_again(make_model: Callable[[], nn.M
     for _ in range(12):
         method.step()
     kept = method.states().clone()
-    method.trajectories.sample = None
+    method.trajectories.iteration = None
     torch.testing.assert_close(method.states(), kept)
 
 
@@ -221,3 +221,24 @@ def test_a_mistake_is_told_in_a_sentence(
     run("unlearn", "--model", nano_folder("sd"), *flags, "--out", "out", *chosen, code=2)
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_pool_before_its_first_step_is_known_memory_and_is_sampled_after_a_restore(
+    make_model: Callable[[], nn.Module], process: Process
+) -> None:
+    """A run saved before its first step has no states yet; the one that resumes from it samples them."""
+    saved, resumed, fresh = (esd(make_model(), process) for _ in range(3))
+    (shard,) = saved.own_shards()
+    assert torch.equal(shard.tensors["trajectories"], torch.zeros_like(shard.tensors["trajectories"]))
+    (restored,) = resumed.own_shards()
+    restored.tensors["trajectories"].copy_(shard.tensors["trajectories"])
+    resumed.load_scalars(saved.scalars())
+    assert torch.equal(resumed.states(), fresh.states())
+    assert saved.state_dict()["trajectories"] is None
+
+
+def test_without_a_teacher_nothing_can_be_predicted_from(model: nn.Module, process: Process) -> None:
+    with pytest.raises(ValueError, match="needs a teacher"):
+        esd(model, process, teacher=None)
+    with pytest.raises(ValueError, match="frozen"):
+        esd(model, process, teacher=model)

@@ -19,8 +19,8 @@ from erasediff import Norm, Process
 from erasediff.errors import UserError
 from erasediff.methods import ESD, EraseDiff, Fixed, Solver
 from erasediff.methods.activation_stats import Observation, concept_neurons, of_batches
-from erasediff.methods.concept_prune import HeldMask
-from erasediff.methods.pruning import PrunedEraseDiff, correlated
+from erasediff.methods.concept_prune import HeldMask, most_important_per_neuron
+from erasediff.methods.pruning import PrunedEraseDiff, PrunedESD, correlated
 from erasediff.models.weight_masks import (
     WeightMask,
     add_masks,
@@ -29,6 +29,7 @@ from erasediff.models.weight_masks import (
     load_masks,
     masked_weights,
     merge_masks,
+    most_important,
     save_masks,
     weight_masks,
     without_masks,
@@ -109,8 +110,7 @@ def test_the_penalty_is_the_gradient_of_the_open_share(
     """With an overwhelming penalty on pruned weights, every score rises, whatever the losses say; Adam's step is lr."""
     scores = add_masks(model, names(model), 0.5)
     optimizer = ConstrainedAdamW(scores, lr=0.25)
-    method = PrunedEraseDiff(model, optimizer, process=process, barrier=Fixed(1.0))
-    method.sparsity_weight, method.score_count = 1e8, sum(score.numel() for score in scores)
+    method = PrunedEraseDiff(model, optimizer, process=process, barrier=Fixed(1.0), sparsity_weight=1e8)
     method.step(make_batch(1), make_batch(2))
     for score in scores:
         torch.testing.assert_close(score.detach(), torch.full_like(score, 0.75), atol=1e-4, rtol=0)
@@ -123,8 +123,8 @@ def test_erasediffs_objective_prunes_and_leaves_weights_alone(
     make_batch: Callable[..., dict[str, torch.Tensor]],
 ) -> None:
     scores = add_masks(model, names(model), 0.5)
-    method = PrunedEraseDiff(model, ConstrainedAdamW(scores, lr=0.05), process=process, barrier=Norm(0.5))
-    method.sparsity_weight, method.score_count = 0.1, sum(score.numel() for score in scores)
+    optimizer = ConstrainedAdamW(scores, lr=0.05)
+    method = PrunedEraseDiff(model, optimizer, process=process, barrier=Norm(0.5), sparsity_weight=0.1)
     losses = [float(method.step(make_batch(1, seed=i), make_batch(2, seed=i)).forget_loss) for i in range(80)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     pruned = [mask.score <= 0 for _, _, mask in weight_masks(model)]
@@ -151,7 +151,7 @@ def test_only_what_the_concept_drives_most_can_be_pruned(
     """Scores fall as fast as they can, yet of each layer no more goes than the share that is most correlated."""
     scores = add_masks(model, names(model), 0.5)
     method = PrunedEraseDiff(model, ConstrainedAdamW(scores, lr=0.5), process=process, barrier=Fixed(1.0))
-    method.sparsity_weight, method.score_count = -1e8, sum(score.numel() for score in scores)
+    method.sparsity_weight = -1e8
     importance = correlated(method, looks(method, make_batch), 4)
     limit_masks(model, importance, 0.1)
     for index in range(5):
@@ -268,7 +268,7 @@ def test_references_are_preserved_while_the_concept_goes(make_model: Callable[[]
             model,
             ConstrainedAdamW(model.parameters(), lr=1e-2),
             process=process,
-            teacher=make_model(),
+            teacher=make_model().requires_grad_(False).eval(),
             concepts=labels["concept"],
             null=labels["null"],
             references=references,
@@ -383,3 +383,45 @@ def test_a_mistake_is_told_in_a_sentence(
     run("unlearn", "--model", nano_folder("sd"), *prune, *flags, "--out", "out", code=2)
     assert said in capsys.readouterr().err
     assert not Path("out/model").exists()
+
+
+def test_learned_masks_take_steps_from_python(
+    make_model: Callable[[], nn.Module], process: Process, make_batch: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    """Constructor arguments are enough; what they leave out is told when it is asked for."""
+    model = make_model()
+    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
+    method = PrunedEraseDiff(model, optimizer, process=process, sparsity_weight=0.1)
+    assert method.step(make_batch(1), make_batch(2)).finite
+    with pytest.raises(ValueError, match="retain_batches"):
+        method.observations(1)
+    model = make_model()
+    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
+    by_prompts = PrunedESD(
+        model,
+        optimizer,
+        process=process,
+        concepts={"class_labels": torch.tensor([1])},
+        null={"class_labels": torch.tensor([5])},
+        shape=(1, 2, 3),
+        batch_size=4,
+        num_inference_steps=10,
+    )
+    assert by_prompts.step().finite
+    assert len(list(by_prompts.observations(2))) == 2
+
+
+def test_a_network_without_masks_and_a_penalty_that_rewards_are_refused(model: nn.Module, process: Process) -> None:
+    with pytest.raises(ValueError, match="no masks"):
+        PrunedEraseDiff(model, ConstrainedAdamW(model.parameters(), lr=0.1), process=process)
+    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
+    with pytest.raises(ValueError, match="sparsity_weight"):
+        PrunedEraseDiff(model, optimizer, process=process, sparsity_weight=-1.0)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2)])
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_each_neurons_most_important_weights_are_those_of_its_row_alone(shape: tuple[int, ...], share: float) -> None:
+    importance = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([most_important(row, share) for row in importance])
+    assert torch.equal(most_important_per_neuron(importance, share), expected)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erasediff import EraseDiff
-from erasediff.diffusion import DenoisingObjective
 from erasediff.methods.salun import forget_gradients, saliency_threshold, set_saliency_mask
 from erasediff.models.load import load_text_to_image
 from erasediff.models.trainable import select, train_only
@@ -58,14 +57,13 @@ def test_only_salient_weights_move(nano: Any, nano_folder: Callable[[str], Path]
     module = model.denoiser
     parameters = train_only(module, select(module, "xattn"))
     before = [parameter.detach().clone() for parameter in parameters]
-    objective = DenoisingObjective(process=model.process, denoiser=model.predict)
     generator = torch.Generator().manual_seed(0)
     condition = model.encode_prompts(["a dog"] * 2)
     batches = [{"sample": torch.randn(2, 4, 16, 16, generator=generator), **condition} for _ in range(3)]
     optimizer = ConstrainedAdamW(parameters, lr=1e-2)
     unlearner = EraseDiff(module, optimizer, process=model.process, denoiser=model.predict)
-    gradients = forget_gradients(module, unlearner.gradients, objective, batches)
-    again = forget_gradients(module, unlearner.gradients, objective, batches)
+    gradients = forget_gradients(unlearner, batches)
+    again = forget_gradients(unlearner, batches)
     assert all(torch.equal(own, other) for own, other in zip(gradients, again, strict=True))
     assert all(parameter.grad is None for parameter in parameters)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from erasediff import Process, Relabel
 from erasediff.config import Config, load_config
-from erasediff.diffusion import DenoisingObjective, noise_key
+from erasediff.diffusion import DenoisingObjective, micro_batches, noise_key
 from erasediff.errors import UserError
 from erasediff.methods import Fixed, SalUn
 from erasediff.models import PixelModel
@@ -27,11 +27,11 @@ def test_the_step_is_along_the_published_loss(
     process: Process,
     make_batch: Callable[..., dict[str, Tensor]],
 ) -> None:
-    alpha, target = 0.25, Relabel({"class_labels": torch.tensor([0])}, make_model())
+    alpha, target = 0.25, Relabel({"class_labels": torch.tensor([0])}, make_model().requires_grad_(False).eval())
     twin, retain, forget = make_model(), make_batch(1), make_batch(2)
     objective, key = DenoisingObjective(process=process), noise_key(0, 0, "cpu")
-    objective.retain_loss(twin, retain, key, lambda loss: (alpha * loss).backward())
-    objective.forget_loss(twin, forget, key, target, torch.autograd.backward)
+    (alpha * objective.retain_loss(twin, *micro_batches(retain)[0], key=key)).backward()
+    objective.forget_loss(twin, target, *micro_batches(forget)[0], key=key).backward()
     optimizer = ConstrainedSGD(model.parameters(), lr=alpha)
     barrier = Fixed(1 / alpha)
     SalUn(model, optimizer, process=process, barrier=barrier, target=target, max_grad_norm=None).step(retain, forget)

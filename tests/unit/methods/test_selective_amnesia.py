@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from erasediff import Process
 from erasediff.config import load_config
-from erasediff.diffusion import DenoisingObjective, NoiseRole, noise_key
+from erasediff.diffusion import DenoisingObjective, NoiseRole, micro_batches, noise_key
 from erasediff.methods import SelectiveAmnesia
 from erasediff.models import PixelModel
 from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
@@ -31,7 +31,8 @@ def test_fisher_information_is_the_mean_squared_gradient(
         twin = make_model()
         roles = {"noise": NoiseRole.FISHER_NOISE, "timestep": NoiseRole.FISHER_TIMESTEP}
         objective = DenoisingObjective(process=process)
-        objective.denoising_loss_of(twin, batch, noise_key(5, count, "cpu"), torch.autograd.backward, **roles)
+        [(part, share)] = micro_batches(batch)
+        objective.denoising_loss(twin, part, share, key=noise_key(5, count, "cpu"), **roles).backward()
         for total, parameter in zip(expected, twin.parameters(), strict=True):
             total += parameter.grad.square() / 3
     torch.testing.assert_close(method.fisher, expected)
@@ -53,10 +54,11 @@ def test_the_step_is_down_the_whole_loss(
     method.step(retain, forget)
 
     key, objective = noise_key(0, 1, "cpu"), DenoisingObjective(process=process)
-    objective.retain_loss(twin, retain, key, torch.autograd.backward)
+    objective.retain_loss(twin, *micro_batches(retain)[0], key=key).backward()
     uniform = philox_noise(forget["sample_ids"], key, int(NoiseRole.SURROGATE), (1, 2, 3), "uniform")
     roles = {"noise": NoiseRole.FORGET_NOISE, "timestep": NoiseRole.FORGET_TIMESTEP}
-    objective.denoising_loss_of(twin, {**forget, "sample": 2 * uniform - 1}, key, torch.autograd.backward, **roles)
+    surrogate = {**forget, "sample": 2 * uniform - 1}
+    objective.denoising_loss(twin, *micro_batches(surrogate)[0], key=key, **roles).backward()
     penalty = sum(
         (fisher * (parameter - original).square()).sum()
         for fisher, parameter, original in zip(method.fisher, twin.parameters(), make_model().parameters(), strict=True)

@@ -1,4 +1,4 @@
-"""What ``erasediff plan`` says, against real modules, real memory and published counts."""
+"""Planned memory and FLOPs against real modules, real memory and published counts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from nano import FAMILY_EXAMPLES
 from torch.utils.flop_counter import FlopCounterMode
 
 from erasediff.cli import main
+from erasediff.config import load_config
 from erasediff.errors import UserError
 from erasediff.models.trainable import select, train_only
-from erasediff.planning import Layout, Network, Trace, network_of, overview, rank_memory, step_flops, trace
+from erasediff.planning import Layout, Network, Pass, StepPlan, Trace, network_of, rank_memory, step_flops, trace
 from erasediff.planning.memory import buckets_of
 from erasediff.planning.scaling import Cluster, collective_seconds, scaled_step
+from erasediff.planning.step_plan import parse_precision, run_precision
+from erasediff.workflows.plan import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "flux": 11_901_408_320}
@@ -69,7 +72,8 @@ def test_an_adapter_to_be_planned_takes_no_memory(config: Path, monkeypatch: pyt
         return trace(network, **options)
 
     monkeypatch.setattr(sys.modules["erasediff.planning.overview"], "trace", traced)
-    found = overview(str(config), train="lora", lora_rank=3)
+    settings = {"text_to_image.train": "lora", "text_to_image.lora_rank": 3}
+    found = plan(load_config(None, settings), str(config))
     assert all(parameter.is_meta for parameter in planned[0].module.parameters())
     assert 0 < found.parameters_trained < found.parameters
 
@@ -163,19 +167,59 @@ def test_zero_3_holds_the_whole_model_where_both_limits_let_it(network: Network)
     assert buffers(elements, elements - 1) < 4 * elements
 
 
+RELABEL = StepPlan(
+    batch_size=2,
+    passes=(
+        Pass(data="retain", rows=2),
+        Pass(data="forget", rows=2),
+        Pass(network="teacher", gradient=False, rows=2, nested=True),
+    ),
+    teacher=True,
+)
+
+
 def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None:
     traced = trace(network, batch_size=2)
-    noise, relabel = step_flops(traced), step_flops(traced, relabel=True)
+    plain = StepPlan(batch_size=2, passes=RELABEL.passes[:2])
+    noise, relabel = step_flops(traced, plain), step_flops(traced, RELABEL)
     assert noise.total == noise.fine_tuning
     assert relabel.total == noise.total + traced.forward_flops
     trained = train_only(network.module, select(network.module, "xattn"))
     traced = trace(network, batch_size=2)
-    with_teacher = rank_memory(network, Layout(), traced, teacher=True)
+    with_teacher, without = (rank_memory(network, Layout(), traced, step) for step in (RELABEL, plain))
     assert with_teacher.teacher == 4 * sum(parameter.numel() for parameter in trained), "the rest is shared"
-    assert with_teacher.peak == rank_memory(network, Layout(), traced).peak + with_teacher.teacher
+    # Its pass runs beside the activations that the model has saved.
+    assert with_teacher.activations == max(traced.activation_bytes, traced.saved_bytes + traced.forward_bytes)
+    assert without.activations == traced.activation_bytes
+    assert with_teacher.peak >= without.peak + with_teacher.teacher
     whole = 4 * sum(parameter.numel() for parameter in network.module.parameters())
-    partitioned = rank_memory(network, Layout(stage=3, ranks=2), traced, teacher=True)
+    partitioned = rank_memory(network, Layout(stage=3, ranks=2), traced, RELABEL)
     assert partitioned.teacher == pytest.approx(whole / 2, abs=4)
+
+
+def test_state_follows_the_step(network: Network) -> None:
+    """One gradient instead of two, 8-bit moments, an average, and 12 bytes per weight of the method's own."""
+    traced = trace(network, batch_size=1)
+    elements = sum(parameter.numel() for parameter in network.module.parameters())
+    step = StepPlan(gradients=1, moment_bytes=2, averages=True, state_bytes=12)
+    memory = rank_memory(network, Layout(), traced, step)
+    assert memory.gradients == memory.averages == 4 * elements
+    assert memory.moments == 2 * elements
+    assert memory.method == 12 * elements
+    accumulating = rank_memory(network, Layout(), traced, StepPlan(accumulation_steps=2))
+    assert accumulating.peak >= rank_memory(network, Layout(), traced).peak
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ("fp32", "float32")),
+        ({"precision": "bfloat16"}, ("bf16-mixed", "autocast")),
+        ({"text_to_image.weights": "bfloat16"}, ("bf16-true", "bfloat16")),
+    ],
+)
+def test_precision_has_one_word_each(settings: dict[str, str], words: tuple[str, str]) -> None:
+    assert {parse_precision(word) for word in words} == {run_precision(load_config(None, settings))}
 
 
 @pytest.mark.parametrize("family", FAMILY_EXAMPLES)
@@ -226,6 +270,8 @@ def test_mistakes_are_told(tmp_path: Path, config: Path) -> None:
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": "much"}}')
     with pytest.raises(UserError, match="reduce_bucket_size"):
         buckets_of(tmp_path / "zero.json")
+    with pytest.raises(UserError, match="no precision"):
+        parse_precision("half")
     with pytest.raises(UserError, match="Cannot read the DeepSpeed configuration"):
         buckets_of(tmp_path / "absent.json")
 
@@ -244,6 +290,7 @@ def test_the_command_prints_a_table_and_json(
         if not extra:
             assert "ZeRO 3, offload" in printed
             assert "24 GB" in printed
+            assert "forward + backward of 8 samples" in printed
     planned = json.loads(printed)
     assert [row["ranks"] for row in planned["rows"]] == [1] * 6 + [4] * 6
     assert planned["flops"]["teacher"] > 0

@@ -1,4 +1,4 @@
-"""The report is one file that needs nothing else and shows what it was given."""
+"""HTML report: one self-contained file with all that it was given."""
 
 import base64
 import io
@@ -105,7 +105,7 @@ def test_an_unconditional_report_counts_shares(columns: list[Column]) -> None:
     ]
     text = Page(render(contents(unconditional))).text
     assert "Share of all images, by class" in text
-    assert f"drew {len(columns[0].images)} images" in text
+    assert f"generated {len(columns[0].images)} images" in text
     with pytest.raises(ValueError, match="not both"):
         render(contents([columns[0], unconditional[1]]))
 
@@ -113,7 +113,7 @@ def test_an_unconditional_report_counts_shares(columns: list[Column]) -> None:
 def test_every_row_of_the_table_has_a_value_per_model(columns: list[Column]) -> None:
     rows = {row.label: row.values for row in metric_rows(contents(columns))}
     assert all(len(values) == len(TITLES) for values in rows.values())
-    assert rows["Forgotten, recognised"] == ["100.0%", "0.0%", "100.0%", "0.0%"]
+    assert rows["Unlearning accuracy (UA)"] == ["0.0%", "100.0%", "0.0%", "100.0%"]
 
 
 def test_a_strip_holds_the_pixels_and_leaves_missing_images_clear() -> None:

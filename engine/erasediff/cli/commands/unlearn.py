@@ -6,7 +6,7 @@ import typer
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
 from erasediff.cli.session import launch_workers, resolve_run, run_job
-from erasediff.config.method_index import method_index
+from erasediff.config.method_index import barrier_names, method_index
 from erasediff.config.schema import or_list
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build_job(
         str | None,
         typer.Option(help=f"{or_list(list(method_index()))}; `erasediff info --methods` describes them."),
     ] = None,
-    barrier: Annotated[str | None, typer.Option(help="Barrier: norm, gap, fixed or cosine.")] = None,
+    barrier: Annotated[str | None, typer.Option(help=f"Barrier: {or_list(list(barrier_names()))}.")] = None,
     eta: Annotated[float | None, typer.Option(help="Strength of the barrier (fixed: the multiplier itself).")] = None,
     target: Annotated[str | None, typer.Option(help="Forget target: uniform, gaussian or relabel.")] = None,
     steps: options.Steps = None,

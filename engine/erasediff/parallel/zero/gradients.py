@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
 from erasediff.parallel.unwrap import named
 from erasediff.parallel.world import World
 from erasediff.parallel.zero.engine import (
+    autocast,
     check_engine,
     disable_engine_clipping,
     reset_accumulation_boundary,
@@ -91,6 +92,9 @@ class ZeroGradientStore:
             yield
         finally:
             self.layout.keep_gathered(False)
+
+    def autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+        return autocast(self.engine, self.device, dtype)
 
     def begin(self, calls: int) -> None:
         self._calls_left = calls

@@ -1,0 +1,126 @@
+"""The interface of barriers: rules that combine the retain and the forget gradient from their Gram values.
+
+The update is delta = a r + b g with r = grad L_r and g = grad L_f. A rule maps (|r|^2, <r,g>, |g|^2), and losses where
+it needs them, to the two coefficients (a, b), all of them 0-D tensors on the device, so that no gradient is read twice
+and no number is read on the host. Under sharding the Gram values are those of the whole model, so that every process
+computes the same coefficients.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from erasediff_kernels import Constraint, constraint_multiplier
+
+
+class StepValues(NamedTuple):
+    """The numbers that one step is decided by, of the global batch: on the device, the same on each process."""
+
+    gram: Tensor
+    """float64 [3] = (|r|^2, <r,g>, |g|^2)."""
+    retain_loss: Tensor | None = None
+    """L_r, 0-D float32; None for a method without it, as the following."""
+    forget_loss: Tensor | None = None
+    """L_f."""
+    gap: Tensor | None = None
+    """L_f(theta) - L_f(phi_K); None where no inner solve was run."""
+
+
+class Barrier(ABC):
+    """A rule from ``StepValues`` to the coefficients of delta = a r + b g; a subclass is one file of this package.
+
+    Attributes:
+        name: of the rule, that of its file.
+        needs_inner_solve: whether ``StepValues.gap`` is to be computed for it.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+    needs_inner_solve: ClassVar[bool] = False
+
+    @abstractmethod
+    def coefficients(self, values: StepValues) -> tuple[Tensor, Tensor]:
+        """The coefficients of the two gradients.
+
+        Args:
+            values: Gram values and losses of the global batch.
+
+        Returns:
+            (a, b), 0-D float64, a > 0 wherever r is not zero, or both 0 for no step. Must not read on the host.
+        """
+
+    def constraint(self, values: StepValues, max_norm: float | None) -> Constraint:
+        """What the update needs: multiplier, clip scale, norm before clipping, and whether all of it is finite.
+
+        Args:
+            values: Gram values and losses of the global batch.
+            max_norm: the largest norm of delta; None leaves it as it is.
+        """
+        return constraint_of(values.gram, *self.coefficients(values), max_norm)
+
+    def advance(self, values: StepValues, finite: Tensor) -> None:  # noqa: B027
+        """Update the rule's own state after a step, if it has any.
+
+        Args:
+            values: what the step was decided by.
+            finite: 0-D bool, false where the step was skipped.
+        """
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The rule's state, 0-D tensors by name, the same on each process; most rules have none."""
+        return {}
+
+    def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Restore ``scalars``."""
+
+
+class FusedBarrier(Barrier):
+    """A rule that ``erasediff_kernels.constraint_multiplier`` knows by its name: one launch, clipping included.
+
+    ``coefficients`` is the same rule in tensor operations.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def eta(self) -> float:
+        """The rule's one number."""
+
+    def constraint(self, values: StepValues, max_norm: float | None) -> Constraint:
+        gap = values.gap if self.name == "gap" else None
+        return constraint_multiplier(values.gram, self.name, self.eta, gap=gap, max_norm=max_norm)
+
+
+def constraint_of(gram: Tensor, retain: Tensor, forget: Tensor, max_norm: float | None) -> Constraint:
+    """The update along a r + b g in the terms of the update kernels, which apply clip_scale (r + multiplier g).
+
+    multiplier = b / a and clip_scale = a min(1, max_norm / |a r + b g|), the norm being that of the gradients as they
+    are applied, hence with the multiplier as float32 holds it. With a = b = 0 the clip scale is 0: the step has no
+    direction, and only weight decay and moments move.
+
+    Args:
+        gram: float64 [3] = (|r|^2, <r,g>, |g|^2).
+        retain: a, 0-D float64, not negative.
+        forget: b, 0-D float64.
+        max_norm: as ``torch.nn.utils.clip_grad_norm_`` takes it; None for no clipping.
+    """
+    rr, rf, ff = gram.unbind()
+    multiplier = (forget / torch.where(retain == 0, 1.0, retain)).float()
+    applied = multiplier.double()
+    norm = retain * (rr + 2 * applied * rf + applied.square() * ff).clamp_min(0).sqrt()
+    clip = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1)
+    scale = (retain * clip).float()
+    finite = torch.isfinite(torch.stack((rr, rf, ff, applied, scale.double(), norm))).all()
+    return Constraint(multiplier, scale, norm.float(), finite)
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is positive."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
