@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
 from erasediff.methods import FineTune
 from erasediff.models.lora import add as add_lora
+from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.full_weights import averaged_weights, full_weights
 from erasediff.parallel.world import World
 from erasediff.parallel.zero import stage0 as unsharded
@@ -99,6 +100,7 @@ def unlearner(
     bf16: bool = False,
     optimizer: str = "ConstrainedAdamW",
     zero: dict[str, Any] | None = None,
+    own_reduction: bool = True,
     **own: Any,
 ) -> EraseDiff:
     """An unlearner of a fresh denoiser; ``layout``: local, ddp, fsdp, or zero-0 to zero-3."""
@@ -139,7 +141,9 @@ def unlearner(
         if bf16:
             own["bf16"] = {"enabled": True}
         config = deepspeed_config(int(layout[-1]), accumulation=accumulation, zero={**settings, **(zero or {})}, **own)
-        return EraseDiff(engine(model, trainer, config), process=process(), **options)
+        trained = engine(model, trainer, config)
+        gradients = gradients_for(trained, own_reduction=own_reduction)
+        return EraseDiff(trained, process=process(), gradients=gradients, **options)
     options["accumulation_steps"] = accumulation
     if "max_grad_norm" in own:
         options["max_grad_norm"] = own.pop("max_grad_norm")
@@ -398,6 +402,8 @@ def fine_tuned_between(options: dict[str, Any]) -> dict[str, Tensor]:
         method.gradients.engine.step()
     else:
         loss.backward()
+        # As the engine's configuration says for the user's own steps.
+        nn.utils.clip_grad_norm_(method.model.parameters(), 1.0)
         method.optimizer.step()
         method.optimizer.zero_grad()
     take_steps(method, range(2, 3))

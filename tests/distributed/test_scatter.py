@@ -53,7 +53,7 @@ def scattered(kind: str, dtype: torch.dtype, kept: torch.dtype, reduces: bool, p
         scatter = FlatReduceScatter(places, lengths, BUCKET, dtype, world.device)
     if reduces:
         type(scatter)._exchanges = False  # type: ignore[method-assign, assignment]
-    scatter.lend(torch.full((1000,), torch.nan, dtype=dtype, device=world.device))
+    scatter.add_buffers(torch.full((1000,), torch.nan, dtype=dtype, device=world.device))
     flats = [torch.full((length,), torch.nan, dtype=kept, device=world.device) for length in lengths]
     before = [flat.clone() for flat in flats]
     # A gradient before is still on its way when this one begins.

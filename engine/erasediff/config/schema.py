@@ -300,6 +300,8 @@ class DistributedConfig(Section):
         offload_optimizer: keep the optimizer's state, and take its step, on the CPU.
         offload_params: keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
         deepspeed_config: a DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
+        own_reduction: reduce gradients and gather weights of ZeRO by erasediff's code, which overlaps and copies less;
+            false for DeepSpeed's own.
         timeout: seconds that ranks wait for one another before the run ends with an error.
     """
 
@@ -309,6 +311,7 @@ class DistributedConfig(Section):
     offload_optimizer: bool = False
     offload_params: bool = False
     deepspeed_config: Path | None = None
+    own_reduction: bool = True
     timeout: Positive = 600.0
 
 

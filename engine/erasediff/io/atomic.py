@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders that appear whole or not at all."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A tree of tensors and plain values as one safetensors file, bit for bit, without pickle.
+"""State files: a tree of tensors and plain values as one safetensors file, bit for bit, without pickle.
 
 The tensors are the file's tensors; the tree around them is JSON in its header, where ``{"$tensor": name}`` stands for a
 tensor. Lists, tuples, dicts with keys of any plain kind, None, bool, int, float and str come back as they were, except

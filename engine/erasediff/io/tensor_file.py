@@ -1,4 +1,4 @@
-"""safetensors files read and written one tensor at a time, so that a checkpoint never has to fit into memory twice."""
+"""Tensor files: safetensors read and written one tensor at a time, so that no checkpoint is in memory twice."""
 
 from __future__ import annotations
 

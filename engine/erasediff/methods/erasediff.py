@@ -140,12 +140,15 @@ def barrier_of(settings: UnlearnConfig) -> Barrier:
 
 
 def target_of(settings: UnlearnConfig, relabel: Callable[[], Relabel]) -> DeviationTarget:
-    """The target by its name."""
+    """The target by its name. UserError for a space of predictions with a target that is one."""
+    space = settings.target_space or "noise"
     match settings.target:
         case "uniform":
-            return UniformNoise(settings.target_space or "noise")
+            return UniformNoise(space)
         case "gaussian":
-            return GaussianNoise(settings.target_space or "noise")
+            return GaussianNoise(space)
+        case _ if space != "noise":
+            raise UserError("unlearn.target_space is for the targets uniform and gaussian: omit it.")
         case _:
             return relabel()
 

@@ -1,7 +1,7 @@
-"""What the ranks of a run tell one another besides tensors: who goes first, what was written, and who failed why.
+"""Control plane of a distributed run: order, small objects and failures, exchanged through a key-value store.
 
-It goes through the key-value store that the process group begins with, so it works before there is a group, takes as
-long as it must, and still works when a collective cannot.
+The store is the one that the process group begins with, so this works before there is a group, waits as long as it
+must, and still works when a collective cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from erasediff.errors import UserError
 
 RENDEZVOUS_SECONDS = 600.0
 POLL_SECONDS = 0.05
-FAILED, TOLD = "failed", "told"
+FAILED, REPORTED = "failed", "told"
 
 
 class PeerError(Exception):
@@ -33,7 +33,11 @@ class PeerError(Exception):
 
 
 class ControlPlane:
-    """The ranks of this run, of which this is one. All of them must call the same methods in the same order."""
+    """Key-value exchange among the ranks of a run. All of them must call the same methods in the same order.
+
+    A process is one rank of one run at a time: ``current`` is that run's from ``connect`` to ``shutdown``, and before
+    and after it a single process without a store.
+    """
 
     _current: ClassVar[ControlPlane | None] = None
 
@@ -46,14 +50,14 @@ class ControlPlane:
 
     @classmethod
     def current(cls) -> ControlPlane:
-        """The ranks that ``connect`` found; one alone without."""
+        """The connected control plane; that of a single process before ``connect``."""
         if cls._current is None:
             cls._current = cls()
         return cls._current
 
     @classmethod
     def connect(cls) -> ControlPlane:
-        """Meet the ranks that a launcher has started: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell where."""
+        """Meet the ranks that a launcher has started, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
         cls._current = cls(PrefixStore("erasediff", store), rank, size)
         return cls._current
@@ -86,32 +90,32 @@ class ControlPlane:
             self.store.set(key, "done")
 
     def fail(self, exit_code: int, message: str) -> None:
-        """Say why this rank ends the run; the first to say so counts."""
+        """Record why this rank ends the run; the first record counts."""
         if self.store is not None and not self.store.check([FAILED]):
             self.store.set(FAILED, json.dumps([self.rank, exit_code, message]))
 
     def failure(self) -> PeerError | None:
-        """Which rank has ended the run and why, if one has."""
+        """The failure that has ended the run, if one has."""
         if self.store is None or not self.store.check([FAILED]):
             return None
         return PeerError(*json.loads(self.store.get(FAILED)))
 
     def mark_reported(self) -> None:
-        """The main rank has told the person how the run ends: the others may go."""
+        """Record that the main rank has reported how the run ends: the others may exit."""
         if self.store is not None:
-            self.store.set(TOLD, "done")
+            self.store.set(REPORTED, "done")
 
     def wait_reported(self, seconds: float) -> bool:
-        """Whether the person has been told, within ``seconds``."""
+        """Whether the end of the run has been reported, within ``seconds``."""
         deadline = time.monotonic() + seconds
-        while self.store is not None and not self.store.check([TOLD]):
+        while self.store is not None and not self.store.check([REPORTED]):
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
     def shutdown(self, seconds: float) -> None:
-        """Go, the main rank last but for ``seconds`` at most: the store may be its own, and end with it."""
+        """Leave the run, the main rank last, after ``seconds`` at most: the store may end with its process."""
         if self.store is None:
             return
         self.store.set(f"left/{self.rank}", "done")
@@ -119,6 +123,8 @@ class ControlPlane:
         everyone = [f"left/{rank}" for rank in range(self.size)]
         while self.is_main and not self.store.check(everyone) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+        if ControlPlane._current is self:
+            ControlPlane._current = None
 
     def _get(self, key: str, seconds: float | None) -> bytes:
         assert self.store is not None

@@ -1,4 +1,4 @@
-"""Which ``GradientStore`` a model and an optimizer have."""
+"""Gradient store factory: local, DDP, FSDP2 or ZeRO, by the type of the model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from erasediff.parallel.zero.engine import is_engine
 from erasediff.parallel.zero.gradients import ZeroGradientStore
 
 
-def gradients_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> GradientStore:
+def gradients_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, own_reduction: bool = True
+) -> GradientStore:
     """``GradientStore`` of a plain module, one in DDP, one after ``fully_shard``, or of a DeepSpeed engine.
 
-    optimizer: None for an engine, which has its own; the wrappers of ``accelerate`` are seen through
+    Args:
+        model: What is trained.
+        optimizer: None for an engine, which has its own; the wrappers of ``accelerate`` are seen through.
+        own_reduction: Of an engine: False for DeepSpeed's own reduction of gradients and gathering of weights.
 
-    Raises ``ValueError`` for a combination that cannot train, with what to do about it.
+    Raises:
+        ValueError: A combination that cannot train, with what to do about it.
     """
     if is_engine(model):
-        return ZeroGradientStore(model)
-    optimizer = _inside_of_accelerate(optimizer)
+        return ZeroGradientStore(model, own_reduction=own_reduction)
+    optimizer = _unwrap_accelerate(optimizer)
     if optimizer is None:
         raise ValueError("give the optimizer of the model's parameters; only a DeepSpeed engine brings its own")
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -46,7 +52,7 @@ def gradients_for(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return LocalGradientStore(model, optimizer)
 
 
-def _inside_of_accelerate(optimizer: Any) -> torch.optim.Optimizer | None:
+def _unwrap_accelerate(optimizer: Any) -> torch.optim.Optimizer | None:
     if type(optimizer).__module__.partition(".")[0] != "accelerate":
         return optimizer  # type: ignore[no-any-return]
     if optimizer.scaler is not None:

@@ -1,4 +1,4 @@
-"""A sharded model's weights as they were before sharding, for those who write them to a file."""
+"""Full (unsharded) weights of a sharded model, and its averages, for writing them to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the solver needs of whoever owns the gradients, and what a checkpoint needs of whoever owns the weights."""
+"""Gradient storage protocol (single process, DDP, FSDP2, ZeRO)."""
 
 from __future__ import annotations
 
@@ -65,19 +65,26 @@ class GradientStore(Protocol):
         ...
 
     def begin(self, calls: int) -> None:
-        """The next ``calls`` calls of ``backward`` make one gradient: only the last one need communicate."""
+        """Begin a gradient that the next ``calls`` calls of ``backward`` make: only the last one need communicate.
+
+        What a gradient has left that was begun and never popped, because a forward or backward pass raised, is dropped:
+        the step can be tried again. Among several processes all must try again.
+
+        Raises:
+            RuntimeError: This process tries again and another did not fail, or failed elsewhere.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of ``loss``, averaged over the processes, to what the next ``take`` returns."""
+        """Adds the gradient of ``loss``, averaged over the processes, to what the next ``pop_grads`` returns."""
         ...
 
     def pop_grads(self) -> list[Tensor]:
-        """The gradients accumulated since the last ``take``. The caller's to keep and to write to, until ``update``."""
+        """The gradient that ``begin`` began. The caller's to keep and to write to, until ``update``."""
         ...
 
     def release(self, gradients: list[Tensor]) -> None:
-        """The caller needs what ``take`` has returned no more: the next gradients may be written there."""
+        """The caller needs what ``pop_grads`` has returned no more: the next gradients may be written there."""
         ...
 
     def gram(self, retain: list[Tensor], forget: list[Tensor]) -> Tensor:
@@ -87,19 +94,19 @@ class GradientStore(Protocol):
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
         """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false.
 
-        What the lists hold afterwards is undefined, as after ``reuse``.
+        What the lists hold afterwards is undefined, as after ``release``.
         """
         ...
 
     def set_masks(self, masks: list[Tensor]) -> None:
-        """Freeze the elements whose entry in ``masks``, bool, one for each tensor of ``take``, is False.
+        """Freeze the elements whose entry in ``masks``, bool, one for each tensor of ``pop_grads``, is False.
 
         They have no part in the Gram values either. ``ValueError`` for an optimizer that takes no masks.
         """
         ...
 
     def weights(self) -> list[Tensor]:
-        """This process's trained weights, fp32 masters where there are, one for each tensor of ``take``."""
+        """This process's trained weights, fp32 masters where there are, one for each tensor of ``pop_grads``."""
         ...
 
     def refresh(self) -> None:

@@ -1,4 +1,4 @@
-"""From what a launcher has put into the environment to a process group."""
+"""Process group initialisation from a launcher's environment, and the device and batch share of each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This command again, as one process per rank on this machine."""
+"""Launcher of one process per rank on this machine, each running this command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bit masks of what an update may move, wherever the optimizer keeps its tensors."""
+"""Optimizer state by layout: update masks and step counters."""
 
 from __future__ import annotations
 

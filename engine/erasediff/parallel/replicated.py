@@ -1,4 +1,4 @@
-"""Gradients in ``Parameter.grad`` of one process, updated by the fused optimizers or by any other."""
+"""Gradient stores of replicated parameters: one process and DDP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erasediff.parallel.gradient_store import Shard
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
+from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.unwrap import named
 from erasediff.parallel.world import World
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
@@ -47,6 +48,7 @@ class LocalGradientStore:
         self.names = list(named(model, self.parameters))
         self.counters = Counters(optimizer, members)
         self.device = next(model.parameters()).device
+        self._is_open = False
 
     @property
     def replicated(self) -> bool:
@@ -65,9 +67,14 @@ class LocalGradientStore:
             yield
 
     def begin(self, calls: int) -> None:
-        # What a step that failed has left.
+        if self._is_open:
+            self._recover()
+        self._is_open = True
         for parameter in self.parameters:
             parameter.grad = None
+
+    def _recover(self) -> None:
+        """Drop what a gradient that was begun and never popped has left, beyond ``Parameter.grad``."""
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
@@ -79,6 +86,7 @@ class LocalGradientStore:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             taken.append(self._here(gradient))
             parameter.grad = None
+        self._is_open = False
         return taken
 
     def release(self, gradients: list[Tensor]) -> None:
@@ -185,6 +193,11 @@ class DataParallelGradientStore(LocalGradientStore):
         super().backward(loss)
         self._calls_left -= 1
         self._ddp.require_backward_grad_sync = self._calls_left <= 1
+
+    def _recover(self) -> None:
+        agree_to_retry(self.world)
+        # A reduction that did not end is an error of DDP's in the next forward pass.
+        self._ddp.reducer._reset_state()
 
     def pop_grads(self) -> list[Tensor]:
         taken = super().pop_grads()

@@ -1,4 +1,4 @@
-"""Parameters by the names that they have in the user's own model."""
+"""Parameter names of the user's own module, inside of DDP, an engine and torch.compile."""
 
 from __future__ import annotations
 

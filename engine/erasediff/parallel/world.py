@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""World: rank, size and device of this process."""
 
 from __future__ import annotations
 

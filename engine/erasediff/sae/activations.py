@@ -1,4 +1,4 @@
-"""A block's activations while a model samples, streamed to disk: one shard per batch of images."""
+"""Activation cache: the outputs of a block while a model samples, one shard on the disk per batch of images."""
 
 from __future__ import annotations
 

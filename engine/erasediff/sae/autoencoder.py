@@ -1,4 +1,4 @@
-"""A TopK sparse autoencoder whose products are as sparse as its codes."""
+"""TopK sparse autoencoder, with products as sparse as its codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which latent stands for which concept: mean activations over concepts and timesteps, and scores from them."""
+"""Assignment of latents to concepts: mean activations over concepts and timesteps, and scores from them."""
 
 from __future__ import annotations
 

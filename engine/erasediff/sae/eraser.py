@@ -1,4 +1,4 @@
-"""Concepts taken out while a pipeline samples, by editing the patches of one block in which they are active."""
+"""Concept eraser: edits the patches of one block in which a concept is active, while a pipeline samples."""
 
 from __future__ import annotations
 

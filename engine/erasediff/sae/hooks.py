@@ -1,4 +1,4 @@
-"""What a block of a diffusers network gives out, and at which timestep."""
+"""Hooks on a block of a diffusers network: its output and the timestep of the call."""
 
 from __future__ import annotations
 

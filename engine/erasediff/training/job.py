@@ -203,6 +203,7 @@ def parallelize(
         accumulation_steps=settings.accumulation_steps,
         max_grad_norm=settings.max_grad_norm,
         weights=weights,
+        autocast=precision_of(config),
     )
 
 
@@ -222,7 +223,8 @@ def teacher_of(config: Config, network: nn.Module, weights: LazyWeights | None =
 
     @functools.cache
     def teacher() -> nn.Module:
-        return parallelize_frozen(frozen_copy(network, share_frozen=not cut), distributed, weights)
+        copy = frozen_copy(network, share_frozen=not cut)
+        return parallelize_frozen(copy, distributed, weights, precision_of(config))
 
     if distributed.launch != "none" and METHOD_SPECS[config.unlearn.method].needs(config).teacher:
         teacher()

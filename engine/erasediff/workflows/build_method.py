@@ -20,6 +20,7 @@ from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import LatentModel
 from erasediff.models.trainable import select, train_only
+from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.init import share_of
 from erasediff.training.job import TrainingJob, parallelize, precision_of, teacher_of
 from erasediff.training.loop import Batches
@@ -209,6 +210,8 @@ def unlearning_method(
         "autocast": precision_of(config),
         "seed": config.seed,
     }
+    if not config.distributed.own_reduction:
+        options["gradients"] = gradients_for(network, optimizer, own_reduction=False)
     build = METHOD_SPECS[settings.method].build
     assert build is not None, f"{settings.method} takes no optimizer steps"
     return build(

@@ -86,7 +86,7 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
 
 
 LIBRARIES = ("erasediff", "torch", "diffusers")
-SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}}
+SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distributed": {"own_reduction"}}
 """Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
 
 

@@ -1,4 +1,4 @@
-"""Where each weight of a diffusers folder lies in a single file of the original layout, for reading and for writing.
+"""Mapping between the names of a diffusers folder and the keys of a single file of the original layout.
 
 One table per network gives the place of a diffusers name; both directions follow it, so a round trip keeps every bit.
 Sources: the modules of CompVis/stable-diffusion and Stability-AI/generative-models (UNet, VAE), of OpenAI's CLIP in

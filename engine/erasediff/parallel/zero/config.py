@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: a person's own, ours where it says nothing."""
+"""DeepSpeed configuration of a run: the user's own file, completed by the run's settings."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What is asked of an engine as a whole, and of which engines."""
+"""DeepSpeed engine: version check, autocast, clipping, accumulation boundary, gathered parameters."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -70,13 +70,32 @@ def check_engine(engine: Any) -> None:
             raise ValueError(f"this DeepSpeed engine uses {what}; unlearning does not support that")
 
 
-def disable_engine_clipping(engine: Any) -> float | None:
-    """The engine's gradient clipping, which it shall leave to the constrained step from now on; None if it has none."""
-    asked = float(engine._config.gradient_clipping)
-    engine._config.gradient_clipping = 0.0
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = 0.0
-    return asked or None
+@contextmanager
+def patched(target: Any, **attributes: Any) -> Iterator[None]:
+    """Set attributes of the instance ``target`` within the block; those that it had itself come back, others go."""
+    before = {name: vars(target)[name] for name in attributes if name in vars(target)}
+    vars(target).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(target).pop(name, None)
+        vars(target).update(before)
+
+
+def engine_clipping(engine: Any) -> float | None:
+    """Largest gradient norm that the engine's configuration allows; None if it does not clip."""
+    return float(engine._config.gradient_clipping) or None
+
+
+@contextmanager
+def engine_clipping_disabled(engine: Any) -> Iterator[None]:
+    """Within the block ``engine.step`` does not clip: the constrained step has clipped the combination."""
+    with ExitStack() as stack:
+        stack.enter_context(patched(engine._config, gradient_clipping=0.0))
+        if hasattr(engine.optimizer, "clip_grad"):
+            stack.enter_context(patched(engine.optimizer, clip_grad=0.0))
+        yield
 
 
 def set_global_grad_norm(engine: Any, norm: Tensor) -> None:
@@ -89,6 +108,12 @@ def reset_accumulation_boundary(engine: Any) -> None:
     engine._is_gradient_accumulation_boundary = None
 
 
+def reset_timers(engine: Any) -> None:
+    """Stop the engine's timers that a pass which raised has left running, so that they can be started again."""
+    for timer in engine.timers.get_timers().values():
+        timer.reset()
+
+
 def gathered(*parameters: Tensor) -> AbstractContextManager[object]:
     """Those of ``parameters`` that ZeRO-3 has partitioned are whole within the block, on each process."""
     cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
@@ -99,6 +124,20 @@ def gathered(*parameters: Tensor) -> AbstractContextManager[object]:
     return deepspeed.zero.GatheredParameters(cut)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def without_shared_memory_op() -> Iterator[None]:
+    """Within the block DeepSpeed joins CPU processes by gloo alone, not by an operator that it compiles for minutes."""
+    import deepspeed
+
+    name, operators = "deepspeed_shm_comm", deepspeed.ops.__compatible_ops__
+    before = operators.get(name, False)
+    operators[name] = False
+    try:
+        yield
+    finally:
+        operators[name] = before
+
+
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """What cuts one whole parameter as ZeRO-3 under ``config`` does, with the first process's values.
 
@@ -106,5 +145,6 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """
     import deepspeed
 
-    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
+    with without_shared_memory_op():
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, mem_efficient_linear=False)
     return lambda parameter: init._convert_to_zero_parameters([parameter])

@@ -1,4 +1,4 @@
-"""Gradients of a DeepSpeed engine, ZeRO stages 0 to 3, with or without offloading to the CPU."""
+"""ZeRO gradient store: gradients of a DeepSpeed engine, stages 0 to 3, with or without offloading."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from erasediff.parallel.gradient_store import Shard
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
+from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.unwrap import named
 from erasediff.parallel.world import World
 from erasediff.parallel.zero.engine import (
     autocast,
     check_engine,
-    disable_engine_clipping,
+    engine_clipping,
+    engine_clipping_disabled,
     reset_accumulation_boundary,
+    reset_timers,
     set_global_grad_norm,
 )
 from erasediff.parallel.zero.layout import Layout
@@ -27,17 +30,17 @@ from erasediff.parallel.zero.stage3 import PartitionedParameters
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, Constraint
 
 
-def layout_of(engine: Any) -> Layout:
+def layout_of(engine: Any, *, own_reduction: bool = True) -> Layout:
     """The layout of an engine that ``check_engine`` has let pass. ``ValueError`` for an unknown optimizer wrapper."""
     wrapper = type(engine.optimizer).__name__
     if engine.optimizer is engine.basic_optimizer:
-        return WholeParameters(engine, engine.basic_optimizer)
+        return WholeParameters(engine, engine.basic_optimizer, own_reduction=own_reduction)
     if wrapper == "FP16_UnfusedOptimizer":
-        return WholeMasters(engine, engine.optimizer)
+        return WholeMasters(engine, engine.optimizer, own_reduction=own_reduction)
     if wrapper == "DeepSpeedZeroOptimizer":
-        return PartitionedGradients(engine.optimizer)
+        return PartitionedGradients(engine.optimizer, own_reduction=own_reduction)
     if wrapper == "DeepSpeedZeroOptimizer_Stage3":
-        return PartitionedParameters(engine.optimizer)
+        return PartitionedParameters(engine.optimizer, own_reduction=own_reduction)
     if wrapper == "BF16_Optimizer":
         raise ValueError(
             "this DeepSpeed engine keeps gradients in its BF16_Optimizer: use ZeRO stage 2, or stage 1 without "
@@ -60,22 +63,23 @@ class ZeroGradientStore:
     bit masks that the optimizer had of whole parameters.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, own_reduction: bool = True) -> None:
         check_engine(engine)
         self.engine = engine
         self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
         if any("mask" in state for state in self.optimizer.state.values()):
             raise ValueError("set_mask was called for parameters that the engine has cut: use gradients.set_masks")
-        self.layout = layout_of(engine)
+        self.layout = layout_of(engine, own_reduction=own_reduction)
         self.counters = Counters(self.optimizer, zip(self.layout.groups, self.layout.flats, strict=True))
         self.world = World.current()
         self.device = torch.device(engine.device)
-        self.max_grad_norm = disable_engine_clipping(engine)
+        self.max_grad_norm = engine_clipping(engine)
         self.accumulation_steps: int | None = engine.gradient_accumulation_steps()
         parameters = [fragment.parameter for fragment in self.layout.fragments()]
         self.names = dict(zip(parameters, named(engine, parameters), strict=True))
         self._is_partitioned = engine.zero_optimization()
         self._calls_left = 1
+        self._is_open = False
 
     @property
     def replicated(self) -> bool:
@@ -87,8 +91,8 @@ class ZeroGradientStore:
 
     @contextmanager
     def no_reshard(self) -> Iterator[None]:
-        self.layout.keep_gathered(True)
         try:
+            self.layout.keep_gathered(True)
             yield
         finally:
             self.layout.keep_gathered(False)
@@ -97,17 +101,25 @@ class ZeroGradientStore:
         return autocast(self.engine, self.device, dtype)
 
     def begin(self, calls: int) -> None:
+        if self._is_open:
+            agree_to_retry(self.world)
+            self.layout.recover()
+            reset_timers(self.engine)
+        self._is_open = True
         self._calls_left = calls
-        self.layout.renew()
+        self.layout.begin()
         self.engine.set_gradient_accumulation_boundary(calls == 1)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        with self.layout.reducing():
+            self.engine.backward(loss, scale_wrt_gas=False)
         self._calls_left -= 1
         self.engine.set_gradient_accumulation_boundary(self._calls_left <= 1)
 
     def pop_grads(self) -> list[Tensor]:
-        return self.layout.pop_grads()
+        popped = self.layout.pop_grads()
+        self._is_open = False
+        return popped
 
     def release(self, gradients: list[Tensor]) -> None:
         self.layout.release(gradients)
@@ -123,7 +135,7 @@ class ZeroGradientStore:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
             self.layout.set_grads(retain)
             by_flat = dict(zip(self.layout.flats, forget, strict=True)) if forget else {}
-            with self.optimizer.pending(by_flat, constraint):
+            with self.optimizer.pending(by_flat, constraint), self._stepping():
                 self.engine.step()
         elif bool(constraint.finite):
             multiplier, clip_scale = (value.to(retain[0].device) for value in constraint[:2])
@@ -132,11 +144,17 @@ class ZeroGradientStore:
                 torch._foreach_add_(retain, forget)
             torch._foreach_mul_(retain, clip_scale)
             self.layout.set_grads(retain)
-            self.engine.step()
+            with self._stepping():
+                self.engine.step()
         self.release(retain)
         self.release(forget)
         set_global_grad_norm(self.engine, constraint.norm)
         reset_accumulation_boundary(self.engine)
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        with self.layout.stepping(), engine_clipping_disabled(self.engine):
+            yield
 
     def weights(self) -> list[Tensor]:
         return [flat.detach() for flat in self.layout.flats]

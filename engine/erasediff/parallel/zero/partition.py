@@ -1,4 +1,4 @@
-"""Models that are partitioned (ZeRO-3) parameter by parameter, for checkpoints larger than a process's memory."""
+"""Parameter-by-parameter partitioning (ZeRO-3) of checkpoints larger than a process's memory."""
 
 from __future__ import annotations
 
@@ -68,19 +68,21 @@ def gather_in_forward(module: nn.Module) -> None:
 
     For a frozen model, under ``no_grad``. Parts hold ``UNIT_ELEMENTS`` at most, or one module's own parameters.
     """
-    open_blocks: list[AbstractContextManager[object]] = []
+    open_blocks: dict[nn.Module, AbstractContextManager[object]] = {}
 
-    def enter(parameters: list[nn.Parameter]) -> None:
+    def enter(part: nn.Module, parameters: list[nn.Parameter]) -> None:
         block = gathered(*parameters)
         block.__enter__()
-        open_blocks.append(block)
+        open_blocks[part] = block
 
-    def leave(*_: object) -> None:
-        open_blocks.pop().__exit__(None, None, None)
+    def leave(part: nn.Module, *_: object) -> None:
+        if (block := open_blocks.pop(part, None)) is not None:
+            block.__exit__(None, None, None)
 
     for part, parameters in _units(module):
-        part.register_forward_pre_hook(lambda *_, parameters=parameters: enter(parameters))
-        part.register_forward_hook(leave)
+        part.register_forward_pre_hook(lambda part, _, parameters=parameters: enter(part, parameters))
+        # After a pass that raised too.
+        part.register_forward_hook(leave, always_call=True)
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:

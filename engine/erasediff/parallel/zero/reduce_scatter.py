@@ -1,4 +1,4 @@
-"""Gradients averaged over processes while the backward pass goes on, of which each process keeps its part."""
+"""Bucketed reduce-scatter of gradients during the backward pass."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class GradientScatter(ABC):
     def _exchanges(self) -> bool:
         return self.device.type == "cpu"
 
-    def lend(self, memory: Tensor) -> None:
+    def add_buffers(self, memory: Tensor) -> None:
         """Flat and of ``dtype``, for as many buffers as fit in. More are allocated where more buckets are open."""
         if self.processes > 1 and self.full:
             for buffer in torch.split(memory, self.full):
@@ -135,7 +135,20 @@ class GradientScatter(ABC):
 
     @torch.no_grad()
     def wait(self) -> None:
+        """Wait until the mean of all that was added is in its place."""
         self._wait_until(0)
+
+    @torch.no_grad()
+    def abort(self) -> None:
+        """Drop the gradient that was begun: open buckets are not reduced, and nothing is under way any more.
+
+        The ranks must have begun the same collectives, for which this waits.
+        """
+        self.wait()
+        for bucket in self._buckets:
+            if bucket.buffer is not None:
+                self._give_back(bucket.buffer)
+            bucket.buffer, bucket.missing, bucket.is_written = None, set(), False
 
     @abstractmethod
     def _room(self, buffer: Tensor, place: Place) -> Tensor:

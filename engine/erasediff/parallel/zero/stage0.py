@@ -1,14 +1,16 @@
-"""Stage 0: nothing is cut, and gradients are averaged over all processes."""
+"""ZeRO 0: replicated parameters, with gradients averaged over all processes."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from erasediff.parallel.zero.engine import patched
 from erasediff.parallel.zero.layout import Fragment, in_buckets
 
 BUCKET_NUMEL = 1 << 22
@@ -24,7 +26,7 @@ class WholeParameters:
     each ``grad`` is a view of one, and what it was is freed before the next is copied.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, *, own_reduction: bool = True) -> None:
         chosen = [
             (parameter, index)
             for index, group in enumerate(optimizer.param_groups)
@@ -36,9 +38,9 @@ class WholeParameters:
         self.flats: list[Tensor] = list(self.parameters)
         self._is_held = False
         self._under_way: list[Callable[[], object]] = []
-        if engine.gradient_average:
-            self._sent_as: torch.dtype = engine.communication_data_type
-            engine.buffered_allreduce_fallback = self._average
+        self._engine = engine
+        self._is_own = own_reduction and bool(engine.gradient_average)
+        self._sent_as: torch.dtype = engine.communication_data_type
 
     @torch.no_grad()
     def _average(self, grads: None = None, elements_per_buffer: int = 0) -> None:
@@ -64,12 +66,22 @@ class WholeParameters:
             self._wait()
 
     def _wait(self) -> None:
-        for settle in self._under_way:
+        under_way, self._under_way = self._under_way, []
+        for settle in under_way:
             settle()
-        self._under_way = []
 
-    def renew(self) -> None:
-        pass
+    def begin(self) -> None:
+        for parameter in (*self.parameters, *self.flats):
+            parameter.grad = None
+
+    def reducing(self) -> AbstractContextManager[None]:
+        return patched(self._engine, buffered_allreduce_fallback=self._average) if self._is_own else nullcontext()
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def recover(self) -> None:
+        self._wait()
 
     def pop_grads(self) -> list[Tensor]:
         for parameter in self.parameters:
@@ -104,8 +116,8 @@ class WholeParameters:
 class WholeMasters(WholeParameters):
     """Stage 0 in bf16: as there, with an fp32 master of each parameter in the optimizer's groups."""
 
-    def __init__(self, engine: Any, optimizer: Any) -> None:
-        super().__init__(engine, optimizer.optimizer)
+    def __init__(self, engine: Any, optimizer: Any, *, own_reduction: bool = True) -> None:
+        super().__init__(engine, optimizer.optimizer, own_reduction=own_reduction)
         self.parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
         assert len(self.parameters) == len(self.flats)
 

@@ -1,62 +1,71 @@
-"""ZeRO 1 and 2."""
+"""ZeRO 1 and 2: partitioned optimizer state and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from erasediff.parallel.zero.layout import Fragment, ReducerOverride, unsupported_reduction, zeros_on_the_host
+from erasediff.parallel.zero.engine import patched
+from erasediff.parallel.zero.layout import Fragment, PartitionedLayout, ReducerOverride, unsupported_reduction
 from erasediff.parallel.zero.reduce_scatter import FlatReduceScatter
 
 
-class PartitionedGradients:
+class PartitionedGradients(PartitionedLayout):
     """ZeRO 1 and 2: one fp32 partition for each group, in which parameters lie end to end.
 
-    With the optimizer offloaded, the gradients of a partition are in its ``grad`` after a backward pass.
+    Args:
+        optimizer: The engine's ``DeepSpeedZeroOptimizer``.
+        own_reduction: False for DeepSpeed's reduction, True for ours where the engine's configuration allows it.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        self.flats: list[Tensor] = list(optimizer.single_partition_of_fp32_groups)
+    def __init__(self, optimizer: Any, *, own_reduction: bool = True) -> None:
+        super().__init__(
+            optimizer,
+            optimizer.single_partition_of_fp32_groups,
+            is_offloaded=bool(optimizer.cpu_offload),
+            pins_memory=optimizer.cpu_offload_pin_memory,
+        )
         self.groups = list(range(len(self.flats)))
         self._free: list[list[Tensor]] = []
-        self._reduction = self._reduction_of()
-        if not optimizer.cpu_offload:
-            # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
-            optimizer.compute_grad_norm = optimizer.check_grad_overflow = False
+        self._storage: list[Tensor] = []
+        if own_reduction:
+            self.reduction = self._make_reduction()
 
-    def _reduction_of(self) -> ReducerOverride | None:
-        """None where what the engine was told of its gradients is more than a mean in one precision."""
+    def _make_reduction(self) -> ReducerOverride | None:
+        """None where the engine was configured for more than a mean in one precision."""
         optimizer = self.optimizer
-        own = {
+        unsupported = {
             **unsupported_reduction(optimizer),
-            "offloaded": optimizer.cpu_offload,
+            "offloaded": self.is_offloaded,
             "no mean": not optimizer.gradient_average,
             "orthogonalized": any(optimizer._is_muon_group(group) for group in optimizer.bit16_groups),
-            "of several groups": any(own is not optimizer.dp_process_group for own in optimizer.real_dp_process_group),
+            "of several groups": any(
+                group is not optimizer.dp_process_group for group in optimizer.real_dp_process_group
+            ),
         }
-        if any(own.values()):
+        if any(unsupported.values()):
             return None
-        parameters = [(parameter, index) for index in self.groups for parameter in optimizer.bit16_groups[index]]
-        self._indices = {id(parameter): place for place, (parameter, _) in enumerate(parameters)}
-        places = []
-        for parameter, index in parameters:
+        parameters = [(parameter, group) for group in self.groups for parameter in optimizer.bit16_groups[group]]
+        self._indices = {id(parameter): index for index, (parameter, _) in enumerate(parameters)}
+        positions = []
+        for parameter, group in parameters:
             identity = optimizer.get_param_id(parameter)
-            first = min(optimizer.param_to_partition_ids[index][identity])
-            offset = optimizer.grad_partition_insertion_offset[index][first][identity]
-            places.append((index, int(first * optimizer.partition_size[index] + offset), parameter.numel()))
-        ranges = [int(optimizer.partition_size[index]) for index in self.groups]
+            first = min(optimizer.param_to_partition_ids[group][identity])
+            offset = optimizer.grad_partition_insertion_offset[group][first][identity]
+            positions.append((group, int(first * optimizer.partition_size[group] + offset), parameter.numel()))
+        ranges = [int(optimizer.partition_size[group]) for group in self.groups]
         (dtype,) = optimizer.ipg_buckets
         numel, device = int(optimizer.reduce_bucket_size), torch.device(optimizer.device)
-        scatter = FlatReduceScatter(places, ranges, numel, dtype, device, optimizer.dp_process_group)
+        scatter = FlatReduceScatter(positions, ranges, numel, dtype, device, optimizer.dp_process_group)
         names = "process_gradients", "reduce_ready_partitions_and_remove_grads"
         return ReducerOverride(optimizer, scatter, self._add, *names)
 
     def _add(self, parameter: nn.Parameter, group: int) -> None:
-        assert self._reduction is not None
+        assert self.reduction is not None
         optimizer = self.optimizer
         if optimizer.use_grad_accum_attribute:
             optimizer._fill_param_grad_accum_attribute(parameter)
@@ -64,70 +73,70 @@ class PartitionedGradients:
         # ZeRO-1 adds up whole gradients, and averages their sum. Not ready while a module in tiles has some left.
         is_due = optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()
         if is_due and gradient is not None and getattr(parameter, "ds_grad_is_ready", True):
-            self._reduction.scatter.add(self._indices[id(parameter)], gradient)
+            self.reduction.scatter.add(self._indices[id(parameter)], gradient)
             optimizer.clear_grad_attribute(parameter)
 
-    def renew(self) -> None:
-        optimizer = self.optimizer
-        # With the optimizer offloaded, the first backward pass overwrites and further ones add.
-        optimizer.micro_step_id = -1
-        optimizer.zero_grad()
-        if optimizer.cpu_offload:
-            for flat in self.flats:
-                if flat.grad is None:
-                    flat.grad = zeros_on_the_host(flat, pinned=optimizer.cpu_offload_pin_memory)
-        if self._reduction is not None:
-            dtype = optimizer.gradient_accumulation_dtype
-            self._room = self._free.pop() if self._free else [torch.empty_like(f, dtype=dtype) for f in self.flats]
-            self._reduction.begin(self._room)
+    def stepping(self) -> AbstractContextManager[None]:
+        # No pass over the retain gradient for its norm, nor a wait for it: the update skips what is not finite.
+        if self.is_offloaded:
+            return super().stepping()
+        return patched(self.optimizer, compute_grad_norm=False, check_grad_overflow=False)
 
-    def pop_grads(self) -> list[Tensor]:
+    def recover(self) -> None:
+        super().recover()
         optimizer = self.optimizer
-        if optimizer.cpu_offload:
-            optimizer._wait_for_offload_copies()
-            taken: list[Tensor] = [flat.grad for flat in self.flats]  # type: ignore[misc]
-            for flat in self.flats:
-                flat.grad = None
-            return taken
-        if self._reduction is not None:
-            if not optimizer.partition_gradients:
-                # Of an earlier micro-batch alone.
-                for group in self.groups:
-                    for parameter in optimizer.bit16_groups[group]:
-                        self._add(parameter, group)
-            self._reduction.finish()
-            return self._room
-        taken = [torch.cat([p.reshape(-1) for p in optimizer.averaged_gradients[index]]) for index in self.groups]
-        for index in self.groups:
-            optimizer.averaged_gradients[index] = None
-            optimizer.all_grad_tensors[index] = None
-        return taken
-
-    def set_grads(self, gradients: list[Tensor]) -> None:
-        for index, gradient in zip(self.groups, gradients, strict=True):
-            if self.optimizer.cpu_offload:
-                self.flats[index].grad = gradient
-            else:
-                self.optimizer.averaged_gradients[index] = [gradient]
+        optimizer.extra_large_param_to_reduce.clear()
+        optimizer._clear_previous_reduced_grads()
+        for group in self.groups:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
 
     def release(self, gradients: list[Tensor]) -> None:
-        if gradients and self._reduction is not None:
+        if gradients and self.reduction is not None:
             self._free.append(gradients)
-
-    def keep_gathered(self, held: bool) -> None:
-        if self._reduction is not None:
-            self._reduction.keep_gathered(held)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self.optimizer
-        for index in self.groups:
-            rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
-            size = int(optimizer.partition_size[index])
-            for parameter in optimizer.params_in_partition[index]:
+        for group in self.groups:
+            rank = torch.distributed.get_rank(optimizer.real_dp_process_group[group])
+            size = int(optimizer.partition_size[group])
+            for parameter in optimizer.params_in_partition[group]:
                 identity = optimizer.get_param_id(parameter)
-                start = int(optimizer.grad_start_offset[index][rank][identity])
-                offset = int(optimizer.grad_partition_insertion_offset[index][rank][identity])
-                yield Fragment(parameter, start, index, offset, min(parameter.numel() - start, size - offset))
+                start = int(optimizer.grad_start_offset[group][rank][identity])
+                offset = int(optimizer.grad_partition_insertion_offset[group][rank][identity])
+                yield Fragment(parameter, start, group, offset, min(parameter.numel() - start, size - offset))
 
     def refresh(self) -> None:
         self.optimizer.update_lp_params()
+
+    def _reset_micro_steps(self) -> None:
+        # With the optimizer offloaded, the first backward pass overwrites and further ones add.
+        self.optimizer.micro_step_id = -1
+
+    def _begin_gradient(self) -> list[Tensor]:
+        if self.reduction is not None:
+            dtype = self.optimizer.gradient_accumulation_dtype
+            self._storage = self._free.pop() if self._free else [torch.empty_like(f, dtype=dtype) for f in self.flats]
+        return self._storage
+
+    def _clear_bucket(self, bucket: Any) -> None:
+        bucket.clear()
+
+    def _popped(self) -> list[Tensor]:
+        if self.reduction is not None:
+            return self._storage
+        optimizer = self.optimizer
+        parts = (optimizer.averaged_gradients[group] for group in self.groups)
+        popped = [torch.cat([part.reshape(-1) for part in each]) for each in parts]
+        for group in self.groups:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        return popped
+
+    def _add_rest(self) -> None:
+        if not self.optimizer.partition_gradients:
+            # Of an earlier micro-batch alone.
+            for group in self.groups:
+                for parameter in self.optimizer.bit16_groups[group]:
+                    self._add(parameter, group)
+
+    def _wait_for_offload(self) -> None:
+        self.optimizer._wait_for_offload_copies()

@@ -1,4 +1,4 @@
-"""Under ZeRO 3, weights that both passes of a step use whole."""
+"""Weights gathered once for both passes of a step, under ZeRO 3."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class HeldWeights:
         self._holdable = parameters if sum(parameter.ds_numel for parameter in parameters) <= limit else []
         self._gathering: list[Gathered] = []
         self._waiting: list[RemovableHandle] = []
-        self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
-        """What ``_disable_hooks`` has emptied, and what was there."""
+        self._hooks: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any], set[int]]] = []
+        """Hooks of a module, what they were before ``_disable_hooks``, and the keys of those that it took out."""
         self._linear: Callable[..., Tensor] | None = None
         """What ``torch.nn.functional.linear`` was before ``_use_torchs_linear``."""
 
@@ -55,18 +55,20 @@ class HeldWeights:
             self._gather()
 
     def _end(self) -> None:
-        for gathered in self._gathering:
-            gathered.wait()
-        for handle in self._waiting:
-            handle.remove()
-        for hooks, before in self._hooks:
-            since = {key: hook for key, hook in hooks.items() if key not in before}
-            hooks.clear()
-            hooks.update(before)
-            hooks.update(since)
-        self._gathering, self._waiting, self._hooks = [], [], []
+        # What others share comes back first: waiting may raise, where another process is gone.
         if self._linear is not None:
             functional.linear, self._linear = self._linear, None
+        for handle in self._waiting:
+            handle.remove()
+        for hooks, before, disabled in self._hooks:
+            # In their order; those that others have removed meanwhile stay away.
+            restored = {key: hook for key, hook in before.items() if key in disabled or key in hooks}
+            restored |= {key: hook for key, hook in hooks.items() if key not in before}
+            hooks.clear()
+            hooks.update(restored)
+        gathering, self._gathering, self._waiting, self._hooks = self._gathering, [], [], []
+        for gathered in gathering:
+            gathered.wait()
 
     def _can_gather(self) -> bool:
         """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
@@ -100,13 +102,14 @@ class HeldWeights:
     def _disable_hooks(self) -> None:
         """DeepSpeed's hooks around modules do not run."""
         offload = self.offload
-        emptied = set()
+        disabled: dict[int, set[int]] = {}
         for handle in (*offload.forward_hooks, *offload.backward_hooks):
             hooks = handle.hooks_dict_ref()
             if handle.id in hooks:
-                if id(hooks) not in emptied:
-                    emptied.add(id(hooks))
-                    self._hooks.append((hooks, hooks.copy()))
+                if id(hooks) not in disabled:
+                    disabled[id(hooks)] = set()
+                    self._hooks.append((hooks, hooks.copy(), disabled[id(hooks)]))
+                disabled[id(hooks)].add(handle.id)
                 del hooks[handle.id]
 
     def _use_torchs_linear(self) -> None:
