@@ -1,14 +1,17 @@
-"""Helpers of all tests: run a command in this process, read the tensors of a checkpoint."""
+"""Helpers of all tests: run a command in this process, read a checkpoint's tensors, gradients of a step's losses."""
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Ended(NamedTuple):
@@ -43,3 +46,30 @@ def folder_weights(model: Path) -> dict[str, Tensor]:
         for file in sorted(model.glob("*/*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One float64 vector of all elements."""
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def gradients_at(
+    model: nn.Module, process: Any, retain: Any, forget: Any, target: Any, step: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, g, L_f) at the model's weights, with the noise of step ``step`` of a solver with seed 0."""
+    from erasediff.diffusion import DenoisingObjective, micro_batches, noise_key
+
+    objective = DenoisingObjective(process=process)
+    key = noise_key(0, step, "cpu")
+    twin = copy.deepcopy(model)
+    objective.retain_loss(twin, *micro_batches(retain)[0], key=key).backward()
+    r = flat(parameter.grad for parameter in twin.parameters())
+    twin.zero_grad()
+    loss = objective.forget_loss(twin, target, *micro_batches(forget)[0], key=key)
+    loss.backward()
+    return r, flat(parameter.grad for parameter in twin.parameters()), loss.detach()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 CASES = Path(__file__).with_name("cases.py")
+TRAFFIC_CASES = Path(__file__).with_name("traffic_cases.py")
 GAP = {"barrier": "gap"}
 
 
@@ -111,14 +112,14 @@ def test_both_gradients_are_of_weights_gathered_once_where_a_pass_may_keep_them(
     zero = {"stage3_param_persistence_threshold": 0}
     if distance is not None:
         zero["stage3_max_reuse_distance"] = distance
-    for times in run_on(2, CASES, "gathered_in_a_step", {"layout": "zero-3", "zero": zero}):
+    for times in run_on(2, TRAFFIC_CASES, "gathered_in_a_step", {"layout": "zero-3", "zero": zero}):
         assert at_least <= times <= at_most
 
 
 @pytest.mark.parametrize(("distance", "passes"), [(1_000_000_000, 0), (100_000, 2)])
 def test_only_deepspeeds_hooks_rest_while_all_weights_are_whole(run_on, distance, passes):
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
-    for found in run_on(2, CASES, "hooks_in_a_step", {"layout": "zero-3", "zero": zero}):
+    for found in run_on(2, TRAFFIC_CASES, "hooks_in_a_step", {"layout": "zero-3", "zero": zero}):
         assert found["same"]
         assert found["calls"]["user"] > 0
         assert 2 * found["calls"].get("deepspeed", 0) == passes * found["calls"]["user"]
@@ -145,7 +146,7 @@ def test_the_engine_is_still_the_users_between_steps(run_on, layout):
 @pytest.mark.parametrize("layout", ["zero-2", "zero-3"])
 def test_no_gradient_goes_the_way_of_deepspeeds_own_reduction(run_on, layout):
     """Of two CPU processes: theirs is by reductions alone, ours an exchange."""
-    for kinds in run_on(2, CASES, "collectives_in_a_step", {"layout": layout}, widest=3):
+    for kinds in run_on(2, TRAFFIC_CASES, "collectives_in_a_step", {"layout": layout}, widest=3):
         gathers, scalars = {"allgather"}, {"allreduce"}
         assert kinds - gathers == scalars | {"alltoall_base_.default"}
 
@@ -154,7 +155,8 @@ def test_no_gradient_goes_the_way_of_deepspeeds_own_reduction(run_on, layout):
 def test_without_sharding_gradients_are_averaged_in_buckets(run_on, bf16):
     """To the same bits, however many of them are in one."""
     at_once, one_by_one, some = (
-        run_on(2, CASES, "averaged_by", numel, {"layout": "zero-0", "bf16": bf16})[0] for numel in (1 << 30, 1, 4096)
+        run_on(2, TRAFFIC_CASES, "averaged_by", numel, {"layout": "zero-0", "bf16": bf16})[0]
+        for numel in (1 << 30, 1, 4096)
     )
     weights = at_once[2]
     # Two gradients in each of three steps.
@@ -191,8 +193,8 @@ def test_a_constrained_step_holds_one_gradient_shard_more_than_fine_tuning(run_o
     # Buckets are small beside a gradient, as they are beside a real model's.
     zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2000}
     options = {"layout": layout, "zero": zero, "barrier": barrier}
-    plain = run_on(2, CASES, "bytes_at_the_update", options, False)
-    constrained = run_on(2, CASES, "bytes_at_the_update", options, True)
+    plain = run_on(2, TRAFFIC_CASES, "bytes_at_the_update", options, False)
+    constrained = run_on(2, TRAFFIC_CASES, "bytes_at_the_update", options, True)
     for (less, partition), (more, _) in zip(plain, constrained, strict=True):
         assert 0 < more - less < (shards + 0.1) * partition, (less / partition, more / partition)
 

@@ -19,8 +19,8 @@ from erasediff import Norm, Process
 from erasediff.errors import UserError
 from erasediff.methods import ESD, EraseDiff, Fixed, Solver
 from erasediff.methods.activation_stats import Observation, concept_neurons, of_batches
-from erasediff.methods.concept_prune import HeldMask, most_important_per_neuron
-from erasediff.methods.pruning import PrunedEraseDiff, PrunedESD, correlated
+from erasediff.methods.concept_prune import HeldMask
+from erasediff.methods.pruning import PrunedEraseDiff, correlated
 from erasediff.models.weight_masks import (
     WeightMask,
     add_masks,
@@ -29,7 +29,6 @@ from erasediff.models.weight_masks import (
     load_masks,
     masked_weights,
     merge_masks,
-    most_important,
     save_masks,
     weight_masks,
     without_masks,
@@ -383,45 +382,3 @@ def test_a_mistake_is_told_in_a_sentence(
     run("unlearn", "--model", nano_folder("sd"), *prune, *flags, "--out", "out", code=2)
     assert said in capsys.readouterr().err
     assert not Path("out/model").exists()
-
-
-def test_learned_masks_take_steps_from_python(
-    make_model: Callable[[], nn.Module], process: Process, make_batch: Callable[..., dict[str, torch.Tensor]]
-) -> None:
-    """Constructor arguments are enough; what they leave out is told when it is asked for."""
-    model = make_model()
-    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
-    method = PrunedEraseDiff(model, optimizer, process=process, sparsity_weight=0.1)
-    assert method.step(make_batch(1), make_batch(2)).finite
-    with pytest.raises(ValueError, match="retain_batches"):
-        method.observations(1)
-    model = make_model()
-    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
-    by_prompts = PrunedESD(
-        model,
-        optimizer,
-        process=process,
-        concepts={"class_labels": torch.tensor([1])},
-        null={"class_labels": torch.tensor([5])},
-        shape=(1, 2, 3),
-        batch_size=4,
-        num_inference_steps=10,
-    )
-    assert by_prompts.step().finite
-    assert len(list(by_prompts.observations(2))) == 2
-
-
-def test_a_network_without_masks_and_a_penalty_that_rewards_are_refused(model: nn.Module, process: Process) -> None:
-    with pytest.raises(ValueError, match="no masks"):
-        PrunedEraseDiff(model, ConstrainedAdamW(model.parameters(), lr=0.1), process=process)
-    optimizer = ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.1)
-    with pytest.raises(ValueError, match="sparsity_weight"):
-        PrunedEraseDiff(model, optimizer, process=process, sparsity_weight=-1.0)
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2)])
-@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
-def test_each_neurons_most_important_weights_are_those_of_its_row_alone(shape: tuple[int, ...], share: float) -> None:
-    importance = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([most_important(row, share) for row in importance])
-    assert torch.equal(most_important_per_neuron(importance, share), expected)
