@@ -91,6 +91,8 @@ class ZeroGradientStore:
 
     @contextmanager
     def no_reshard(self) -> Iterator[None]:
+        # Before weights are gathered: recovering partitions them.
+        self._recover()
         try:
             self.layout.keep_gathered(True)
             yield
@@ -101,14 +103,20 @@ class ZeroGradientStore:
         return autocast(self.engine, self.device, dtype)
 
     def begin(self, calls: int) -> None:
-        if self._is_open:
-            agree_to_retry(self.world)
-            self.layout.recover()
-            reset_timers(self.engine)
+        self._recover()
         self._is_open = True
         self._calls_left = calls
         self.layout.begin()
         self.engine.set_gradient_accumulation_boundary(calls == 1)
+
+    def _recover(self) -> None:
+        """Drop what a gradient that was begun and never popped has left, because a pass raised."""
+        if not self._is_open:
+            return
+        agree_to_retry(self.world)
+        self.layout.recover()
+        reset_timers(self.engine)
+        self._is_open = False
 
     def backward(self, loss: Tensor) -> None:
         with self.layout.reducing():

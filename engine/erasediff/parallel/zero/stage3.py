@@ -90,6 +90,10 @@ class PartitionedParameters(PartitionedLayout):
         return patched(self.optimizer, _get_norm_groups=lambda: [torch.zeros(())])
 
     def recover(self) -> None:
+        for group in self.optimizer.fp16_groups:
+            for parameter in group:
+                # DeepSpeed's zero_grad knows gradients of accelerators alone.
+                parameter.grad = None
         super().recover()
         coordinator = self.optimizer.parameter_offload.get_param_coordinator()
         coordinator.release_backward_leftovers()
