@@ -1,4 +1,4 @@
-"""Data sets as tensors or as captioned images, their split into forgotten and retained, and batches by step."""
+"""Data sets, forget and retain sets, the latent cache, and batches addressed by step."""
 
 from erasediff.data.batches import CachedBatches, GlobalBatches, Stream
 from erasediff.data.digits import ClassDataset, Images, load_digits

@@ -1,4 +1,4 @@
-"""Handwritten digits: real data that comes with a dependency, small enough to train on in a minute."""
+"""Handwritten digits of scikit-learn as labelled image tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A set of images.
+    """Labelled images in memory.
 
-    sample:       [N, C, H, W] float32 in [-1, 1]
-    class_labels: [N] int64
-    ids:          [N] int64, each image's number in the data set that it comes from
+    Attributes:
+        sample: [N, C, H, W] float32 in [-1, 1].
+        class_labels: [N] int64.
+        ids: [N] int64, each image's number in its data set.
+
+    Raises:
+        ValueError: for other shapes.
     """
 
     sample: Tensor
@@ -34,8 +38,8 @@ class Images:
 
     def of_classes(self, classes: list[int]) -> Images:
         """The images of these classes, in their order here."""
-        wanted = torch.isin(self.class_labels, torch.tensor(classes, device=self.class_labels.device))
-        return Images(self.sample[wanted], self.class_labels[wanted], self.ids[wanted])
+        mask = torch.isin(self.class_labels, torch.tensor(classes, device=self.class_labels.device))
+        return Images(self.sample[mask], self.class_labels[mask], self.ids[mask])
 
     def to(self, device: torch.device | str) -> Images:
         return Images(self.sample.to(device), self.class_labels.to(device), self.ids.to(device))
@@ -43,7 +47,7 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class ClassDataset:
-    """A labelled data set; ``test`` is held out of every training, that of the judge included."""
+    """A labelled data set; ``test`` is held out of every training, that of the classifier included."""
 
     train: Images
     test: Images

@@ -1,4 +1,4 @@
-"""What is asked to be forgotten, among captioned images: by a list of files, by class, or by what captions say."""
+"""Forget and retain sets: split images by files, classes, or phrases of their captions."""
 
 from __future__ import annotations
 
@@ -17,58 +17,68 @@ from erasediff.errors import UserError
 
 
 class Partition(NamedTuple):
-    """The images to forget, never empty, and all the others, each in their order."""
+    """Images to forget and images to retain, each in the order of their data set."""
 
     forget: list[CaptionedImage]
     retain: list[CaptionedImage]
 
 
 def forget_files(images: Sequence[CaptionedImage], request: Path) -> Partition:
-    """By a deletion request: a text file with one path per line; blank lines and those that begin with # do not count.
+    """Forget the images listed in a deletion request.
 
-    A path may be absolute or the end of an image's path, its name alone if no other image has it.
+    Args:
+        images: the data set.
+        request: a text file with one path per line; blank lines and those that begin with # do not count. A path may
+            be absolute or the end of an image's path, its name alone if no other image has it.
 
-    UserError for a request that cannot be read or is empty, and a path of no image or of several.
+    Raises:
+        UserError: for a request that cannot be read or is empty, and a path of no image or of several.
     """
     try:
         lines = [line.strip() for line in request.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    if not wanted:
+    requested = [line for line in lines if line and not line.startswith("#")]
+    if not requested:
         raise UserError(f"The list of files to forget, {request}, is empty: write one path per line.")
 
-    named: defaultdict[str, list[CaptionedImage]] = defaultdict(list)
+    by_name: defaultdict[str, list[CaptionedImage]] = defaultdict(list)
     for image in images:
-        named[image.path.name].append(image)
-    chosen = set()
-    for line in wanted:
+        by_name[image.path.name].append(image)
+    forgotten = set()
+    for line in requested:
         parts = PurePath(line).parts
-        found = [image for image in named[parts[-1]] if image.path.parts[-len(parts) :] == parts]
-        if len(found) != 1:
-            problem = "is no image of the data" if not found else f"may be any of {len(found)} images: write more of it"
-            raise UserError(f"{request}: {line} {problem}.")
-        chosen.add(found[0].id)
-    return _partition(images, lambda image: image.id in chosen, "")
+        matches = [image for image in by_name[parts[-1]] if image.path.parts[-len(parts) :] == parts]
+        if not matches:
+            raise UserError(f"{request}: {line} is no image of the data; remove it or correct the path.")
+        if len(matches) > 1:
+            raise UserError(f"{request}: {line} may be any of {len(matches)} images; write more of its path.")
+        forgotten.add(matches[0].id)
+    return _partition(images, lambda image: image.id in forgotten, "")
 
 
 def forget_classes(images: Sequence[CaptionedImage], classes: Iterable[str], column: str = CLASS) -> Partition:
-    """By class: the images whose attribute ``column`` is one of ``classes``. UserError for a class of no image."""
-    wanted = set(classes)
+    """Forget the images whose attribute ``column`` is one of ``classes``.
+
+    Raises:
+        UserError: for a class of no image.
+    """
+    names = set(classes)
     present = {image.attributes[column] for image in images if column in image.attributes}
     if not present:
         columns = sorted({name for image in images for name in image.attributes})
         raise UserError(f"The images have no {column!r} to forget by: choose from {', '.join(columns) or 'none'}.")
-    for unknown in sorted(wanted - present):
+    for unknown in sorted(names - present):
         near = difflib.get_close_matches(unknown, present) or sorted(present)
         raise UserError(f"No image has the {column} {unknown!r}: choose from {', '.join(near[:20])}.")
-    return _partition(images, lambda image: image.attributes.get(column) in wanted, "name at least one class")
+    return _partition(images, lambda image: image.attributes.get(column) in names, "name at least one class")
 
 
 def forget_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> Partition:
-    """By prompt: the images whose caption has one of ``phrases`` in it, as whole words, in any case.
+    """Forget the images whose caption contains one of ``phrases``, as whole words, in any case.
 
-    UserError for a phrase that no caption has.
+    Raises:
+        UserError: for a phrase that no caption has.
     """
     patterns = {phrase: re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE) for phrase in phrases}
     for phrase, pattern in patterns.items():
@@ -91,9 +101,18 @@ def _partition(images: Sequence[CaptionedImage], forgotten: Callable[[CaptionedI
 def forget_retain_split(
     images: Images, forget_classes: Iterable[int], retain_classes: Iterable[int] | None = None
 ) -> tuple[Images, Images]:
-    """(forget, retain): the images of ``forget_classes``, and those of ``retain_classes`` or of all other classes.
+    """Split labelled images by class.
 
-    UserError for a class that no image has, a set that comes out empty, and sets that overlap.
+    Args:
+        images: the data set.
+        forget_classes: numbers of the classes to forget.
+        retain_classes: numbers of the classes to retain; None for all others.
+
+    Returns:
+        (forget, retain).
+
+    Raises:
+        UserError: for a class that no image has, a set that comes out empty, and sets that overlap.
     """
     present = sorted(set(images.class_labels.tolist()))
     forgotten = list(forget_classes)
@@ -109,7 +128,15 @@ def forget_retain_split(
 
 
 def check_disjoint(forget_ids: Tensor, retain_ids: Tensor) -> None:
-    """UserError if an image is in both sets: it would be forgotten and relearned at once."""
+    """Check that no image is in both sets, where it would be forgotten and relearned at once.
+
+    Args:
+        forget_ids: int64 [N].
+        retain_ids: int64 [M].
+
+    Raises:
+        UserError: if the sets share an id.
+    """
     shared = set(forget_ids.tolist()) & set(retain_ids.tolist())
     if shared:
         raise UserError(

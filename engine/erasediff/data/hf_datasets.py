@@ -1,4 +1,4 @@
-"""Hugging Face data sets, saved ones and those of the hub, through the optional ``datasets`` library."""
+"""Hugging Face data sets, on the disk or on the hub, through the optional ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ SAVED = ("state.json", "dataset_dict.json")
 DEFAULT_SPLIT = "train"
 
 
+def read_images(
+    source: str, *, split: str = DEFAULT_SPLIT, caption_column: str | None = None, template: str | None = None
+) -> list[CaptionedImage]:
+    """List the images of ``source``: an image folder, a saved Hugging Face data set, or the name of one on the hub.
+
+    Raises:
+        UserError: as ``read_captioned_images`` and ``read_dataset``.
+    """
+    folder = Path(source)
+    is_path = folder.is_dir() or folder.is_absolute() or source.startswith(".")
+    if is_path and not is_saved_dataset(folder):
+        return read_captioned_images(folder, caption_column=caption_column, template=template)
+    return read_dataset(source, split=split, caption_column=caption_column, template=template)
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Whether ``folder`` was written by ``Dataset.save_to_disk``, or holds parquet files."""
     parquet = (*folder.glob("*.parquet"), *folder.glob("data/*.parquet"))
@@ -35,13 +50,21 @@ def read_dataset(
     caption_column: str | None = None,
     template: str | None = None,
 ) -> list[CaptionedImage]:
-    """The images of a data set: a folder of ``save_to_disk`` or of parquet files, or a name on the hub.
+    """List the images of a Hugging Face data set.
 
-    Nothing is decoded or copied; the bytes of an image are read when it is. Class labels become attributes by their
-    names, the one called ``label`` also as ``"class"``. Captions as in ``read_captioned_images``.
+    Nothing is decoded or copied; an image's bytes are read when it is opened. Class labels become attributes by their
+    names, the one called ``label`` also as ``"class"``.
 
-    UserError if ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split, or a
-    column is missing.
+    Args:
+        source: a folder of ``save_to_disk`` or of parquet files, or a name on the hub.
+        split: of the data set.
+        image_column: None for the first column of images.
+        caption_column: as in ``read_captioned_images``.
+        template: as in ``read_captioned_images``.
+
+    Raises:
+        UserError: if ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split, or a
+            column is missing.
     """
     library = _library()
     rows = _loaded(library, source, split)
@@ -116,17 +139,3 @@ def _first_line(error: BaseException) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-def read_images(
-    source: str, *, split: str = DEFAULT_SPLIT, caption_column: str | None = None, template: str | None = None
-) -> list[CaptionedImage]:
-    """The images of ``source``: an image folder, a saved Hugging Face data set, or the name of one on the hub.
-
-    UserError as in ``read_captioned_images`` and ``read_dataset``.
-    """
-    folder = Path(source)
-    is_path = folder.is_dir() or folder.is_absolute() or source.startswith(".")
-    if is_path and not is_saved_dataset(folder):
-        return read_captioned_images(folder, caption_column=caption_column, template=template)
-    return read_dataset(source, split=split, caption_column=caption_column, template=template)

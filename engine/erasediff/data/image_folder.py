@@ -1,4 +1,4 @@
-"""Images with captions: folders in the layouts that people have, listed without opening an image."""
+"""Folders of captioned images: captions come from metadata files, text files or a template."""
 
 from __future__ import annotations
 
@@ -15,15 +15,107 @@ from erasediff.errors import UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+CLASS = "class"
 
 Row = Mapping[str, str]
 
 
-def read_metadata(folder: Path) -> dict[Path, Row]:
-    """Each image file that the folder's metadata names, with its other columns as text; {} without a metadata file.
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """An image that has not been read yet.
 
-    UserError for two metadata files, a line that cannot be read, a row without or with another row's ``file_name``,
-    and a file that does not exist.
+    Attributes:
+        path: of its file, or its name in a data set.
+        caption: the prompt that describes it.
+        id: its number in its data set.
+        attributes: the other columns of its metadata as text; ``"class"`` is its subfolder unless a column has that
+            name.
+        stored: reads the file's bytes where they are not at ``path``.
+    """
+
+    path: Path
+    caption: str
+    id: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    stored: Callable[[], bytes] | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the image file. UserError if it cannot be read."""
+        try:
+            return self.path.read_bytes() if self.stored is None else self.stored()
+        except OSError as error:
+            raise UserError(f"Cannot read the image {self.path}: {error.strerror or error}.") from error
+
+
+def read_captioned_images(
+    folder: Path, *, caption_column: str | None = None, template: str | None = None
+) -> list[CaptionedImage]:
+    """List the images in ``folder`` and its subfolders, in the order of their paths.
+
+    An image's caption is in the metadata file, else in a ``.txt`` file beside it, else it is the filled template.
+
+    Args:
+        folder: of images.
+        caption_column: of the metadata; None for ``text``, ``caption`` or ``prompt``.
+        template: a format string of the image's attributes, such as "a photo of a {class}".
+
+    Raises:
+        UserError: for a folder without images, images without captions, and metadata that cannot be read.
+    """
+    paths = _image_files(folder)
+    rows = read_metadata(folder)
+    column = caption_column_of({name for row in rows.values() for name in row}, caption_column, folder)
+    images = []
+    for number, path in enumerate(paths):
+        subfolder = {} if path.parent == folder else {CLASS: path.parent.relative_to(folder).as_posix()}
+        attributes = {**subfolder, **rows.get(path, {})}
+        caption = attributes.pop(column, "") if column else ""
+        caption = caption.strip() or _text_beside(path) or filled(template, attributes)
+        images.append(CaptionedImage(path, caption, number, attributes))
+    check_captions(images, "give it a row in metadata.jsonl or a .txt file beside it")
+    return images
+
+
+def caption_column_of(columns: Iterable[str], requested: str | None, source: object) -> str | None:
+    """The column with captions: ``requested``, or the first usual one, or None. UserError if it is not there."""
+    columns = sorted(columns)
+    if requested is None:
+        return next((name for name in CAPTION_COLUMNS if name in columns), None)
+    if requested not in columns:
+        near = difflib.get_close_matches(requested, columns) or columns
+        raise UserError(f"{source} has no column {requested!r} with captions: choose from {', '.join(near) or 'none'}.")
+    return requested
+
+
+def filled(template: str | None, attributes: Mapping[str, str]) -> str:
+    """``template`` with ``{name}`` replaced by attributes; "" for None. UserError for a name that is no attribute."""
+    try:
+        return (template or "").format_map(attributes)
+    except (KeyError, ValueError, IndexError):
+        raise UserError(
+            f"The caption template {template!r} cannot be filled: write {', '.join(f'{{{a}}}' for a in attributes)} "
+            "where the image's attribute belongs."
+        ) from None
+
+
+def check_captions(images: list[CaptionedImage], remedy: str) -> None:
+    """UserError that names the first image without a caption, and counts the others."""
+    missing = [image.path for image in images if not image.caption]
+    if missing:
+        others = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
+        raise UserError(f"{missing[0]}{others} no caption: {remedy}, or give a caption template.")
+
+
+def read_metadata(folder: Path) -> dict[Path, Row]:
+    """Rows of the folder's ``metadata.jsonl`` or ``metadata.csv``.
+
+    Returns:
+        The other columns of each row as text, by the image file that it names; {} without a metadata file.
+
+    Raises:
+        UserError: for two metadata files, a line that cannot be read, a row without or with another row's
+            ``file_name``, and a file that does not exist.
     """
     present = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
     if not present:
@@ -74,102 +166,18 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{table}, line {reader.line_num} is not CSV: {error}.") from None
 
 
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-CLASS = "class"
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionedImage:
-    """An image that has not been read yet.
-
-    path:       its file, or its name in the data set that holds it
-    caption:    what it shows
-    id:         its number in the set that it comes from
-    attributes: the other columns of its metadata as text; ``"class"`` is its subfolder unless a column has that name
-    stored:     gives the file's bytes where they do not lie at ``path``
-    """
-
-    path: Path
-    caption: str
-    id: int
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    stored: Callable[[], bytes] | None = None
-
-    def read(self) -> bytes:
-        """The bytes of the image file. UserError if it cannot be read."""
-        try:
-            return self.path.read_bytes() if self.stored is None else self.stored()
-        except OSError as error:
-            raise UserError(f"Cannot read the image {self.path}: {error.strerror or error}.") from error
-
-
-def read_captioned_images(
-    folder: Path, *, caption_column: str | None = None, template: str | None = None
-) -> list[CaptionedImage]:
-    """The images in ``folder`` and its subfolders, in the order of their paths.
-
-    An image's caption is in ``metadata.jsonl`` or ``metadata.csv`` (``caption_column``, by default ``text``,
-    ``caption`` or ``prompt``), else in a ``.txt`` file beside it, else it is ``template`` filled with the image's
-    attributes: "a photo of a {class}".
-
-    UserError for a folder without images, images without captions, and metadata that cannot be read.
-    """
-    paths = _image_files(folder)
-    rows = read_metadata(folder)
-    column = caption_column_of({name for row in rows.values() for name in row}, caption_column, folder)
-    images = []
-    for number, path in enumerate(paths):
-        subfolder = {} if path.parent == folder else {CLASS: path.parent.relative_to(folder).as_posix()}
-        attributes = {**subfolder, **rows.get(path, {})}
-        caption = attributes.pop(column, "") if column else ""
-        caption = caption.strip() or _text_beside(path) or filled(template, attributes)
-        images.append(CaptionedImage(path, caption, number, attributes))
-    check_captions(images, "give it a row in metadata.jsonl or a .txt file beside it")
-    return images
-
-
-def caption_column_of(columns: Iterable[str], wanted: str | None, source: object) -> str | None:
-    """The column that holds the captions, None if there is none. UserError if ``wanted`` is not among them."""
-    columns = sorted(columns)
-    if wanted is None:
-        return next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if wanted not in columns:
-        near = difflib.get_close_matches(wanted, columns) or columns
-        raise UserError(f"{source} has no column {wanted!r} with captions: choose from {', '.join(near) or 'none'}.")
-    return wanted
-
-
-def filled(template: str | None, attributes: Mapping[str, str]) -> str:
-    """``template`` with ``{name}`` replaced by attributes, "" without one. UserError for a name of none."""
-    try:
-        return (template or "").format_map(attributes)
-    except (KeyError, ValueError, IndexError):
-        raise UserError(
-            f"The caption template {template!r} cannot be filled: write {', '.join(f'{{{a}}}' for a in attributes)} "
-            "where the image's attribute belongs."
-        ) from None
-
-
-def check_captions(images: list[CaptionedImage], remedy: str) -> None:
-    """UserError that names the first image without a caption, and counts the others."""
-    missing = [image.path for image in images if not image.caption]
-    if missing:
-        others = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
-        raise UserError(f"{missing[0]}{others} no caption: {remedy}, or give a caption template.")
-
-
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    found = [
+    paths = [
         Path(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
     ]
-    if not found:
+    if not paths:
         raise UserError(f"There are no images in {folder}: it needs files such as {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return sorted(found)
+    return sorted(paths)
 
 
 def _text_beside(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Latents and text embeddings, computed once and kept under what they depend on: content, caption and encoders."""
+"""Content-addressed cache of VAE latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,25 @@ from erasediff.data.tensor_store import ShardStore
 from erasediff.errors import UserError
 from erasediff.utils.progress import progress_bar
 
+FORMAT = 1
+LATENT, MIRRORED = "latent", "mirrored"
+NULL_CAPTION = ""
+
 A = TypeVar("A")
 B = TypeVar("B")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image, the SHA-256 of its file's content, its upright size, and its cut."""
+    """A surveyed image.
+
+    Attributes:
+        image: not decoded.
+        digest: SHA-256 of its file's content.
+        original: its upright size.
+        fit: its resize and crop.
+    """
 
     image: CaptionedImage
     digest: str
@@ -36,7 +48,12 @@ class ImageRecord:
     fit: Fit
 
     def picture(self) -> Image.Image:
-        """The image as it will be encoded, RGB. BrokenImage; UserError if the file has changed since the survey."""
+        """Decode, resize and crop the image, RGB.
+
+        Raises:
+            BrokenImage: if it does not decode to its end.
+            UserError: if the file has changed since the survey.
+        """
         content = self.image.read()
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise UserError(f"The image {self.image.path} changed while it was being read: run the command again.")
@@ -44,7 +61,7 @@ class ImageRecord:
 
 
 class Digested(Protocol):
-    """Anything that knows the SHA-256 of an image file's content."""
+    """Anything with the SHA-256 of an image file's content."""
 
     @property
     def digest(self) -> str: ...
@@ -56,14 +73,14 @@ def content_ids(images: Iterable[Digested]) -> Tensor:
 
 
 class BrokenImagePolicy:
-    """What to do about broken images: refuse the first, or report each by name and go on without it."""
+    """Refuses the first broken image, or reports each by name and skips it."""
 
     def __init__(self, console: Console, *, skip: bool) -> None:
         self._console = console
         self._skip = skip
 
     def report(self, error: BrokenImage) -> None:
-        """Raises ``error``, with the way to skip such images, unless they are skipped."""
+        """Print ``error`` if broken images are skipped; raise ``UserError`` that says how to skip them if not."""
         if not self._skip:
             raise UserError(f"{str(error).rstrip('.')}; repair or remove it, or give --skip-broken.") from error
         self._console.print(f"[yellow]Skipped:[/] {error}", highlight=False)
@@ -72,9 +89,13 @@ class BrokenImagePolicy:
 def survey(
     images: Sequence[CaptionedImage], buckets: Buckets, broken: BrokenImagePolicy, console: Console
 ) -> list[ImageRecord]:
-    """Read every image once. UserError as in ``BrokenImagePolicy.report``, and for a file that cannot be read."""
+    """Read every image file once, for its digest, size and bucket.
 
-    def look(image: CaptionedImage) -> ImageRecord | BrokenImage:
+    Raises:
+        UserError: as ``BrokenImagePolicy.report``, and for a file that cannot be read.
+    """
+
+    def read(image: CaptionedImage) -> ImageRecord | BrokenImage:
         content = image.read()
         try:
             original = Size(*picture_size(content, str(image.path)))
@@ -84,17 +105,17 @@ def survey(
 
     surveyed = []
     with progress_bar(console, "Reading images", len(images)) as bar:
-        for found in ahead(look, images):
+        for result in ahead(read, images):
             bar.advance()
-            if isinstance(found, BrokenImage):
-                broken.report(found)
+            if isinstance(result, BrokenImage):
+                broken.report(result)
             else:
-                surveyed.append(found)
+                surveyed.append(result)
     return surveyed
 
 
 def ahead(function: Callable[[A], B], items: Iterable[A], depth: int = 32) -> Iterator[B]:
-    """``map``, in threads, at most ``depth`` results ahead of the caller."""
+    """``map`` in threads, in order, at most ``depth`` results ahead of the caller."""
     with ThreadPoolExecutor() as pool:
         remaining = iter(items)
         running: list[Future[B]] = [pool.submit(function, item) for item in islice(remaining, depth)]
@@ -108,19 +129,12 @@ def ahead(function: Callable[[A], B], items: Iterable[A], depth: int = 32) -> It
                 future.cancel()
 
 
-FORMAT = 1
-LATENT, MIRRORED = "latent", "mirrored"
-NULL_CAPTION = ""
-
-T = TypeVar("T")
-
-
 class Encoders(Protocol):
-    """What the cache needs of a text-to-image model."""
+    """The encoders of a text-to-image model."""
 
     @property
     def hash(self) -> str:
-        """Of the weights of the VAE and the text encoders."""
+        """Hash of the weights of the VAE and the text encoders."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents [B, C, h, w], scaled for the denoiser, from float32 [B, 3, H, W] in [-1, 1]; deterministic."""
@@ -131,12 +145,20 @@ class Encoders(Protocol):
     def size_condition(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
     ) -> dict[str, Tensor]:
-        """Condition tensors of ``count`` rows for images cut so; sizes are (height, width), ``crop`` is (top, left)."""
+        """Condition tensors of ``count`` rows; sizes are (height, width), ``crop`` is (top, left)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The SHA-256 of an image file, the size in pixels that it was brought to, its caption, and its tensors' keys."""
+    """An image in the cache.
+
+    Attributes:
+        digest: SHA-256 of its file's content.
+        size: of its bucket.
+        text: its caption.
+        latent: key of its latents.
+        caption: key of its caption's embeddings.
+    """
 
     digest: str
     size: Size
@@ -147,10 +169,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class CachedImages:
-    """Images whose latents and embeddings are at hand, in the order they were given in, broken ones left out.
+    """Images with latents and embeddings in the cache, in the order of their data set, without broken ones.
 
-    null_caption: key of the embedding of the empty prompt
-    mirrored:     whether the latents of mirror images are there too
+    Attributes:
+        entries: one for each image.
+        null_caption: key of the embeddings of the empty prompt.
+        mirrored: whether the latents of mirror images are there too.
+        latents: store of latents and size conditions.
+        captions: store of embeddings.
     """
 
     entries: tuple[Entry, ...]
@@ -168,7 +194,16 @@ class CachedImages:
         return content_ids(self.entries)
 
     def row(self, entry: Entry, *, flipped: bool = False, dropped: bool = False) -> dict[str, Tensor]:
-        """``"sample"``, the latent, and the condition: of the mirror image, or under the empty caption, if asked."""
+        """One sample as batches stack it.
+
+        Args:
+            entry: of the image.
+            flipped: take the mirror image.
+            dropped: take the empty caption.
+
+        Returns:
+            ``"sample"`` [C, h, w], the latent, and the condition tensors.
+        """
         latents = self.latents.row(entry.latent)
         condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
         caption = self.captions.row(self.null_caption if dropped else entry.caption)
@@ -176,17 +211,17 @@ class CachedImages:
 
     @property
     def buckets(self) -> Tensor:
-        """int64 [N], the number of each image's size among the sizes that occur."""
+        """int64 [N]: each image's bucket, numbered from 0 among those that occur."""
         numbers = {size: number for number, size in enumerate(sorted({entry.size for entry in self.entries}))}
         return torch.tensor([numbers[entry.size] for entry in self.entries], dtype=torch.int64)
 
 
 class LatentCache:
-    """Latents and text embeddings in ``folder``, for any number of sets and models.
+    """Latents and text embeddings in ``folder``, for any number of data sets and models.
 
-    The key of a latent is a hash of the file's content, its cut and the encoders' weights; that of an embedding, of the
-    caption and the encoders' weights. So a changed file or caption is noticed, and it alone is computed again; a file
-    of another name is not; and an interrupted run resumes with what it had half a minute before.
+    The key of a latent is a hash of the file's content, its crop and the encoders' weights; that of an embedding, of
+    the caption and the encoders' weights. So only what belongs to a changed file or caption is computed again, and a
+    renamed file is not. An interrupted run resumes with what it had half a minute before.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,22 +239,30 @@ class LatentCache:
         skip_broken: bool = False,
         batch_size: int = 8,
     ) -> CachedImages:
-        """Compute what is missing of ``images``, under progress bars.
-
-        mirror:      keep the latents of each image's mirror image too, for horizontal flips
-        skip_broken: name broken images on ``console`` and go on without them
-        batch_size:  images, or captions, encoded at once
+        """Encode the images and captions that are not in the cache, under progress bars.
 
         Every file is read, to see whether it changed. Where nothing is missing, the encoders are not called: they may
-        have left memory. UserError for no images, a broken one unless skipped, one that cannot be read, a full disk.
+        have left memory.
+
+        Args:
+            images: the data set.
+            model: its encoders.
+            buckets: sizes that images are resized and cropped to.
+            console: for progress bars.
+            mirror: keep the latents of each image's mirror image too, for horizontal flips.
+            skip_broken: name broken images on ``console`` and go on without them.
+            batch_size: images, or captions, encoded at once.
+
+        Raises:
+            UserError: for no images, a broken one unless skipped, one that cannot be read, and a full disk.
         """
         broken = BrokenImagePolicy(console, skip=skip_broken)
-        found = survey(images, buckets, broken, console)
-        return self.encode(found, model, broken, console, mirror=mirror, batch_size=batch_size)
+        records = survey(images, buckets, broken, console)
+        return self.encode(records, model, broken, console, mirror=mirror, batch_size=batch_size)
 
     def encode(
         self,
-        found: Sequence[ImageRecord],
+        records: Sequence[ImageRecord],
         model: Encoders,
         broken: BrokenImagePolicy,
         console: Console,
@@ -228,8 +271,8 @@ class LatentCache:
         batch_size: int = 8,
     ) -> CachedImages:
         """``fill`` for images that were surveyed already."""
-        keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in found]
-        captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in found))}
+        keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
+        captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in records))}
 
         with torch.no_grad():
             self._fill_captions(captions, model, batch_size, console)
@@ -291,14 +334,14 @@ def _stacked(
         except BrokenImage as error:
             return one, error
 
-    def whole() -> Iterator[tuple[tuple[str, ImageRecord], Tensor]]:
+    def intact() -> Iterator[tuple[tuple[str, ImageRecord], Tensor]]:
         for one, pixels in ahead(load, keyed):
             if isinstance(pixels, BrokenImage):
                 broken.report(pixels)
             else:
                 yield one, pixels
 
-    for _, alike in groupby(whole(), key=lambda loaded: loaded[0][1].fit.size):
+    for _, alike in groupby(intact(), key=lambda loaded: loaded[0][1].fit.size):
         for part in _parts(alike, batch_size):
             yield [one for one, _ in part], torch.stack([pixels for _, pixels in part])
 

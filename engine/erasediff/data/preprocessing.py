@@ -1,4 +1,4 @@
-"""Image files of all kinds, as upright RGB."""
+"""Image preprocessing: decode to upright RGB, resize and crop to aspect-ratio buckets, convert to tensors."""
 
 from __future__ import annotations
 
@@ -20,17 +20,27 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 EXIF_ORIENTATION = 0x0112
 TURNED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
+DEFAULT_STEP = 64
+MIN_AREA_RATIO = 0.9
+MAX_ASPECT_RATIO = 4.0
 
 
 class BrokenImage(UserError):
-    """A file that is no image, or only a part of one; the message names it."""
+    """An image file that cannot be decoded; the message names it."""
 
 
 def open_picture(content: bytes, name: str) -> Image.Image:
-    """The image in ``content`` as upright RGB, 8 bits a channel.
+    """Decode an image file to upright RGB, 8 bits a channel.
 
     The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled, and of an animation the first
-    frame is taken. BrokenImage, naming ``name``, for content that does not decode to its end.
+    frame is taken.
+
+    Args:
+        content: of the file.
+        name: for the error message.
+
+    Raises:
+        BrokenImage: for content that does not decode to its end.
     """
     with _decoding(name):
         opened = Image.open(_stream(content, name))
@@ -77,20 +87,15 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-DEFAULT_STEP = 64
-SMALLEST_AREA = 0.9
-WIDEST = 4.0
-
-
 class Size(NamedTuple):
-    """In pixels."""
+    """Height and width in pixels."""
 
     height: int
     width: int
 
 
 class Fit(NamedTuple):
-    """How an image comes to a bucket: scaled to ``scaled``, then cut to ``size`` from ``top``, ``left`` on."""
+    """Resize and crop of an image to its bucket: scaled to ``scaled``, then cropped to ``size`` at (top, left)."""
 
     size: Size
     scaled: Size
@@ -100,13 +105,13 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """The sizes that images are brought to."""
+    """Aspect-ratio buckets: the sizes that images are resized and cropped to."""
 
     sizes: tuple[Size, ...]
 
     @classmethod
     def only(cls, height: int, width: int) -> Buckets:
-        """A single size: every image is cut to it."""
+        """A single bucket, for all images."""
         return cls((Size(height, width),))
 
     @classmethod
@@ -114,23 +119,26 @@ class Buckets:
         """All sizes in multiples of ``step`` of nine tenths to the whole of the area, no longer than 4 to 1.
 
         For 1024 x 1024 these are SDXL's 40 (Podell et al. 2023, appendix I) and 1344 x 704, whose mirror image is among
-        them. ``height`` x ``width`` itself is always among them. UserError if it is smaller than one ``step``.
+        them. ``height`` x ``width`` itself is always among them.
+
+        Raises:
+            UserError: if a side is smaller than ``step``.
         """
         if min(height, width) < step:
             raise UserError(f"Images of {width} x {height} are smaller than the bucket step {step}: lower the step.")
         area = height * width
-        longest = math.isqrt(int(area * WIDEST))
+        longest = math.isqrt(int(area * MAX_ASPECT_RATIO))
         sides = range(step, longest + 1, step)
-        found = {
+        sizes = {
             Size(h, w)
             for h in sides
             for w in sides
-            if SMALLEST_AREA * area <= h * w <= area and 1 / WIDEST <= h / w <= WIDEST
+            if MIN_AREA_RATIO * area <= h * w <= area and 1 / MAX_ASPECT_RATIO <= h / w <= MAX_ASPECT_RATIO
         }
-        return cls(tuple(sorted(found | {Size(height, width)})))
+        return cls(tuple(sorted(sizes | {Size(height, width)})))
 
     def fit(self, height: int, width: int) -> Fit:
-        """The bucket nearest in the logarithm of the aspect ratio, and the cut about the image's centre."""
+        """The bucket nearest in the logarithm of the aspect ratio, and the centre crop."""
         size = min(
             self.sizes, key=lambda s: (abs(math.log((s.height * width) / (s.width * height))), -s.height * s.width)
         )
@@ -140,6 +148,6 @@ class Buckets:
 
 
 def fitted(image: Image.Image, fit: Fit) -> Image.Image:
-    """``image`` scaled (Lanczos, with antialiasing) and cut as ``fit`` says."""
+    """``image`` resized (Lanczos, with antialiasing) and cropped as ``fit`` says."""
     scaled = image.resize((fit.scaled.width, fit.scaled.height), Image.Resampling.LANCZOS)
     return scaled.crop((fit.left, fit.top, fit.left + fit.size.width, fit.top + fit.size.height))

@@ -1,4 +1,4 @@
-"""Prompts alone: their images are made by the original model, once, and then are data like any other."""
+"""Synthetic images of prompts, drawn once by the original model into a cached image folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 16
 
 
 class Sampler(Protocol):
-    """What synthesis needs of a text-to-image model."""
+    """A text-to-image model that draws images of prompts."""
 
     @property
     def hash(self) -> str: ...
@@ -51,7 +51,8 @@ class Sampler(Protocol):
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a text file, one per line; blank lines and those that begin with # do not count.
 
-    UserError for a file that cannot be read or has none.
+    Raises:
+        UserError: for a file that cannot be read or has no prompts.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -77,11 +78,27 @@ def synthesise(
     seed: int = 0,
     batch_size: int = 4,
 ) -> list[CaptionedImage]:
-    """``count`` images of each prompt, captioned with it, in a folder of ``cache`` named after all that they depend on.
+    """Draw ``count`` images of each prompt, captioned with it, in a folder of ``cache`` named after all they depend on.
 
-    The folder is an ordinary one with ``metadata.jsonl``, which is written last: interrupted synthesis goes on where it
-    was, and what is finished is only read. Each image's noise is its own, whatever ``batch_size`` and interruptions.
-    UserError for no prompts, a ``count`` below 1, a size that the model does not have, and what the disk refuses.
+    The folder is an ordinary image folder with ``metadata.jsonl``, which is written last: interrupted synthesis is
+    continued, and finished images are only listed. Each image's noise is its own, whatever ``batch_size`` and
+    interruptions.
+
+    Args:
+        model: draws the images.
+        prompts: any number.
+        cache: the folder of the cache.
+        console: for a progress bar.
+        count: images of each prompt.
+        guidance_scale: None for the model's default.
+        num_inference_steps: of the sampler.
+        height: in pixels; None for the model's default.
+        width: in pixels; None for the model's default.
+        seed: of the noise.
+        batch_size: images drawn at once.
+
+    Raises:
+        UserError: for no prompts, a ``count`` below 1, a size that the model does not have, and what the disk refuses.
     """
     if not prompts or count < 1:
         raise UserError("There is nothing to synthesise: give at least one prompt, and at least one image for each.")
@@ -99,17 +116,17 @@ def synthesise(
     if (folder / "metadata.jsonl").is_file():
         return read_captioned_images(folder)
 
-    asked = [prompt for prompt in prompts for _ in range(count)]
-    files = [folder / f"{number:06d}.png" for number in range(len(asked))]
-    seeds = _seeds(seed, -(-len(asked) // CHUNK))
-    with progress_bar(console, "Synthesising images", len(asked)) as bar:
-        for chunk, first in enumerate(range(0, len(asked), CHUNK)):
-            places = files[first : first + CHUNK]
-            if all(file.is_file() for file in places):
-                bar.advance(len(places))
+    image_prompts = [prompt for prompt in prompts for _ in range(count)]
+    files = [folder / f"{number:06d}.png" for number in range(len(image_prompts))]
+    seeds = _seeds(seed, -(-len(image_prompts) // CHUNK))
+    with progress_bar(console, "Synthesising images", len(image_prompts)) as bar:
+        for chunk, first in enumerate(range(0, len(image_prompts), CHUNK)):
+            paths = files[first : first + CHUNK]
+            if all(file.is_file() for file in paths):
+                bar.advance(len(paths))
                 continue
             images = model.sample(
-                asked[first : first + CHUNK],
+                image_prompts[first : first + CHUNK],
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
                 height=height,
@@ -118,10 +135,10 @@ def synthesise(
                 batch_size=batch_size,
                 progress=bar.advance,
             )
-            for file, image in zip(places, images, strict=True):
+            for file, image in zip(paths, images, strict=True):
                 with atomic_file(file) as partial:
                     Image.fromarray(image.numpy()).save(partial, format="PNG")
-    rows = [{FILE_COLUMN: file.name, "text": prompt} for file, prompt in zip(files, asked, strict=True)]
+    rows = [{FILE_COLUMN: file.name, "text": prompt} for file, prompt in zip(files, image_prompts, strict=True)]
     atomic_write(folder / "synthesis.json", json.dumps(settings, indent=1) + "\n")
     atomic_write(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return read_captioned_images(folder)

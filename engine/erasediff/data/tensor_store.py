@@ -1,4 +1,4 @@
-"""A store of tensors under keys, in safetensors files that appear whole and are read through memory maps."""
+"""Key-value store of tensors in memory-mapped safetensors shards."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ Row = Mapping[str, Tensor]
 class ShardStore:
     """Rows of tensors by key. Each shard stacks rows of equal shapes, and names their keys in its metadata.
 
-    A shard is named by its content's keys, so processes may write into one folder side by side: at worst a row is
-    there twice. Rows are never changed; what no key asks for any more lies idle until the folder is removed.
+    A shard is named by its content's keys and is written atomically, so processes may write into one folder side by
+    side: at worst a row is there twice. Rows are never changed, and stay until the folder is removed.
 
-    UserError for a shard that cannot be read.
+    Raises:
+        UserError: for a shard that cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._locations: dict[str, tuple[Path, int]] = {}
         self._tensors = lru_cache(OPEN_SHARDS)(_mapped)
         for shard in sorted(folder.glob("*.safetensors")):
-            self._places.update({key: (shard, number) for number, key in enumerate(_keys(shard))})
+            self._locations.update({key: (shard, number) for number, key in enumerate(_keys(shard))})
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def row(self, key: str) -> dict[str, Tensor]:
         """The tensors under ``key``, views of the file. Raises ``KeyError`` for an unknown key."""
-        shard, number = self._places[key]
+        shard, number = self._locations[key]
         return {name: tensor[number] for name, tensor in self._tensors(shard).items()}
 
     @contextmanager
@@ -70,11 +71,11 @@ class ShardStore:
         tensors = {name: torch.stack([rows[key][name] for key in keys]) for name in names}
         with atomic_file(shard) as partial:
             save_file(tensors, partial, metadata={"keys": json.dumps(keys)})
-        self._places.update({key: (shard, number) for number, key in enumerate(keys)})
+        self._locations.update({key: (shard, number) for number, key in enumerate(keys)})
 
 
 class ShardWriter:
-    """Collects rows, and writes them out before much work could be lost."""
+    """Buffer of rows, written out before much work could be lost."""
 
     def __init__(self, store: ShardStore) -> None:
         self._store = store
@@ -89,10 +90,10 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        alike: defaultdict[Any, dict[str, Row]] = defaultdict(dict)
+        by_shape: defaultdict[Any, dict[str, Row]] = defaultdict(dict)
         for key, row in self._pending.items():
-            alike[tuple((name, tensor.shape, tensor.dtype) for name, tensor in row.items())][key] = row
-        for rows in alike.values():
+            by_shape[tuple((name, tensor.shape, tensor.dtype) for name, tensor in row.items())][key] = row
+        for rows in by_shape.values():
             self._store._append(rows)
         self._pending, self._bytes, self._since = {}, 0, time.monotonic()
 

@@ -5,29 +5,102 @@ tensor. Lists, tuples, dicts with keys of any plain kind, None, bool, int, float
 that a dict's text keys come back sorted: equal states are equal files, in whatever order they were put together.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from erasediff.errors import UserError
+from erasediff.io import tensor_file
 
-# The one entry of the metadata: safetensors writes several in random order.
 FORMAT = "erasediff-state-1"
+"""The one entry of the metadata: safetensors' own writer has several in random order."""
+HEADER_ALIGNMENT = 8
+ORDER = (
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "F64",
+    "I64",
+    "U64",
+)
+"""Kinds of tensors, last ones first in a file, as safetensors' own writer orders them."""
+CONTIGUOUS = torch.contiguous_format
 
 
-def save_state(state: Any, path: Path) -> None:
-    """Write ``state`` to ``path``. ValueError for a value of a kind that the file cannot hold."""
-    encoder = _Encoder()
-    tree = json.dumps(encoder.encode(state), allow_nan=False)
-    save_file(encoder.tensors, path, metadata={FORMAT: tree})
+def save_state(state: Any, path: Path) -> str:
+    """Write ``state`` to ``path`` and return the SHA-256 of the file, in hex.
+
+    Raises:
+        ValueError: for a value of a kind that the file cannot hold.
+        OSError: for what the disk refuses.
+    """
+    return HostState(*_encoded(state, copied=False)).save(path)
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """A state on the host, ready to be written: nothing that later happens to its tensors reaches it."""
+
+    tree: str
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def copy_of(cls, state: Any) -> HostState:
+        """Copy ``state``, wherever its tensors are. Raises ``ValueError`` as ``save_state``."""
+        return cls(*_encoded(state, copied=True))
+
+    def save(self, path: Path) -> str:
+        """As ``save_state``. The bytes are those of ``safetensors.torch.save_file``, hashed while they are written."""
+        tensors = {
+            name: tensor_file.StoredTensor(tensor.dtype, tuple(tensor.shape), partial(_identity, tensor))
+            for name, tensor in self.tensors.items()
+        }
+        ordered = sorted(tensors.items(), key=lambda item: (-ORDER.index(tensor_file.CODES[item[1].dtype]), item[0]))
+        with path.open("wb") as file:
+            hashing = _HashingSink(file)
+            tensor_file.write_tensors(hashing, ordered, {FORMAT: self.tree}, alignment=HEADER_ALIGNMENT)
+        return hashing.digest.hexdigest()
+
+
+class _HashingSink:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self._file.write(data)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _encoded(state: Any, *, copied: bool) -> tuple[str, dict[str, Tensor]]:
+    """The JSON of the tree, and its tensors by name."""
+    encoder = _Encoder(copied=copied)
+    return json.dumps(encoder.encode(state), allow_nan=False), encoder.tensors
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -78,10 +151,10 @@ def open_state(path: Path) -> Iterator[Any]:
 class _Encoder:
     """Walks a tree once; a tensor met twice is stored once and comes back as one tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, copied: bool) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self._copied = copied
         self._names: dict[tuple[Any, ...], str] = {}
-        self._storages: set[int] = set()
 
     def encode(self, value: Any) -> Any:
         match value:
@@ -102,22 +175,14 @@ class _Encoder:
         raise ValueError(f"a state holds tensors and plain values, not {type(value).__name__}")
 
     def _store(self, tensor: Tensor) -> str:
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        name = self._names.get(place) if tensor.numel() else None
+        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        name = self._names.get(identity) if tensor.numel() else None
         if name is None:
             name = f"{len(self.tensors):06d}"
-            self._names[place] = name
-            self.tensors[name] = self._alone_in_memory(tensor.detach())
+            self._names[identity] = name
+            tensor = tensor.detach()
+            self.tensors[name] = tensor.to("cpu", copy=True, memory_format=CONTIGUOUS) if self._copied else tensor
         return name
-
-    def _alone_in_memory(self, tensor: Tensor) -> Tensor:
-        """``tensor``, contiguous and sharing its memory with no other: what safetensors accepts."""
-        storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
-        if whole and storage.data_ptr() not in self._storages:
-            self._storages.add(storage.data_ptr())
-            return tensor
-        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _decode(node: Any, tensors: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -108,26 +111,45 @@ def _stored(handle: Any, name: str) -> StoredTensor:
     return StoredTensor(DTYPES[view.get_dtype()], tuple(view.get_shape()), lambda: handle.get_tensor(name))
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with one tensor in memory at a time.
+class ByteSink(Protocol):
+    """Anything that bytes can be written to in order, such as a file open for writing."""
 
-    Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors without gaps.
-    """
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with one tensor in memory at a time."""
     # Tensors of odd sizes last: all others then begin at a multiple of ALIGNMENT, for readers that map the file.
     ordered = sorted(tensors.items(), key=lambda item: _place_in_file(*item))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    with path.open("wb") as file:
+        write_tensors(file, ordered, dict(sorted(metadata.items())), alignment=ALIGNMENT)
+
+
+def write_tensors(
+    file: ByteSink, ordered: Sequence[tuple[str, StoredTensor]], metadata: Mapping[str, str], *, alignment: int
+) -> None:
+    """Write the content of a safetensors file, in the given order, with one tensor in memory at a time.
+
+    Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors without gaps.
+
+    Args:
+        file: where the bytes go.
+        ordered: the tensors by name.
+        metadata: of the header.
+        alignment: in bytes, of the first tensor; spaces after the header make up for it.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
     begin = 0
     for name, tensor in ordered:
         end = begin + tensor.nbytes
         header[name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
         begin = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for _, tensor in ordered:
-            file.write(tensor_bytes(tensor.load()))
+    encoded += b" " * (-(8 + len(encoded)) % alignment)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for _, tensor in ordered:
+        file.write(tensor_bytes(tensor.load()))
 
 
 def _place_in_file(name: str, tensor: StoredTensor) -> tuple[bool, int, str]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from erasediff.config import Config
 from erasediff.config.fields import Count, NonNegative, Section
 from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.noise_schedule import Process
@@ -253,6 +254,12 @@ class EsdConfig(Section):
     latents_from: Literal["frozen", "current"] = "frozen"
 
 
+def encoded_prompts(config: Config) -> list[list[str]]:
+    """The lists of prompts that ``esd_options`` encodes."""
+    erase_from = config.section(EsdConfig).erase_from
+    return [*([] if erase_from is None else [[erase_from]]), list(config.images.forget_prompts), [""]]
+
+
 def esd_options(context: BuildContext) -> dict[str, Any]:
     """Keywords of ``ESD`` alone. UserError without a prompt to erase."""
     settings = context.config.section(EsdConfig)
@@ -293,5 +300,6 @@ SPEC = MethodSpec(
     config=EsdConfig,
     reads=lambda _: SOLVER_KEYS,
     needs=lambda _: Requirements(retain=False, forget=False, teacher=True),
+    prompts=encoded_prompts,
     build=build,
 )

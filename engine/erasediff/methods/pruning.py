@@ -261,16 +261,28 @@ def _prompt_options(context: BuildContext) -> dict[str, Any]:
     """Keywords of ``ESD`` with references. UserError for an odd batch."""
     config = context.config
     settings = config.section(PruningConfig)
-    erase_from = config.section(esd.EsdConfig).erase_from
     if context.batch_size % 2:
         raise UserError("Half of a batch of pruning is of prompts to retain; give an even unlearn.batch_size.")
-    others = config.images.retain_prompts or (() if erase_from is None else (erase_from,))
     attack = settings.attack_prompts
     return esd.esd_options(context) | {
-        "references": esd.floats(context.encode_prompts([*others, ""])),
+        "references": esd.floats(context.encode_prompts(_reference_prompts(config))),
         "barrier": erasediff.barrier_of(config.unlearn),
         "attack": esd.floats(context.encode_prompts(attack)) if attack else None,
     }
+
+
+def _reference_prompts(config: Config) -> list[str]:
+    """The prompts whose predictions are preserved."""
+    erase_from = config.section(esd.EsdConfig).erase_from
+    return [*(config.images.retain_prompts or (() if erase_from is None else (erase_from,))), ""]
+
+
+def encoded_prompts(config: Config) -> list[list[str]]:
+    """The lists of prompts that ``build`` encodes."""
+    if not prunes_by_prompts(config):
+        return []
+    attack = list(config.section(PruningConfig).attack_prompts)
+    return [*esd.encoded_prompts(config), _reference_prompts(config), attack]
 
 
 def finalize(method: Solver, path: Path) -> None:
@@ -314,6 +326,7 @@ SPEC = MethodSpec(
     sections=("esd",),
     defaults=defaults,
     needs=needs,
+    prompts=encoded_prompts,
     trained=trained,
     build=build,
     finalize=finalize,

@@ -128,6 +128,8 @@ class MethodSpec:
         sections: sections of other methods that it reads besides its own.
         defaults: defaults of ``unlearn.*`` that follow from the configuration, in pixel or in latent space.
         needs: which batches and which frozen copies it looks at.
+        prompts: the lists of prompts that ``build`` has encoded. One that is missing here is encoded later, beside the
+            network: it costs the memory of both.
         trained: the parameters that it trains instead of those with the given names; None for those themselves.
         build: the solver, about to train ``context.network``.
         finalize: what is done to the network, and written beside the model at the given path, before it is saved.
@@ -142,6 +144,7 @@ class MethodSpec:
     sections: Collection[str] = ()
     defaults: Callable[[Config, Space], Mapping[str, Any]] = _no_defaults
     needs: Callable[[Config], Requirements] = lambda _: Requirements()
+    prompts: Callable[[Config], Iterable[Sequence[str]]] = lambda _: ()
     trained: Callable[[Config, nn.Module, Sequence[str]], list[nn.Parameter]] | None = None
     build: Callable[[BuildContext], Solver] | None = None
     finalize: Callable[[Solver, Path], None] | None = None

@@ -318,7 +318,7 @@ class LatentModel(ModelFamily):
         weights = self.denoiser_weights if self.denoiser_is_meta else {}
         named = sorted(self.denoiser.state_dict().items())
         return fingerprint(
-            self.denoiser_component, ((name, weights[name]() if tensor.is_meta else tensor) for name, tensor in named)
+            self.denoiser_component, ((name, weights[name]() if name in weights else tensor) for name, tensor in named)
         )
 
     def save(

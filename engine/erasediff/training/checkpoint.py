@@ -1,22 +1,22 @@
-"""One checkpoint: a folder with the state, and a manifest whose checksums tell damage from health."""
+"""Checkpoints of a run: folders with its state and a manifest of checksums, written by one process or by all ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
-from erasediff.io.state_file import load_state, open_state, save_state
+from erasediff.io.state_file import HostState, load_state, open_state, save_state
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.unwrap import named
@@ -36,7 +36,11 @@ class Checkpoint:
 
     @classmethod
     def at(cls, path: Path) -> Checkpoint:
-        """The checkpoint that the folder ``path`` is named for. UserError if its name is not that of one."""
+        """The checkpoint in the folder ``path``.
+
+        Raises:
+            UserError: if the folder is not called like a checkpoint.
+        """
         number = path.name.removeprefix(PREFIX)
         if not path.name.startswith(PREFIX) or not number.isdecimal():
             raise UserError(f"{path} is not a checkpoint: checkpoints are folders called {PREFIX}<step>.")
@@ -53,46 +57,57 @@ class Checkpoint:
         """The last checkpoint in a run's folder, if there is one."""
         return max(cls.of_run(folder), default=None)
 
-    def save(self, state: Any) -> None:
-        """Write ``state``; the folder appears whole or not at all, and replaces one of the same step."""
+    def save(self, state: HostState) -> None:
+        """Write the ``state`` of one process; the folder appears whole or not at all, in the place of one before it.
+
+        Raises:
+            UserError: for what the disk refuses.
+        """
         with atomic_directory(self.path, replace=True) as folder:
-            save_state(state, folder / STATE)
-            self._write_manifest(folder, {STATE: _checksum(folder / STATE)})
+            self._write_manifest(folder, {STATE: state.save(folder / STATE)})
 
     def save_shared(self, state: Any, peers: ControlPlane) -> None:
         """Write every rank's own ``state`` to its file; the folder appears once all of them are on the disk.
 
-        UserError, the same on each rank, if one of them could not write. All ranks see one file system.
+        Every rank calls it at the same time. All ranks see one file system.
+
+        Raises:
+            UserError: the same on each rank, if one of them could not write.
         """
         partial = Path(peers.broadcast_object(str(temporary_sibling(self.path))))
         try:
-            written = peers.exchange(self._write_share(state, partial, peers))
-            refusals = [share["error"] for share in written if "error" in share]
-            if not refusals and peers.is_main:
-                refusals = self._finish(partial, {share["name"]: share["sha256"] for share in written})
-            refusals = peers.broadcast_object(refusals)
+            results = peers.exchange(self._write_shard(state, partial, peers))
+            errors = [result["error"] for result in results if "error" in result]
+            if not errors and peers.is_main:
+                errors = self._finish(partial, {result["name"]: result["sha256"] for result in results})
+            errors = peers.broadcast_object(errors)
         finally:
             if peers.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-        if refusals:
-            raise UserError(refusals[0])
+        if errors:
+            raise UserError(errors[0])
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state of one process, tensors on ``device``. UserError if any of it is not as it was written."""
-        if not self._is_healthy(self._checksums()):
+        """The state of one process, with tensors on ``device``.
+
+        Raises:
+            UserError: if a checksum does not match.
+        """
+        if not self._matches(self._checksums()):
             raise self._damaged()
         return load_state(self.path / STATE, device)
 
     @contextmanager
     def fragments(self, peers: ControlPlane) -> Iterator[Fragments]:
-        """The state, of whatever layout, to be read within the block. Every rank calls it, and checks its share.
+        """The state, of any layout, to be read within the block. Every rank calls it and checks some of the files.
 
-        UserError, the same on each rank, if any of it is not as it was written.
+        Raises:
+            UserError: the same on each rank, if a checksum does not match.
         """
         checksums = self._checksums()
         names = sorted(checksums)
-        mine = {name: checksums[name] for name in names[peers.rank :: peers.size]}
-        if not all(peers.exchange(self._is_healthy(mine))):
+        assigned = {name: checksums[name] for name in names[peers.rank :: peers.size]}
+        if not all(peers.exchange(self._matches(assigned))):
             raise self._damaged()
         if self.is_whole:
             yield from_full_checkpoint(self.path, self.path / STATE)
@@ -101,7 +116,7 @@ class Checkpoint:
             yield fragments
 
     def random_state(self, peers: ControlPlane) -> Any | None:
-        """What this rank's file says of its generators; None from a run of another number of ranks."""
+        """The states of this rank's random generators; None from a run of another number of ranks."""
         name = shared_state(peers)
         if name not in self._checksums():
             return None
@@ -110,16 +125,15 @@ class Checkpoint:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is of one process, which has whole tensors."""
+        """Whether one process wrote it, in whole tensors."""
         return STATE in self._checksums()
 
-    def _write_share(self, state: Any, partial: Path, peers: ControlPlane) -> dict[str, str]:
+    def _write_shard(self, state: Any, partial: Path, peers: ControlPlane) -> dict[str, str]:
         name = shared_state(peers)
         try:
             with storage_errors(self.path):
                 partial.mkdir(parents=True, exist_ok=True)
-                save_state(state, partial / name)
-                return {"name": name, "sha256": _checksum(partial / name)}
+                return {"name": name, "sha256": save_state(state, partial / name)}
         except UserError as error:
             return {"error": str(error)}
 
@@ -146,16 +160,16 @@ class Checkpoint:
             raise self._damaged()
         return checksums
 
-    def _is_healthy(self, checksums: dict[str, str]) -> bool:
+    def _matches(self, checksums: dict[str, str]) -> bool:
         try:
             return all(_checksum(self.path / name) == checksum for name, checksum in checksums.items())
         except OSError:
             return False
 
     def _damaged(self) -> UserError:
-        return UserError(f"The checkpoint {self.path} is damaged{self._way_out()}.")
+        return UserError(f"The checkpoint {self.path} is damaged{self._hint()}.")
 
-    def _way_out(self) -> str:
+    def _hint(self) -> str:
         older = [checkpoint for checkpoint in self.of_run(self.path.parent) if checkpoint.step < self.step]
         return f"; continue from the one before it with --resume {older[-1].path}" if older else ""
 
@@ -171,26 +185,42 @@ def _checksum(path: Path) -> str:
 
 
 class Snapshot(Protocol):
-    """The state of a run; every rank has one."""
+    """Saves and restores the state of a run; every rank has one.
 
-    def save(self, checkpoint: Checkpoint) -> None: ...
+    Attributes:
+        in_background: whether a captured state may be written by another thread, while the run goes on.
+    """
 
-    def restore(self, checkpoint: Checkpoint) -> None: ...
+    in_background: ClassVar[bool]
+
+    def capture(self) -> Callable[[Checkpoint], None]:
+        """Copy the state of this moment to the host, and return what writes it as a checkpoint."""
+        ...
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the state of this moment. Raises ``UserError`` for what the disk refuses."""
+        ...
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Read the state back. Raises ``UserError`` for a damaged checkpoint."""
+        ...
 
 
 class FullState:
-    """Of one process. Reads checkpoints of any number of ranks."""
+    """State of a run in one process. Reads checkpoints of any number of ranks."""
+
+    in_background: ClassVar[bool] = True
 
     def __init__(self, method: Solver, model: nn.Module) -> None:
         self.method = method
         self.model = model
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def capture(self) -> Callable[[Checkpoint], None]:
         frozen = _frozen(self.model)
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
         groups = self.method.optimizer.param_groups
         trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-        checkpoint.save(
+        state = HostState.copy_of(
             {
                 "model": weights,
                 # In the order of the optimizer's state.
@@ -199,6 +229,10 @@ class FullState:
                 "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             }
         )
+        return lambda checkpoint: checkpoint.save(state)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.capture()(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_whole:
@@ -215,8 +249,14 @@ class FullState:
             torch.cuda.set_rng_state_all([generator.cpu() for generator in state["random"]["cuda"]])
 
 
-class SharedSnapshot:
-    """Of the ranks together: each writes and reads its part. Random states return where the ranks are as many again."""
+class ShardedState:
+    """State of a run of several ranks, each of which writes and reads its part.
+
+    Random states are restored where there are as many ranks again. The ranks agree on every write, in the order of
+    their other agreements, so it is not done in the background.
+    """
+
+    in_background: ClassVar[bool] = False
 
     def __init__(self, method: Solver, peers: ControlPlane, *, replicated: bool, device: torch.device) -> None:
         self.method = method
@@ -225,12 +265,16 @@ class SharedSnapshot:
         self.replicated = replicated
         self.device = device
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        state = to_shards(self.method, with_shards=self.peers.is_main or not self.replicated)
+    def capture(self) -> Callable[[Checkpoint], None]:
+        shards = to_shards(self.method, with_shards=self.peers.is_main or not self.replicated)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint.save_shared({**state, "method": self.name, "random": random}, self.peers)
+        state = {**shards, "method": self.name, "random": random}
+        return lambda checkpoint: checkpoint.save_shared(state, self.peers)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.capture()(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         with checkpoint.fragments(self.peers) as fragments:
@@ -243,13 +287,19 @@ class SharedSnapshot:
 
 
 def snapshot_of(method: Solver, model: nn.Module, *, shared: bool) -> Snapshot:
-    """``model`` is what the method trains, as it was before anything was put around it."""
+    """The snapshot of a run in one process, or of one that is ``shared`` by several ranks.
+
+    Args:
+        method: what is saved and restored.
+        model: the network that it trains, without the wrapper that ranks share it in.
+        shared: whether several ranks may take part, each of which calls every method.
+    """
     if not shared:
         return FullState(method, model)
     gradients = method.gradients
-    return SharedSnapshot(method, ControlPlane.current(), replicated=gradients.replicated, device=gradients.device)
+    return ShardedState(method, ControlPlane.current(), replicated=gradients.replicated, device=gradients.device)
 
 
 def _frozen(model: nn.Module) -> set[str]:
-    """The weights that no step changes: they are where the model was loaded from."""
+    """Names of the weights that no step changes: a checkpoint leaves them out, since the model is loaded before it."""
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

@@ -22,7 +22,7 @@ from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, loa
 from erasediff.parallel.init import check_launch, join, local_device
 from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
-from erasediff.training.loop import Batches, run_steps
+from erasediff.training.loop import Batches, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
 from erasediff_kernels import ConstrainedAdamW, backend_for
@@ -109,11 +109,13 @@ class TrainingJob:
                 load_full_weights_(self.network, weights)
                 self.save(path)
 
-    def trial_step(self, index: int) -> None:
-        """Take one step that leaves nothing in a run's folder."""
-        with self.thread_scope():
-            self.rate.apply(self.optimizer, index)
-            self.method.step(self.retain.at(index), self.forget.at(index) if self.forget is not None else {})
+    def trial_steps(self, count: int) -> Iterator[int]:
+        """Take the first ``count`` steps, yielding after each; nothing is left in a run's folder."""
+        with self.thread_scope(), prefetched(self.retain, self.forget, stop=count) as batches:
+            for index in range(count):
+                self.rate.apply(self.optimizer, index)
+                self.method.step(*batches.at(index))
+                yield index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

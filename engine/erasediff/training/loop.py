@@ -1,4 +1,4 @@
-"""The loop that every training and unlearning run goes through."""
+"""Training loop of every run: steps, metrics, checkpoints, and a stop on request."""
 
 import time
 from collections.abc import Callable
@@ -10,24 +10,26 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff.config import RunConfig
+from erasediff.data.prefetch import Prefetcher
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import Interrupted, UserError
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
+from erasediff.training.checkpoint_writer import CheckpointWriter
 from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
 
 
 class MetricBuffer:
-    """Collects the 0-D tensors of many steps; ``take`` reads them all in one transfer."""
+    """Buffer of the 0-D tensors of many steps; ``take`` reads them all from the device in one transfer."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, step: int, scalars: dict[str, Tensor]) -> None:
-        """Remember the scalars of ``step`` without reading them."""
+        """Add the scalars of ``step`` without reading them."""
         self._steps.append((step, scalars))
 
     def take(self) -> list[dict[str, Any]]:
@@ -38,28 +40,46 @@ class MetricBuffer:
         # float64 holds every float32, bool and step count exactly.
         numbers = iter(torch.stack([tensor.detach().to(torch.float64) for tensor in tensors]).tolist())
         records = [
-            {"step": step} | {name: _plain(next(numbers), tensor.dtype) for name, tensor in scalars.items()}
+            {"step": step} | {name: _as_python_number(next(numbers), tensor.dtype) for name, tensor in scalars.items()}
             for step, scalars in self._steps
         ]
         self._steps.clear()
         return records
 
 
-def _plain(number: float, dtype: torch.dtype) -> float | int | bool:
+def _as_python_number(number: float, dtype: torch.dtype) -> float | int | bool:
     if dtype == torch.bool:
         return bool(number)
     return number if dtype.is_floating_point else int(number)
 
 
 class Batches(Protocol):
-    """Batches addressed by step number, so that a resumed run sees what the uninterrupted one would have."""
+    """Batches addressed by step number, so that a resumed run sees what the uninterrupted one would have.
+
+    A run loads them one step ahead, in a thread: a batch must be a function of the step alone.
+    """
 
     def at(self, step: int) -> Batch: ...
 
 
+def prefetched(retain: Batches, forget: Batches | None, *, stop: int) -> Prefetcher[tuple[Batch, Batch]]:
+    """The (retain, forget) batches of each step before ``stop``, loaded one step ahead; {} in place of None."""
+
+    def load(step: int) -> tuple[Batch, Batch]:
+        return retain.at(step), forget.at(step) if forget is not None else {}
+
+    return Prefetcher(load, stop=stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The steps taken by this process and their time; ``last`` holds the metrics of the last one."""
+    """Result of a loop.
+
+    Attributes:
+        steps: how many were taken by this process.
+        seconds: how long they took, checkpoints included.
+        last: the metrics of the last step.
+    """
 
     steps: int
     seconds: float
@@ -82,12 +102,29 @@ def run_steps(
 ) -> Outcome:
     """Take ``method`` to ``steps`` steps in all, from where ``run`` resumes.
 
-    The device is read every ``settings.log_every`` steps and at checkpoints, never in between. A checkpoint holds
-    the weights that are trained, optimizer, method and random state, so a run killed at any step and resumed ends bit
-    for bit where the uninterrupted one does, its metrics file included. A method that looks at retained data alone gets
-    an empty forget batch. Raises ``Interrupted`` after a Ctrl-C, with a checkpoint written.
+    The device is read every ``settings.log_every`` steps and at checkpoints, never in between. Batches are loaded one
+    step ahead, and the checkpoints of one process are written in the background. A checkpoint holds the weights that
+    are trained, optimizer, method and random state, so a run killed at any step and resumed ends bit for bit where the
+    uninterrupted one does, its metrics file included: a step's metrics are on the disk before a checkpoint after it.
 
-    Where the run is ``shared``, every rank of it calls this at the same time; the main one alone writes metrics.
+    Args:
+        method: takes the steps.
+        model: the network that it trains, without the wrapper that ranks share it in.
+        run: where metrics and checkpoints go.
+        steps: of the whole run, those before a resumed checkpoint included.
+        settings: how often to log and to write checkpoints.
+        retain: batches of retained data.
+        forget: batches of forgotten data; None for a method that gets an empty batch instead.
+        before_step: called with the number of each step, counted from 0.
+        console: for the progress bar and notes.
+        title: of the progress bar.
+        shared: whether several ranks run it together: every one calls this at the same time, the main one alone writes
+            metrics.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
+        UserError: the device ran out of memory, or the disk refuses metrics or a checkpoint.
+        Exception: of any type, from the method and from batches. A checkpoint under way is completed first.
     """
     is_main = ControlPlane.current().is_main
     snapshot = snapshot_of(method, model, shared=shared)
@@ -96,38 +133,49 @@ def run_steps(
     if is_main:
         run.metrics.cut_back(method.iteration)
     start, began = method.iteration, time.monotonic()
-    readout = MetricBuffer()
+    metrics = MetricBuffer()
     last: dict[str, Any] = {}
 
     def log() -> None:
         nonlocal last
-        if is_main and (records := readout.take()):
+        if is_main and (records := metrics.take()):
             run.metrics.append(records)
             last = records[-1]
             bar.note(_summary(last))
 
-    def checkpoint() -> Checkpoint:
+    def save_checkpoint() -> Checkpoint:
         log()
-        return run.save_checkpoint(method.iteration, snapshot.save, keep=settings.keep_checkpoints)
+        # Before the copy, so that the host holds one copy of the state at a time.
+        writer.wait()
+        step, save = method.iteration, snapshot.capture()
+        writer.start(lambda: run.save_checkpoint(step, save, keep=settings.keep_checkpoints))
+        return run.checkpoint(step)
 
-    with progress_bar(console, title, steps, completed=start) as bar, stop_on_signal(console.print) as stop_request:
+    with (
+        progress_bar(console, title, steps, completed=start) as bar,
+        stop_on_signal(console.print) as stop_request,
+        CheckpointWriter(background=snapshot.in_background) as writer,
+        prefetched(retain, forget, stop=steps) as batches,
+    ):
         stop = AgreedStop(lambda: stop_request.signal_number)
         for index in range(start, steps):
             if before_step is not None:
                 before_step(index)
             try:
-                report = method.step(retain.at(index), forget.at(index) if forget is not None else {})
+                report = method.step(*batches.at(index))
             except torch.OutOfMemoryError:
                 raise UserError("The device ran out of memory: lower batch_size or raise accumulation_steps.") from None
             if is_main:
-                readout.add(index + 1, report.scalars())
+                metrics.add(index + 1, report.scalars())
             bar.advance()
+            writer.check()
             signal_number = stop.after_step()
             if (index + 1) % settings.log_every == 0:
                 log()
             if (index + 1) % settings.checkpoint_every == 0 or index + 1 == steps or signal_number is not None:
-                saved = checkpoint()
+                saved = save_checkpoint()
                 if signal_number is not None:
+                    writer.wait()
                     raise Interrupted(signal_number, saved.step, saved.path)
         stop.close()
     return Outcome(steps=steps - start, seconds=time.monotonic() - began, last=last)

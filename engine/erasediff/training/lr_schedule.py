@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step alone, so that a resumed run needs no state for them."""
+"""Learning-rate schedules as functions of the step alone, so that a resumed run needs no state for them."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """Linear warm-up to ``peak`` over ``warmup_steps``, then constant, or a half cosine down to zero at ``steps``."""
+    """Linear warm-up, then constant or cosine decay.
+
+    Attributes:
+        peak: the rate after the warm-up.
+        steps: where the cosine reaches zero.
+        warmup_steps: of the linear warm-up.
+        shape: after the warm-up.
+    """
 
     peak: float
     steps: int
@@ -17,7 +24,7 @@ class LearningRate:
     shape: Literal["constant", "cosine"] = "constant"
 
     def at(self, step: int) -> float:
-        """The rate of step number ``step``, counted from 0."""
+        """The rate of ``step``, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":

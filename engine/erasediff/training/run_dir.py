@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its metrics, its checkpoints, and in the end its model."""
+"""Run folders: configuration, metrics, checkpoints and the final model under one path."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,25 +30,38 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> "RunFolder":
-        """Begin a run at ``path``. UserError if something is there already."""
+        """Begin a run at ``path``.
+
+        Raises:
+            UserError: if something is there already.
+        """
         cls.check_free(path)
         atomic_write(path / CONFIG, config.to_yaml())
         return cls(path)
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """UserError if ``path`` holds something; what killed processes were still writing there is removed."""
+        """Check that ``path`` is empty, after removing the unfinished files of killed processes.
+
+        Raises:
+            UserError: if it is not.
+        """
         remove_leftovers(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is not empty: choose another --out, or continue its run with --resume latest.")
 
     @classmethod
     def resume(cls, path: Path, config: Config, start: Checkpoint | None = None) -> "RunFolder":
-        """Continue the run at ``path`` from ``start``, by default its newest checkpoint (none: from the beginning).
+        """Continue the run at ``path``.
 
-        UserError if there is no run, or if ``config`` asks for other results than the run's own configuration: only
-        the sections ``run`` and ``distributed`` may change, since a resumed run ends where the uninterrupted one would
-        have.
+        Args:
+            path: of the run.
+            config: its configuration, of which only the sections ``run`` and ``distributed`` may have changed, since a
+                resumed run ends where the uninterrupted one would have.
+            start: the checkpoint to continue from; None for the newest or, without any, the beginning.
+
+        Raises:
+            UserError: if there is no run, or ``config`` changes its results.
         """
         changed = [name for name in differences(cls.read_config(path), config) if not name.startswith(FREE)]
         if changed:
@@ -58,12 +71,19 @@ class RunFolder:
         start = start or Checkpoint.newest(path)
         run = cls(path, start)
         if run.finished and start is None:
-            raise UserError(f"The run in {path} has finished and kept no checkpoint: its model lies there.")
+            raise UserError(
+                f"The run in {path} has finished and kept no checkpoint to resume from; use its model, or begin a new "
+                "run with another --out."
+            )
         return run
 
     @staticmethod
     def read_config(path: Path) -> Config:
-        """The configuration of the run at ``path``. UserError if there is none."""
+        """The configuration of the run at ``path``.
+
+        Raises:
+            UserError: if there is no run.
+        """
         return load_config(_config_file(path))
 
     @property
@@ -73,22 +93,30 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has left its model."""
+        """Whether the run's model is there."""
         return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
 
-    def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> Checkpoint:
-        """Have ``save`` write ``checkpoint-<step>``, then remove the oldest beyond ``keep``."""
-        checkpoint = Checkpoint(step, self.path / f"{PREFIX}{step}")
-        save(checkpoint)
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint after ``step`` steps, whether it has been written or not."""
+        return Checkpoint(step, self.path / f"{PREFIX}{step}")
+
+    def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> None:
+        """Have ``save`` write the checkpoint of ``step``, then remove the oldest beyond ``keep``."""
+        save(self.checkpoint(step))
         if ControlPlane.current().is_main:
             for old in Checkpoint.of_run(self.path)[:-keep]:
                 remove_directory(old.path)
-        return checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlace:
-    """Where a run goes, or which run goes on and from which checkpoint (None: its newest)."""
+    """Path of a new run, or of the run to resume.
+
+    Attributes:
+        path: of the run's folder.
+        resuming: whether to continue the run at ``path``.
+        checkpoint: to continue from; None for the newest.
+    """
 
     path: Path
     resuming: bool = False
@@ -96,13 +124,18 @@ class RunPlace:
 
     @classmethod
     def asked_for(cls, out: Path | None, resume: str | None) -> "RunPlace":
-        """What ``--out`` and ``--resume`` mean together.
+        """Resolve ``--out`` and ``--resume``.
 
-        ``latest`` continues the run at ``out``; a path continues that run, or the run from that checkpoint of its.
+        Args:
+            out: the run's folder; None where ``resume`` names it.
+            resume: None for a new run, "latest" to continue the run at ``out``, or the path of a run or a checkpoint.
+
+        Raises:
+            UserError: where they name no run, none that exists, or two.
         """
         if resume is None or resume == LATEST:
             if out is None:
-                raise UserError("Say with --out which folder the run is in.")
+                raise UserError("There is no folder for the run; name one with --out.")
             return cls(out, resuming=resume is not None)
         path = Path(resume)
         if not path.is_dir():
@@ -115,16 +148,20 @@ class RunPlace:
 
     @property
     def stored_config(self) -> Path | None:
-        """The configuration file of the run to resume. UserError if there is no such run."""
+        """The configuration file of the run to resume; None for a new run.
+
+        Raises:
+            UserError: if there is no such run.
+        """
         return _config_file(self.path) if self.resuming else None
 
     def check(self) -> None:
-        """UserError where ``open`` would refuse to begin; worth asking before long preparations."""
+        """Raise the ``UserError`` of ``open`` for a folder that is not empty, before long preparations."""
         if not self.resuming and ControlPlane.current().is_main:
             RunFolder.check_free(self.path)
 
     def open(self, config: Config) -> RunFolder:
-        """Begin or resume the run; see ``RunFolder``. Every rank calls it; the main one alone writes."""
+        """Begin or resume the run; see ``RunFolder``. Every rank calls it, and only the main one writes."""
         peers = ControlPlane.current()
         run = self._opened(config) if peers.is_main else None
         start = peers.broadcast_object(str(run.resume_from.path) if run and run.resume_from else None)

@@ -1,4 +1,4 @@
-"""What is drawn in the place of a forgotten concept, where nobody has said it."""
+"""Anchor selection: the caption that stands for a forgotten concept, by a diffusion classifier."""
 
 from __future__ import annotations
 
@@ -34,28 +34,38 @@ def condition_losses(
     draws: int = 4,
     seed: int = 0,
 ) -> Tensor:
-    """float32 [n]: the mean denoising loss of ``batch`` under each of n conditions in the place of its own.
+    """The mean denoising loss of ``batch`` under each of n conditions in the place of its own.
 
     The least of them is the answer of a diffusion classifier (Li et al. 2023, arXiv 2303.16203, eq. 4-5). All
     conditions see the same noisy images, so that losses differ by the condition alone; timesteps are evenly spread.
 
-    conditions: for each entry of the batch's condition that is replaced, a tensor [n, ...]
-    draws:      timesteps and noises per image
+    Args:
+        model: the network.
+        batch: ``"sample"`` [B, C, h, w] and its condition.
+        conditions: for each entry of the batch's condition that is replaced, a tensor [n, ...].
+        process: noise schedule and prediction type.
+        denoiser: how the network is called.
+        draws: timesteps and noises per image.
+        seed: of the noises.
 
-    Raises ``ValueError`` for fewer than one draw, conditions of unequal lengths, and a batch as in ``with_sample_ids``.
+    Returns:
+        float32 [n].
+
+    Raises:
+        ValueError: for fewer than one draw, conditions of unequal lengths, and a batch as in ``with_sample_ids``.
     """
     lengths = {len(tensor) for tensor in conditions.values()}
     if draws < 1 or len(lengths) != 1:
         raise ValueError(f"needs at least one draw and conditions of one length, got {draws} draws and {lengths}")
     batch = with_sample_ids(batch)
     sample, ids = batch["sample"], batch["sample_ids"]
-    process, own, role = process.to(sample.device), condition_of(batch), int(NoiseRole.ANCHOR)
-    count, places = len(sample), torch.arange(len(sample), device=sample.device)
+    process, condition, role = process.to(sample.device), condition_of(batch), int(NoiseRole.ANCHOR)
+    count, rows = len(sample), torch.arange(len(sample), device=sample.device)
     weight = torch.full((count,), 1 / (count * draws), device=sample.device)
     totals = torch.zeros(lengths.pop(), device=sample.device)
     for draw in range(draws):
         key = noise_key(seed, draw, sample.device)
-        timesteps = (places * draws + draw) * process.num_train_timesteps // (count * draws)
+        timesteps = (rows * draws + draw) * process.num_train_timesteps // (count * draws)
         alpha, sigma = process.coefficients(timesteps)
         noisy_sample = add_noise(sample, alpha, sigma, sample_ids=ids, key=key, role=role)
         for number in range(len(totals)):
@@ -63,7 +73,7 @@ def condition_losses(
                 name: tensor[number].to(sample.device).expand(count, *tensor.shape[1:])
                 for name, tensor in conditions.items()
             }
-            prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], {**own, **replaced})
+            prediction = denoiser(model, noisy_sample, process.conditioning[timesteps], {**condition, **replaced})
             totals[number] += denoising_loss(
                 prediction.to(sample.dtype),
                 sample,
@@ -80,38 +90,50 @@ def condition_losses(
 
 CANDIDATES, FINALISTS = 64, 8
 IMAGES, DRAWS = 16, 8
-"""A final looks at each image under that many noises; the round before it, at one."""
+"""The round among the finalists takes ``DRAWS`` noises per image; the round before it, one."""
+
+
+def needs_anchor(config: Config) -> bool:
+    """Whether the method relabels, and no anchor prompts are given."""
+    relabels = METHOD_SPECS[config.unlearn.method].needs(config).relabel
+    return relabels and not config.text_to_image.anchor_prompts
+
+
+def anchor_candidates(retain: Batches) -> list[str]:
+    """The captions among which ``anchored`` chooses, so that they can be encoded before."""
+    if not isinstance(retain, CachedBatches):
+        return [NULL_CAPTION]
+    return _candidates([entry.text for entry in retain.images.entries])
 
 
 def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batches, console: Console) -> Config:
-    """``config`` with anchor prompts, where its method relabels and nobody has named any.
+    """``config`` with an anchor prompt, where ``needs_anchor``.
 
-    The anchor is the retained caption under which the model denoises the forgotten images best: what it takes them for
-    if it may not call them by their own name. A rehearsal, which has no captions, takes the empty one.
+    The anchor is the retained caption under which the model denoises the forgotten images best: its answer to what they
+    show if their own caption is not among the choices. A rehearsal, which has no captions, takes the empty one.
     """
-    if config.text_to_image.anchor_prompts or not METHOD_SPECS[config.unlearn.method].needs(config).relabel:
+    if not needs_anchor(config):
         return config
     prompt = NULL_CAPTION
     if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
         peers = ControlPlane.current()
         # The main rank alone where the denoiser is still on the disk: no other need hold all of it.
-        looks = peers.is_main or not model.denoiser_is_meta
-        found = nearest_caption(model, retain.images, forget.images, seed=config.seed) if looks else None
-        prompt = peers.broadcast_object(found)
+        searches = peers.is_main or not model.denoiser_is_meta
+        nearest = nearest_caption(model, retain.images, forget.images, seed=config.seed) if searches else None
+        prompt = peers.broadcast_object(nearest)
         console.print(f'Anchor: "{prompt}"; another can be given with --anchor-prompts.', markup=False, highlight=False)
-    chosen = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
-    return config.model_copy(update={"text_to_image": chosen})
+    settings = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
+    return config.model_copy(update={"text_to_image": settings})
 
 
 def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
-    """The caption of ``retain`` that explains the images of ``forget`` best: see ``condition_losses``.
+    """The caption of ``retain`` under which the images of ``forget`` have the least loss: see ``condition_losses``.
 
-    Among at most ``CANDIDATES`` different captions, the most frequent first or, where they are all alike, some of all
-    parts of the set.
+    Among at most ``CANDIDATES`` different captions: the most frequent and, among equally frequent ones, evenly spaced.
     """
     keys = {entry.text: entry.caption for entry in retain.entries}
     captions = _candidates([entry.text for entry in retain.entries])
-    batch = _some(model, forget)
+    batch = _sample_batch(model, forget)
     denoiser = model.materialize_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
         conditions = stacked([retain.captions.row(keys[caption]) for caption in captions], model.device)
@@ -142,10 +164,10 @@ def _candidates(captions: Sequence[str]) -> list[str]:
     return above + [alike[number * len(alike) // room] for number in range(room)]
 
 
-def _some(model: LatentModel, images: CachedImages) -> dict[str, Tensor]:
-    """A batch of at most ``IMAGES`` images of the commonest size, from all parts of the set."""
+def _sample_batch(model: LatentModel, images: CachedImages) -> dict[str, Tensor]:
+    """A batch of at most ``IMAGES`` images of the most frequent size, evenly spaced in the set."""
     size, _ = Counter(entry.size for entry in images.entries).most_common(1)[0]
     entries = [entry for entry in images.entries if entry.size == size]
     count = min(IMAGES, len(entries))
-    chosen = [entries[number * len(entries) // count] for number in range(count)]
-    return stacked([images.row(entry) for entry in chosen], model.device)
+    spaced = [entries[number * len(entries) // count] for number in range(count)]
+    return stacked([images.row(entry) for entry in spaced], model.device)

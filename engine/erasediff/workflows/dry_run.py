@@ -48,11 +48,12 @@ def dry_run(job: TrainingJob) -> DryRun:
     device = next(job.network.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    job.trial_step(0)
+    trial = job.trial_steps(TRIAL_STEPS)
+    next(trial)
     wait_for(device)
     began = time.perf_counter()
-    for index in range(1, TRIAL_STEPS):
-        job.trial_step(index)
+    for _ in trial:
+        pass
     wait_for(device)
     seconds_per_step = (time.perf_counter() - began) / (TRIAL_STEPS - 1)
     parameters = list(job.network.parameters())

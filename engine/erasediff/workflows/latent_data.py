@@ -1,8 +1,10 @@
-"""The batches of a text-to-image run, from the cache of latents; or, to rehearse it, from noise."""
+"""Batches of a text-to-image run: image sets, their latents in the cache, or noise for a rehearsal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +28,7 @@ from erasediff.data import (
 )
 from erasediff.data.latent_cache import BrokenImagePolicy, content_ids, survey
 from erasediff.data.preprocessing import DEFAULT_STEP
+from erasediff.data.prompt_images import Sampler
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
 from erasediff.models.base import LatentModel
@@ -34,24 +37,29 @@ from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 
 
-def image_sets(config: Config, model: LatentModel, console: Console) -> Partition:
-    """Both sets; images for prompts are made by ``model`` now, unless the cache has them. UserError as below."""
+def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
+    """Both sets of images. Those of prompts are drawn by ``sampler`` now, unless the cache has them.
+
+    Raises:
+        UserError: as ``listed_images``.
+    """
     settings = config.images
     forget, retain = listed_images(settings)
-    make = partial(_made, config, model, console)
+    make = partial(_synthesised, config, sampler, console)
     return Partition([*forget, *make(settings.forget_prompts)], [*retain, *make(settings.retain_prompts)])
 
 
 def listed_images(settings: ImagesConfig) -> Partition:
-    """The images that are there already, none of them opened.
+    """The images that exist before any are drawn for prompts. None is opened.
 
-    UserError for images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a set
-    that comes out empty.
+    Raises:
+        UserError: for images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a
+            set that comes out empty.
     """
     read = partial(
         read_images, split=settings.split, caption_column=settings.caption_column, template=settings.caption_template
     )
-    forget, retain = _chosen(settings, read(settings.data)) if settings.data else Partition([], [])
+    forget, retain = _selected(settings, read(settings.data)) if settings.data else Partition([], [])
     if settings.forget_data:
         forget = [*forget, *read(settings.forget_data)]
     if not forget and not settings.forget_prompts:
@@ -64,24 +72,24 @@ def listed_images(settings: ImagesConfig) -> Partition:
     return Partition(forget, retain)
 
 
-def _chosen(settings: ImagesConfig, images: list[CaptionedImage]) -> Partition:
-    """``images`` by what any of the ways to choose asks to be forgotten."""
-    asked = []
+def _selected(settings: ImagesConfig, images: list[CaptionedImage]) -> Partition:
+    """``images`` to forget, selected by class, phrase or file, and all others."""
+    selections = []
     if settings.forget_classes:
-        asked.append(forget_classes(images, settings.forget_classes, settings.class_column))
+        selections.append(forget_classes(images, settings.forget_classes, settings.class_column))
     if settings.forget_phrases:
-        asked.append(forget_phrases(images, settings.forget_phrases))
+        selections.append(forget_phrases(images, settings.forget_phrases))
     if settings.forget_files:
-        asked.append(forget_files(images, settings.forget_files))
-    forgotten = {image.id for partition in asked for image in partition.forget}
+        selections.append(forget_files(images, settings.forget_files))
+    forgotten = {image.id for selection in selections for image in selection.forget}
     return Partition([i for i in images if i.id in forgotten], [i for i in images if i.id not in forgotten])
 
 
-def _made(config: Config, model: LatentModel, console: Console, prompts: tuple[str, ...]) -> list[CaptionedImage]:
+def _synthesised(config: Config, sampler: Sampler, console: Console, prompts: tuple[str, ...]) -> list[CaptionedImage]:
     if not prompts:
         return []
     return synthesise(
-        model,
+        sampler,
         prompts,
         cache_folder(),
         console,
@@ -95,10 +103,65 @@ def _made(config: Config, model: LatentModel, console: Console, prompts: tuple[s
     )
 
 
-def latent_batches(config: Config, model: LatentModel, console: Console) -> tuple[Batches, Batches]:
-    """(retain, forget), this rank's part, after the main one has computed whatever the cache lacks of them.
+@dataclass(frozen=True, slots=True)
+class _LoadingSampler:
+    """Sampler of a model whose denoiser is empty until images have to be drawn."""
 
-    UserError for the images' mistakes, a size that the model does not have, and sets that share an image.
+    model: LatentModel
+    load_denoiser: Callable[[], None]
+    has_lora: bool
+
+    @property
+    def hash(self) -> str:
+        return self.model.hash
+
+    def denoiser_hash(self) -> str:
+        if self.has_lora:
+            # That of the merged weights, which are not on the disk.
+            self._load()
+        return self.model.denoiser_hash()
+
+    def sample(self, prompts: Sequence[str], **options: Any) -> Tensor:
+        self._load()
+        return self.model.sample(prompts, **options)
+
+    def _load(self) -> None:
+        if self.model.denoiser_is_meta:
+            self.load_denoiser()
+
+
+@contextmanager
+def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[], None]) -> Iterator[Sampler]:
+    """Sampler of ``model``, whose denoiser is empty; where images have to be drawn, it has weights within the block.
+
+    To draw an image takes denoiser, text encoders and VAE together, as sampling always does, but no gradients. After
+    the block the denoiser is empty again.
+
+    Args:
+        config: for the LoRA.
+        model: opened with ``empty``.
+        load_denoiser: gives it its denoiser.
+    """
+    empty_denoiser = model.denoiser
+    try:
+        yield _LoadingSampler(model, load_denoiser, config.text_to_image.lora is not None)
+    finally:
+        model.denoiser = empty_denoiser
+
+
+def latent_batches(
+    config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
+) -> tuple[Batches, Batches]:
+    """(retain, forget) batches of this rank, after the main rank has computed whatever the cache lacks of them.
+
+    Args:
+        config: the sections ``images`` and ``unlearn``.
+        model: opened with ``empty``; its denoiser is empty again afterwards.
+        console: for progress bars.
+        load_denoiser: see ``prompt_sampler``.
+
+    Raises:
+        UserError: for the images' mistakes, a size that the model does not have, and sets that share an image.
     """
     hyper = config.unlearn
     batches = partial(
@@ -109,19 +172,23 @@ def latent_batches(config: Config, model: LatentModel, console: Console) -> tupl
         **share_of(hyper.batch_size, "unlearn.batch_size"),
     )
     with ControlPlane.current().main_process_first():
-        retain, forget = _encoded(config, model, console)
+        retain, forget = _encoded(config, model, console, load_denoiser)
     return (
         batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
         batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
     )
 
 
-def _encoded(config: Config, model: LatentModel, console: Console) -> tuple[CachedImages, CachedImages]:
+def _encoded(
+    config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
+) -> tuple[CachedImages, CachedImages]:
     """(retain, forget) in the cache."""
     settings = config.images
     buckets = buckets_of(config, model)
     broken = BrokenImagePolicy(console, skip=settings.skip_broken)
-    forget, retain = (survey(images, buckets, broken, console) for images in image_sets(config, model, console))
+    with prompt_sampler(config, model, load_denoiser) as sampler:
+        sets = image_sets(config, sampler, console)
+    forget, retain = (survey(images, buckets, broken, console) for images in sets)
     check_disjoint(content_ids(forget), content_ids(retain))
     encode = partial(
         LatentCache(cache_folder()).encode,
@@ -141,7 +208,11 @@ def image_size(config: Config, model: LatentModel) -> tuple[int, int]:
 
 
 def buckets_of(config: Config, model: LatentModel) -> Buckets:
-    """The sizes that images are brought to. UserError for one that the model does not have, and a step too large."""
+    """The sizes that images are resized and cropped to.
+
+    Raises:
+        UserError: for a size that the model does not have, and a step between sizes that is too large.
+    """
     height, width = image_size(config, model)
     step = config.images.bucket_step
     if step == "auto":
@@ -163,17 +234,20 @@ class NoiseBatches:
 
 
 def rehearsal_batches(config: Config, model: LatentModel) -> tuple[Batches, Batches]:
-    """Batches that cost what (retain, forget) would, without an image read or anything written. UserError as above.
+    """(retain, forget) batches of the usual cost, without an image read or anything written.
 
     Encoding takes its share of the peak memory, so it is rehearsed too.
+
+    Raises:
+        UserError: as ``latent_batches``, for what can be told without opening an image.
     """
     listed_images(config.images)
     buckets_of(config, model)
-    size, at_once = image_size(config, model), config.images.encode_batch_size
+    size, count = image_size(config, model), config.images.encode_batch_size
     generator = torch.Generator().manual_seed(config.seed)
-    latents = model.encode_images(torch.rand(at_once, 3, *size, generator=generator) * 2 - 1)
-    condition = model.encode_prompts([""] * at_once) | model.size_condition(size, (0, 0), size, at_once)
+    latents = model.encode_images(torch.rand(count, 3, *size, generator=generator) * 2 - 1)
+    condition = model.encode_prompts([""] * count) | model.size_condition(size, (0, 0), size, count)
     share = config.unlearn.batch_size // share_of(config.unlearn.batch_size, "unlearn.batch_size")["world_size"]
-    rows = torch.arange(share, device=model.device) % at_once
+    rows = torch.arange(share, device=model.device) % count
     batches = NoiseBatches({name: tensor[rows] for name, tensor in {"sample": latents, **condition}.items()})
     return batches, batches

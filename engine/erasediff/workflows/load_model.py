@@ -1,5 +1,6 @@
 """Load models: pixel-space models of the digits, text-to-image checkpoints with a LoRA, pruning masks."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -31,11 +32,16 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
 
 
 def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> LatentModel:
-    """The text-to-image model in ``source``, the LoRA of ``config`` merged into it if there is one.
+    """The text-to-image model in ``source``, with the LoRA of ``config`` merged into it if there is one.
 
-    empty: see ``load_text_to_image``; not with a LoRA
+    Args:
+        config: the section ``text_to_image`` says how to load it.
+        source: see ``load_text_to_image``.
+        device: where its weights go.
+        empty: leave the denoiser on the meta device; ``read_denoiser`` reads its weights, and merges the LoRA.
 
-    UserError for a checkpoint or a LoRA that is missing, damaged, or not for the other.
+    Raises:
+        UserError: for a checkpoint or a LoRA that is missing, damaged, or not for the other.
     """
     settings = config.text_to_image
     model = load_text_to_image(
@@ -46,10 +52,24 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
         prediction_type=settings.prediction_type,
         empty=empty,
     )
-    if settings.lora is not None:
-        lora.load(model.denoiser, settings.lora, family=model.family)
-        lora.merge(model.denoiser)
+    if settings.lora is not None and empty:
+        # To see its errors before anything is encoded; the empty denoiser stays as it is.
+        lora.load(copy.deepcopy(model.denoiser), settings.lora, family=model.family)
+    elif settings.lora is not None:
+        _merge_lora(model, settings.lora)
     return model
+
+
+def read_denoiser(config: Config, model: LatentModel) -> None:
+    """Give a model that was opened ``empty`` its denoiser's weights, with the LoRA of ``config`` merged into them."""
+    model.denoiser = model.materialize_denoiser()
+    if config.text_to_image.lora is not None:
+        _merge_lora(model, config.text_to_image.lora)
+
+
+def _merge_lora(model: LatentModel, path: Path) -> None:
+    lora.load(model.denoiser, path, family=model.family)
+    lora.merge(model.denoiser)
 
 
 def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:

@@ -1,7 +1,7 @@
 """Unlearn images or concepts from a text-to-image model, with any of the methods."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.methods.base import Solver
 from erasediff.methods.salun import keep_to_the_salient
-from erasediff.models.attention import set_attention
+from erasediff.models.attention import set_attention, use_backend
 from erasediff.models.base import LatentModel
 from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
-from erasediff.workflows.anchor_selection import anchored
+from erasediff.workflows.anchor_selection import anchor_candidates, anchored, needs_anchor
 from erasediff.workflows.build_method import (
     NoBatches,
     UnlearningModel,
@@ -32,27 +32,39 @@ from erasediff.workflows.build_method import (
     selected_weights,
 )
 from erasediff.workflows.latent_data import image_size, latent_batches, rehearsal_batches
-from erasediff.workflows.load_model import load_checkpoint
+from erasediff.workflows.load_model import load_checkpoint, read_denoiser
 
 
 @thread_scope()
 def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
     """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
 
-    What nobody has set takes the values that are usual for text-to-image models. Latents and embeddings are computed
-    and cached under progress bars on ``console``; then text encoders and VAE leave memory. ``rehearse`` builds a run to
-    be measured instead, on noise, and writes nothing.
+    Text encoders and VAE are never in memory together with the denoiser, but where images of prompts are drawn. They
+    encode images and captions, which are cached, and the prompts of the method; when they have left memory, the
+    denoiser's weights are read.
 
-    UserError for every mistake in checkpoint, images and settings, before anything is written but caches.
+    Args:
+        config: settings that are not set take the defaults of text-to-image models.
+        console: for progress bars and notes.
+        rehearse: build a run to be measured instead, on noise, and write nothing.
+
+    Raises:
+        UserError: for every mistake in checkpoint, images and settings, before anything is written but caches.
     """
     config = with_latent_defaults(config)
     source = _checked(config)
-    model = load_checkpoint(config, source, set_up_device(config), empty=loads_sharded(config))
+    model = load_checkpoint(config, source, set_up_device(config), empty=True)
     check_output(config, model)
-    _prepare(config, model, console)
+    load_denoiser = partial(_load_denoiser, config, model, _choose_attention(config, model, console))
     selected = selected_weights(config, model.denoiser)
     # Before a LoRA is added: images for prompts are the original model's.
-    retain, forget = _batches(config, model, console, rehearse=rehearse)
+    retain, forget = _batches(config, model, console, load_denoiser, rehearse=rehearse)
+    encode = _cached_encoder(model)
+    for prompts in _encoded_prompts(config, retain):
+        encode(prompts)
+    model.release_encoders()
+    if not loads_sharded(config):
+        load_denoiser()
     config = anchored(config, model, retain, forget, console)
     parameters = method_parameters(config, model.denoiser, selected)
     job = build_training_job(
@@ -68,8 +80,8 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
                 "stochastic_rounding": config.text_to_image.weights == "bfloat16",
                 "seed": config.seed,
             },
-            relabel=partial(relabelling, config, model),
-            encode_prompts=partial(prompt_condition, config, model),
+            relabel=partial(relabelling, config, encode),
+            encode_prompts=partial(prompt_condition, config, model, encode),
             latent_shape=partial(model.latent_shape, *image_size(config, model)),
         ),
         parameters,
@@ -99,31 +111,64 @@ def _checked(config: Config) -> Path:
     return settings.model
 
 
-def _batches(config: Config, model: LatentModel, console: Console, *, rehearse: bool) -> tuple[Batches, Batches]:
+def _batches(
+    config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None], *, rehearse: bool
+) -> tuple[Batches, Batches]:
     """(retain, forget), both empty for a method that looks at no images."""
     if not needed_batches(config):
         return NoBatches(), NoBatches()
-    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console)
+    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console, load_denoiser)
 
 
-def prompt_condition(config: Config, model: LatentModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]
+"""The condition tensors [N, ...] of N prompts."""
+
+
+def _cached_encoder(model: LatentModel) -> Encode:
+    """``model.encode_prompts``, which needs the text encoders once for each list of prompts."""
+    return cache(lambda prompts: model.encode_prompts(list(prompts)))
+
+
+def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...]]:
+    """The lists of prompts that the method is going to ask for, or may be."""
+    spec = METHOD_SPECS[config.unlearn.method]
+    if needs_anchor(config):
+        yield from ((caption,) for caption in anchor_candidates(retain))
+    elif spec.needs(config).relabel:
+        yield config.text_to_image.anchor_prompts
+    yield from (tuple(prompts) for prompts in spec.prompts(config) if prompts)
+
+
+def prompt_condition(config: Config, model: LatentModel, encode: Encode, prompts: Sequence[str]) -> dict[str, Tensor]:
     """The condition of each prompt for an image of the configuration's size."""
     size = image_size(config, model)
-    return model.encode_prompts(prompts) | model.size_condition(size, (0, 0), size, len(prompts))
+    return encode(tuple(prompts)) | model.size_condition(size, (0, 0), size, len(prompts))
 
 
-def _prepare(config: Config, model: LatentModel, console: Console) -> None:
-    """Attention and memory as asked. UserError for an attention that cannot run here."""
-    settings = config.text_to_image
-    network: Any = model.denoiser
-    chosen = set_attention(network, settings.attention, dtype=precision_of(config), device=model.device)
-    console.print(f"Attention: {chosen}.")
-    if settings.gradient_checkpointing:
+def _choose_attention(config: Config, model: LatentModel, console: Console) -> str:
+    """The attention backend of the empty denoiser, set up. UserError for one that cannot run here."""
+    backend = set_attention(
+        model.denoiser, config.text_to_image.attention, dtype=precision_of(config), device=model.device
+    )
+    console.print(f"Attention: {backend}.")
+    _set_up(config, model.denoiser, backend)
+    return backend
+
+
+def _load_denoiser(config: Config, model: LatentModel, attention: str) -> None:
+    """Read the denoiser's weights, and set it up as the empty one."""
+    read_denoiser(config, model)
+    _set_up(config, model.denoiser, attention)
+
+
+def _set_up(config: Config, network: Any, attention: str) -> None:
+    use_backend(network, attention)
+    if config.text_to_image.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
 
-def relabelling(config: Config, model: LatentModel, teacher: Callable[[], nn.Module]) -> Relabel:
+def relabelling(config: Config, encode: Encode, teacher: Callable[[], nn.Module]) -> Relabel:
     """The target that asks for the anchor prompts."""
-    anchors = model.encode_prompts(config.text_to_image.anchor_prompts)
+    anchors = encode(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
     return Relabel(choices, teacher() if config.unlearn.teacher == "frozen" else None)

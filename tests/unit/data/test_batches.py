@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erasediff.data import GlobalBatches, Images, Stream
+from erasediff.data.batches import stacked
 
 
 def numbered(count: int) -> Images:
@@ -91,3 +92,27 @@ def test_an_unconditional_batch_has_no_labels() -> None:
 def test_impossible_sizes_are_refused(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"batch|label_dropout"):
         GlobalBatches(numbered(5), **arguments, seed=0)
+
+
+def test_rows_are_stacked_and_only_floating_point_ones_converted() -> None:
+    rows = [
+        {"sample": torch.full((2, 3), number + 0.1, dtype=torch.float16), "ids": torch.tensor(number)}
+        for number in range(3)
+    ]
+    batch = stacked(rows, "cpu", torch.float32)
+    assert torch.equal(batch["sample"], torch.stack([row["sample"] for row in rows]).float())
+    assert batch["ids"].tolist() == [0, 1, 2]
+    assert batch["ids"].dtype == torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu_while_rows_go_there() -> None:
+    rows = [{"sample": torch.randn(4, 8, 8, dtype=torch.float16), "ids": torch.tensor(number)} for number in range(3)]
+    stacked(rows, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = stacked(rows, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(batch["sample"].cpu(), torch.stack([row["sample"] for row in rows]).float())

@@ -139,7 +139,7 @@ class TestRequest:
     @pytest.mark.parametrize(
         ("lines", "message"),
         [
-            ("a.png", "may be any of 2 images: write more of it"),
+            ("a.png", "may be any of 2 images; write more of its path"),
             ("c.png", "is no image of the data"),
             ("# nothing", "is empty"),
         ],

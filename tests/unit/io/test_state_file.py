@@ -1,5 +1,6 @@
 """Saved state comes back bit for bit, and a damaged file is one sentence."""
 
+import hashlib
 import math
 import struct
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from erasediff.errors import UserError
-from erasediff.io.state_file import load_state, save_state
+from erasediff.io.state_file import HostState, load_state, save_state
+from erasediff.io.tensor_file import DTYPES
 
 
 def round_trip(state: Any, folder: Path) -> Any:
@@ -77,6 +81,34 @@ def test_views_of_one_memory_are_saved_apart(tmp_path: Path) -> None:
     assert all(same_bits(a, b) for a, b in zip(back, state, strict=True))
 
 
+def test_files_are_byte_for_byte_those_of_safetensors_and_their_hash_is_returned(tmp_path: Path) -> None:
+    numbers = torch.arange(24).reshape(4, 6)
+    state = {
+        "text": '\u00e9\u2028"\\\n\x7f',
+        "tensors": [numbers.to(dtype) for dtype in DTYPES.values()],
+        "views": [numbers.t(), numbers[1:3], torch.ones(()), torch.ones(0, 3), torch.ones(3, dtype=torch.int8)],
+        "many": [torch.full((1,), float(number)) for number in range(12)],
+    }
+    digest = save_state(state, tmp_path / "ours")
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "theirs", metadata=metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert digest == hashlib.sha256((tmp_path / "ours").read_bytes()).hexdigest()
+
+
+def test_a_copied_state_is_that_of_the_moment(tmp_path: Path) -> None:
+    weight = torch.randn(3, 4)
+    state = {"weight": weight, "again": weight, "part": weight[1:], "count": [0]}
+    save_state(state, tmp_path / "before")
+    copied = HostState.copy_of(state)
+    weight.zero_()
+    state["count"][0] = 1  # type: ignore[index]
+    copied.save(tmp_path / "after")
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+
+
 def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     def trained(steps: int, stop_after: int | None) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -117,8 +149,6 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, damage: str) -> None:
 
 
 def test_another_programs_file_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a saved state"):
         load_state(tmp_path / "other.safetensors")

@@ -59,8 +59,7 @@ def test_digits_move_only_under_the_mask() -> None:
     model = small_digits_model()
     session = pixel_unlearning_job(digits_config(**{"salun.share": 0.25}), model)
     before = [parameter.detach().clone() for parameter in model.unet.parameters()]
-    for index in range(2):
-        session.trial_step(index)
+    list(session.trial_steps(2))
     moved = total = 0
     for parameter, original in zip(model.unet.parameters(), before, strict=True):
         open_to_move = unpack_mask(session.optimizer.state[parameter]["mask"], parameter)
@@ -93,5 +92,5 @@ def test_text_to_image(nano_folder: Callable[[str], Path], tmp_path: Path, monke
         "text_to_image.anchor_prompts": ["a dog"],
     }
     session = text_to_image_job(load_config(None, settings), Console(quiet=True))
-    session.trial_step(0)
+    list(session.trial_steps(1))
     assert all("mask" in session.optimizer.state[parameter] for parameter in session.optimizer.parameters_in_order())

@@ -103,8 +103,7 @@ def test_a_model_of_the_digits(named: dict[str, object]) -> None:
     before = {name: value.clone() for name, value in model.unet.state_dict().items()}
     config = load_config(None, {"device": "cpu", "unlearn.forget": [3], "unlearn.batch_size": 8, **named})
     session = pixel_unlearning_job(config, model)
-    for index in range(2):
-        session.trial_step(index)
+    list(session.trial_steps(2))
     after = model.unet.state_dict()
     if named["unlearn.method"] == "retrain":
         # A seed of its own, and no trace of the weights that were there.

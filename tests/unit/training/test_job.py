@@ -32,7 +32,7 @@ def test_a_library_call_restores_threads_and_random_state(tmp_path: Path) -> Non
     random = torch.get_rng_state()
     job = pixel_unlearning_job(config, model)
     assert torch.get_num_threads() == 3
-    job.trial_step(0)
+    list(job.trial_steps(1))
     job.run(RunPlace(tmp_path / "run"), console)
     sample(config, tmp_path / "run/model", tmp_path / "grid.png", console, classes=[3], count=1)
     assert torch.get_num_threads() == 3

@@ -1,9 +1,11 @@
 """The loop, with a method small enough to see through: resume, interruption, and when the device is read."""
 
+import errno
 import io
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 from erasediff.config import Config, RunConfig
 from erasediff.diffusion import Batch
 from erasediff.errors import Interrupted, UserError
+from erasediff.io.atomic import publish
 from erasediff.methods import StepReport
 from erasediff.training.loop import Outcome, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder
 
 STEPS = 13
+SECONDS_TO_WAIT = 20.0
 
 
 class NoisyRegression:
@@ -67,6 +71,7 @@ class TrainingJob:
     settings: RunConfig = field(default_factory=lambda: RunConfig(checkpoint_every=4, keep_checkpoints=2, log_every=3))
     method: NoisyRegression = field(default_factory=NoisyRegression)
     output: io.StringIO = field(default_factory=io.StringIO)
+    retain: Addressed = field(default_factory=Addressed)
 
     def go(self) -> Outcome:
         rate = LearningRate(0.1, STEPS, warmup_steps=2, shape="cosine")
@@ -76,7 +81,7 @@ class TrainingJob:
             self.run,
             steps=STEPS,
             settings=self.settings,
-            retain=Addressed(),
+            retain=self.retain,
             before_step=lambda step: rate.apply(self.method.optimizer, step),
             console=Console(file=self.output, width=120),
             title="Regressing",
@@ -103,6 +108,119 @@ def uninterrupted(tmp_path: Path) -> TrainingJob:
 
 class Killed(BaseException):
     pass
+
+
+def background_threads() -> list[str]:
+    """All but those of pytest and of the progress bar, which ends some time after it."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("batches", "checkpoint"))]
+
+
+def test_the_batches_of_the_next_step_are_loaded_while_a_step_runs(tmp_path: Path) -> None:
+    loaded = [threading.Event() for _ in range(STEPS)]
+
+    class Recording(Addressed):
+        def at(self, step: int) -> Batch:
+            loaded[step].set()
+            return super().at(step)
+
+    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Recording())
+    overlapped = []
+    session.method.after_step = lambda step: overlapped.append(step == STEPS or loaded[step].wait(SECONDS_TO_WAIT))
+    session.go()
+    assert overlapped == [True] * STEPS
+    assert not background_threads()
+
+
+@pytest.mark.parametrize("error", [UserError("The cache file is damaged."), Killed()])
+def test_an_error_of_batches_ends_the_run_with_its_own_type(tmp_path: Path, error: BaseException) -> None:
+    class Broken(Addressed):
+        def at(self, step: int) -> Batch:
+            if step == 5:
+                raise error
+            return super().at(step)
+
+    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Broken())
+    with pytest.raises(type(error)) as caught:
+        session.go()
+    assert caught.value is error
+    assert session.method.iteration == 5
+    assert not background_threads()
+    assert [path.name for path in session.run.path.glob("*checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: TrainingJob
+) -> None:
+    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
+    stepped = [threading.Event() for _ in range(STEPS + 1)]
+    session.method.after_step = lambda step: stepped[step].set()
+    overlapped = []
+
+    def slow(folder: Path, path: Path) -> None:
+        # The checkpoint of step 4 is on its way while steps 5, 6 and 7 are taken; the next checkpoint waits for it.
+        if path.name == "checkpoint-4":
+            overlapped.append(stepped[7].wait(SECONDS_TO_WAIT))
+            assert not stepped[9].is_set()
+        publish(folder, path)
+
+    monkeypatch.setattr("erasediff.io.atomic.publish", slow)
+    session.go()
+    assert overlapped == [True]
+    assert not background_threads()
+    assert_same(session, uninterrupted)
+    for step in (12, STEPS):
+        ours, theirs = (job.run.path / f"checkpoint-{step}" for job in (session, uninterrupted))
+        assert (ours / "state.safetensors").read_bytes() == (theirs / "state.safetensors").read_bytes()
+        assert (ours / "manifest.json").read_bytes() == (theirs / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("last_step", [6, STEPS])
+def test_a_checkpoint_that_cannot_be_written_is_the_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_step: int
+) -> None:
+    """Whether it fails within the loop or while its end waits for it."""
+    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
+    stepped = [threading.Event() for _ in range(STEPS + 1)]
+    session.method.after_step = lambda step: stepped[step].set()
+
+    def full(folder: Path, path: Path) -> None:
+        if path.name == ("checkpoint-4" if last_step == 6 else "checkpoint-13"):
+            assert stepped[last_step].wait(SECONDS_TO_WAIT)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(folder, path)
+
+    monkeypatch.setattr("erasediff.io.atomic.publish", full)
+    with pytest.raises(UserError, match=r"The disk is full: .*checkpoint-(4|13) was not written.*--resume latest"):
+        session.go()
+    left = sorted(path.name for path in session.run.path.glob("*checkpoint-*"))
+    assert left == ([] if last_step == 6 else ["checkpoint-12", "checkpoint-8"])
+
+
+def test_an_error_of_a_step_waits_for_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: TrainingJob
+) -> None:
+    killed = TrainingJob(RunFolder.create(tmp_path / "killed", Config()))
+    dying = threading.Event()
+
+    def kill(iteration: int) -> None:
+        if iteration == 5:
+            dying.set()
+            raise Killed
+
+    def slow(folder: Path, path: Path) -> None:
+        assert dying.wait(SECONDS_TO_WAIT)
+        publish(folder, path)
+
+    killed.method.after_step = kill
+    with monkeypatch.context() as patch:
+        patch.setattr("erasediff.io.atomic.publish", slow)
+        with pytest.raises(Killed):
+            killed.go()
+    assert [path.name for path in killed.run.path.glob("*checkpoint-*")] == ["checkpoint-4"]
+    resumed = TrainingJob(RunFolder.resume(killed.run.path, Config()))
+    resumed.go()
+    assert_same(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("kill_after", sorted(random.Random(0).sample(range(1, STEPS + 1), 5)))

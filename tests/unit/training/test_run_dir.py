@@ -9,6 +9,7 @@ import torch
 
 from erasediff.config import Config, load_config
 from erasediff.errors import UserError
+from erasediff.io.state_file import HostState
 from erasediff.training.checkpoint import Checkpoint
 from erasediff.training.run_dir import RunFolder, RunPlace
 
@@ -18,7 +19,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def save(run: RunFolder, step: int) -> None:
-    run.save_checkpoint(step, lambda checkpoint: checkpoint.save(state_of(step)), keep=2)
+    run.save_checkpoint(step, lambda checkpoint: checkpoint.save(HostState.copy_of(state_of(step))), keep=2)
 
 
 def loaded(run: RunFolder) -> Any:
