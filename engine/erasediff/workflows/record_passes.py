@@ -162,7 +162,7 @@ def _recorded(stand_in: Config, config: Config) -> StepPlan:
         process=Process.from_scheduler(DDPMScheduler()),
         predict=recorder,
         save=_save_nothing,
-        relabel=lambda make_teacher: relabelling(stand_in, prompts, make_teacher),
+        relabel=lambda make_teacher: relabelling(stand_in, prompts.encode_prompts, make_teacher),
         encode_prompts=prompts.encode_prompts,
         latent_shape=lambda: SHAPE,
     )

@@ -147,12 +147,12 @@ def prompt_condition(config: Config, model: LatentModel, encode: Encode, prompts
 
 def _choose_attention(config: Config, model: LatentModel, console: Console) -> str:
     """The attention backend of the empty denoiser, set up. UserError for one that cannot run here."""
-    backend = set_attention(
+    chosen = set_attention(
         model.denoiser, config.text_to_image.attention, dtype=precision_of(config), device=model.device
     )
-    console.print(f"Attention: {backend}.")
-    _set_up(config, model.denoiser, backend)
-    return backend
+    console.print(f"Attention: {chosen}.")
+    _set_up(config, model.denoiser, chosen.backend)
+    return chosen.backend
 
 
 def _load_denoiser(config: Config, model: LatentModel, attention: str) -> None:

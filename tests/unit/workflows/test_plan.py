@@ -13,7 +13,7 @@ from rich.console import Console
 
 from erasediff.config import for_text_to_image, load_config
 from erasediff.errors import UserError
-from erasediff.planning import reference_models
+from erasediff.models import stable_diffusion
 from erasediff.planning.trace import flop_counter
 from erasediff.workflows.plan import plan
 from erasediff.workflows.record_passes import step_plan
@@ -66,7 +66,7 @@ def test_planned_flops_are_those_of_a_real_step(
 ) -> None:
     monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path))
     # The nano tokenizers' length, which the planned networks do not know.
-    monkeypatch.setattr(reference_models, "CLIP_TOKENS", nano.TOKENS)
+    monkeypatch.setattr(stable_diffusion, "CLIP_TOKENS", nano.TOKENS)
     folder = nano_folder("sd")
     config = load_config(None, {**BASE, **settings, "unlearn.model": str(folder)})
     planned = plan(config, str(folder), ranks=(1,))
