@@ -1,5 +1,6 @@
 """Batches of a text-to-image run: image sets, their latents in the cache, or noise for a rehearsal."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,11 @@ def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[
     try:
         yield _LoadingSampler(model, load_denoiser, config.text_to_image.lora is not None)
     finally:
+        has_drawn = model.denoiser is not empty_denoiser
         model.denoiser = empty_denoiser
+        if has_drawn:
+            # Pipelines may refer to themselves: their networks would stay in memory until Python happens to collect.
+            gc.collect()
 
 
 def latent_batches(

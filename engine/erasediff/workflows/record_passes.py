@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,7 +20,6 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.methods.pruning import PruningConfig
-from erasediff.models.base import LatentModel
 from erasediff.models.trainable import frozen_copy
 from erasediff.planning.step_plan import Pass, StepPlan, merge_passes, run_precision
 from erasediff.workflows.build_method import UnlearningModel, method_parameters, unlearning_method
@@ -150,7 +149,7 @@ def _recorded(stand_in: Config, config: Config) -> StepPlan:
             teachers.append(frozen_copy(network, share_frozen=True))
         return teachers[0]
 
-    prompts = cast(LatentModel, StandInPrompts(stand_in.images.forget_prompts))
+    prompts = StandInPrompts(stand_in.images.forget_prompts)
     recorder = PassRecorder(network)
     rows = stand_in.unlearn.batch_size
     retain, forget = (
