@@ -235,7 +235,7 @@ class Solver(ABC):
             retain_loss=values.retain_loss,
             forget_loss=values.forget_loss,
             gap=values.gap,
-            multiplier=constraint.multiplier if has_multiplier else None,
+            multiplier=_multiplier_of(constraint) if has_multiplier else None,
             grad_norm=constraint.norm,
             finite=constraint.finite,
             skipped=self.skipped,
@@ -284,6 +284,14 @@ class Solver(ABC):
         if barrier := self.barrier.scalars():
             self.barrier.load_scalars({name: state["barrier"][name] for name in barrier})
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _multiplier_of(constraint: Constraint) -> Tensor:
+    """lambda of r + lambda g, or b / a of a r + b g; 0 for no step."""
+    if constraint.multiplier.dim() == 0:
+        return constraint.multiplier
+    retain, forget = constraint.multiplier.unbind()
+    return forget / torch.where(retain == 0, 1.0, retain)
 
 
 def _option_or_engine_value(name: str, options: SolverOptions, engine_value: T | None, default: T) -> T:

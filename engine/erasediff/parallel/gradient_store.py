@@ -92,7 +92,7 @@ class GradientStore(Protocol):
         ...
 
     def update(self, retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
-        """One optimizer step along clip_scale (r + multiplier g); none at all where ``constraint.finite`` is false.
+        """One optimizer step along ``combine_``'s result; none at all where ``constraint.finite`` is false.
 
         What the lists hold afterwards is undefined, as after ``release``.
         """
@@ -127,3 +127,20 @@ class GradientStore(Protocol):
     def load_scalars(self, scalars: Mapping[str, Tensor]) -> None:
         """Restores ``scalars``."""
         ...
+
+
+def combine_(retain: list[Tensor], forget: list[Tensor], constraint: Constraint) -> None:
+    """Replace r by the direction of the update, in place: for optimizers that do not read both gradients themselves.
+
+    Args:
+        retain: r; afterwards clip_scale (r + multiplier g), or clip_scale (a r + b g) where the multiplier is (a, b).
+        forget: g, or empty; its values are lost.
+        constraint: of both, its tensors on any device.
+    """
+    multiplier, clip_scale = (value.to(retain[0].device) for value in (constraint.multiplier, constraint.clip_scale))
+    if multiplier.dim() == 1:
+        torch._foreach_mul_(retain, multiplier[0])
+    if forget:
+        torch._foreach_mul_(forget, multiplier if multiplier.dim() == 0 else multiplier[1])
+        torch._foreach_add_(retain, forget)
+    torch._foreach_mul_(retain, clip_scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from erasediff.parallel.gradient_store import Shard
+from erasediff.parallel.gradient_store import Shard, combine_
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
 from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.unwrap import named
@@ -103,10 +103,7 @@ class LocalGradientStore:
         if isinstance(self.optimizer, (ConstrainedAdamW, ConstrainedSGD)):
             self.optimizer.constrained_step(retain, forget, constraint)
             return
-        if forget:
-            torch._foreach_mul_(forget, constraint.multiplier)
-            torch._foreach_add_(retain, forget)
-        torch._foreach_mul_(retain, constraint.clip_scale)
+        combine_(retain, forget, constraint)
         for parameter, delta in zip(self.parameters, retain, strict=True):
             parameter.grad = self._as_gradient(delta, parameter)
         _step_unless_non_finite(self.optimizer, constraint.finite)

@@ -17,9 +17,10 @@ from erasediff import Conflict, Cosine, EraseDiff, Fixed, Gap, Nash, Norm, Proce
 from erasediff.config import UnlearnConfig, load_config
 from erasediff.config.method_index import barrier_names
 from erasediff.errors import UserError
-from erasediff.methods.barriers import BARRIERS, Barrier, StepValues, constraint_of
+from erasediff.methods.barriers import BARRIERS, Barrier, StepValues
 from erasediff.methods.erasediff import barrier_of
-from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, gradient_gram
+from erasediff.parallel.gradient_store import combine_
+from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, clip_combination, gradient_gram
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 DRAWN = {
@@ -54,8 +55,9 @@ def test_fused_rules_equal_their_tensor_operations(
     values = StepValues(gradient_gram([r], [g]), gap=torch.tensor(0.3))
     for barrier in (Norm(0.3), Gap(0.5), Fixed(0.7), Cosine(0.4)):
         fused = barrier.constraint(values, max_norm)
-        composed = constraint_of(values.gram, *barrier.coefficients(values), max_norm)
-        for one, other in zip(fused, composed, strict=True):
+        composed = Barrier.constraint(barrier, values, max_norm)
+        torch.testing.assert_close(fused.multiplier, composed.multiplier[1], rtol=1e-6, atol=1e-12)
+        for one, other in zip(fused[1:], composed[1:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
 
 
@@ -119,7 +121,8 @@ def test_nash_stays_where_no_direction_helps_both() -> None:
     g = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     values = StepValues(gradient_gram([-3 * g], [g]))
     constraint = Nash().constraint(values, 1.0)
-    assert [float(value) for value in constraint[:3]] == [0, 0, 0]
+    assert constraint.multiplier.tolist() == [0, 0]
+    assert float(constraint.norm) == 0
     assert constraint.finite
 
 
@@ -128,7 +131,8 @@ def test_a_gradient_of_zero_leaves_the_other(barrier: Barrier) -> None:
     g, zero = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for r, f in ((g, zero), (zero, g), (zero, zero)):
         constraint = barrier.constraint(StepValues(gradient_gram([r], [f])), None)
-        delta = float(constraint.clip_scale) * (r + float(constraint.multiplier) * f)
+        a, b = constraint.multiplier.tolist()
+        delta = float(constraint.clip_scale) * (a * r + b * f)
         direction = r + f if isinstance(barrier, Conflict) else (r + f) / max(5.0, 1e-9)
         torch.testing.assert_close(delta, direction, rtol=1e-6, atol=0)
         assert constraint.finite
@@ -140,16 +144,17 @@ def test_a_gradient_of_zero_leaves_the_other(barrier: Barrier) -> None:
 def test_the_update_is_the_clipped_combination(
     seed: int, size: int, scale: float, alignment: float, max_norm: float, a: float, b: float
 ) -> None:
-    """clip_scale (r + multiplier g) is what clip_grad_norm_ makes of a r + b g."""
+    """clip_scale (a r + b g), as the stores form it, is what clip_grad_norm_ makes of a r + b g."""
     r, g = drawn_pair(seed, size, scale, alignment)
     parameter = nn.Parameter(torch.zeros_like(r))
     parameter.grad = a * r + b * g
     norm = torch.nn.utils.clip_grad_norm_([parameter], max_norm)
-    coefficients = (torch.tensor(value, dtype=torch.float64) for value in (a, b))
-    constraint = constraint_of(gradient_gram([r], [g]), *coefficients, max_norm)
+    coefficients = torch.tensor([a, b], dtype=torch.float64)
+    constraint = clip_combination(gradient_gram([r], [g]), coefficients, max_norm=max_norm)
     bound = float(a * r.norm() + abs(b) * g.norm())
     assert float(constraint.norm) == pytest.approx(float(norm), rel=1e-5, abs=1e-6 * bound)
-    delta = constraint.clip_scale.double() * (r + constraint.multiplier.double() * g)
+    delta = r.clone()
+    combine_([delta], [g.clone()], constraint)
     torch.testing.assert_close(delta, parameter.grad, rtol=1e-4, atol=1e-5 * min(bound, max_norm))
 
 

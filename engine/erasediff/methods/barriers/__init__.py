@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from erasediff.methods.barriers.base import Barrier, StepValues, constraint_of
+from erasediff.methods.barriers.base import Barrier, StepValues
 from erasediff.methods.barriers.conflict import Conflict
 from erasediff.methods.barriers.cosine import Cosine
 from erasediff.methods.barriers.fixed import Fixed
@@ -37,5 +37,4 @@ __all__ = [
     "Norm",
     "StepValues",
     "Threshold",
-    "constraint_of",
 ]

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from erasediff_kernels import Constraint, constraint_multiplier
+from erasediff_kernels import Constraint, clip_combination, constraint_multiplier
 
 
 class StepValues(NamedTuple):
@@ -51,17 +51,17 @@ class Barrier(ABC):
             values: Gram values and losses of the global batch.
 
         Returns:
-            (a, b), 0-D float64, a > 0 wherever r is not zero, or both 0 for no step. Must not read on the host.
+            (a, b), 0-D float64; both 0 for no step. Must not read on the host.
         """
 
     def constraint(self, values: StepValues, max_norm: float | None) -> Constraint:
-        """What the update needs: multiplier, clip scale, norm before clipping, and whether all of it is finite.
+        """What the update needs: coefficients, clip scale, norm before clipping, and whether all of it is finite.
 
         Args:
             values: Gram values and losses of the global batch.
             max_norm: the largest norm of delta; None leaves it as it is.
         """
-        return constraint_of(values.gram, *self.coefficients(values), max_norm)
+        return clip_combination(values.gram, torch.stack(self.coefficients(values)), max_norm=max_norm)
 
     def advance(self, values: StepValues, finite: Tensor) -> None:  # noqa: B027
         """Update the rule's own state after a step, if it has any.
@@ -95,29 +95,6 @@ class FusedBarrier(Barrier):
     def constraint(self, values: StepValues, max_norm: float | None) -> Constraint:
         gap = values.gap if self.name == "gap" else None
         return constraint_multiplier(values.gram, self.name, self.eta, gap=gap, max_norm=max_norm)
-
-
-def constraint_of(gram: Tensor, retain: Tensor, forget: Tensor, max_norm: float | None) -> Constraint:
-    """The update along a r + b g in the terms of the update kernels, which apply clip_scale (r + multiplier g).
-
-    multiplier = b / a and clip_scale = a min(1, max_norm / |a r + b g|), the norm being that of the gradients as they
-    are applied, hence with the multiplier as float32 holds it. With a = b = 0 the clip scale is 0: the step has no
-    direction, and only weight decay and moments move.
-
-    Args:
-        gram: float64 [3] = (|r|^2, <r,g>, |g|^2).
-        retain: a, 0-D float64, not negative.
-        forget: b, 0-D float64.
-        max_norm: as ``torch.nn.utils.clip_grad_norm_`` takes it; None for no clipping.
-    """
-    rr, rf, ff = gram.unbind()
-    multiplier = (forget / torch.where(retain == 0, 1.0, retain)).float()
-    applied = multiplier.double()
-    norm = retain * (rr + 2 * applied * rf + applied.square() * ff).clamp_min(0).sqrt()
-    clip = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1)
-    scale = (retain * clip).float()
-    finite = torch.isfinite(torch.stack((rr, rf, ff, applied, scale.double(), norm))).all()
-    return Constraint(multiplier, scale, norm.float(), finite)
 
 
 def positive(name: str, value: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasediff.parallel.gradient_store import Shard
+from erasediff.parallel.gradient_store import Shard, combine_
 from erasediff.parallel.optimizer_state import Counters, masked_gram, set_masks
 from erasediff.parallel.recovery import agree_to_retry
 from erasediff.parallel.unwrap import named
@@ -146,11 +146,7 @@ class ZeroGradientStore:
             with self.optimizer.pending(by_flat, constraint), self._stepping():
                 self.engine.step()
         elif bool(constraint.finite):
-            multiplier, clip_scale = (value.to(retain[0].device) for value in constraint[:2])
-            if forget:
-                torch._foreach_mul_(forget, multiplier)
-                torch._foreach_add_(retain, forget)
-            torch._foreach_mul_(retain, clip_scale)
+            combine_(retain, forget, constraint)
             self.layout.set_grads(retain)
             with self._stepping():
                 self.engine.step()
