@@ -95,7 +95,12 @@ PRIVATE_NAMES = tuple(
         (STAGE_1_2, "layout stage1_2", LAYOUTS, "averaged_gradients"),
         (STAGE_1_2, "layout stage1_2 stage3", LAYOUTS, "ipg_buckets"),
         (STAGE_1_2, "stage1_2", BETWEEN, "check_grad_overflow compute_grad_norm"),
-        (STAGE_1_2, "stage1_2", FAILED, "_clear_previous_reduced_grads extra_large_param_to_reduce"),
+        (
+            STAGE_1_2,
+            "stage1_2",
+            FAILED,
+            "_clear_previous_reduced_grads extra_large_param_to_reduce ready_for_gradients",
+        ),
         (
             STAGE_1_2,
             "stage1_2",

@@ -85,6 +85,7 @@ class PartitionedGradients(PartitionedLayout):
     def recover(self) -> None:
         super().recover()
         optimizer = self.optimizer
+        optimizer.ready_for_gradients = False
         optimizer.extra_large_param_to_reduce.clear()
         optimizer._clear_previous_reduced_grads()
         for group in self.groups:
