@@ -8,15 +8,13 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from erasediff.io.jsonl import MetricsFile
-
-LIBRARIES = ("erasediff", "torch", "diffusers")
+from erasediff.utils.versions import library_versions
 
 
 class ResultsFile:
@@ -44,7 +42,7 @@ def environment() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": library_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "load": round(os.getloadavg()[0], 1),
     }

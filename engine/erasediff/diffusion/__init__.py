@@ -2,7 +2,7 @@
 
 from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser, micro_batches, with_sample_ids
 from erasediff.diffusion.losses import DenoisingObjective, MicroBatchLoss
-from erasediff.diffusion.noise_schedule import PREDICTION_TYPES, Process
+from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, draw_timesteps, noise_key
 from erasediff.diffusion.targets import (
     DeviationTarget,
@@ -13,6 +13,7 @@ from erasediff.diffusion.targets import (
     UniformNoise,
 )
 from erasediff.diffusion.trajectories import Trajectories
+from erasediff_kernels.ops.denoising_loss import PREDICTION_TYPES
 
 __all__ = [
     "PREDICTION_TYPES",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+from erasediff_kernels.ops.denoising_loss import PREDICTION_TYPES
 
 
 @dataclass(frozen=True, slots=True)

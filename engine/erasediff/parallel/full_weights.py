@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -53,18 +53,8 @@ def averaged_weights(gradients: GradientStore) -> Iterator[None]:
     Every process must enter. Weights without an average (``ema_decay`` None) stay. Extra memory: this process's share.
     """
     shards = [shard.tensors for shard in gradients.shards() if "ema" in shard.tensors]
-    own = [tensors["weight"].clone() for tensors in shards]
-    with torch.no_grad():
-        for tensors in shards:
-            tensors["weight"].copy_(tensors["ema"])
-    gradients.refresh()
-    try:
+    with _in_place_of([(tensors["weight"], tensors["ema"]) for tensors in shards], gradients.refresh):
         yield
-    finally:
-        with torch.no_grad():
-            for tensors, weight in zip(shards, own, strict=True):
-                tensors["weight"].copy_(weight)
-        gradients.refresh()
 
 
 def gather_ema_weights(trained: nn.Module, gradients: GradientStore, folder: Path) -> dict[str, Tensor]:
@@ -108,14 +98,22 @@ def ema_weights(optimizer: ConstrainedAdamW | ConstrainedSGD) -> Iterator[None]:
 
     Parameters without an average (none was asked for, or no step was taken) keep their weights.
     """
-    pairs = list(optimizer.ema_parameters())
+    with _in_place_of(list(optimizer.ema_parameters())):
+        yield
+
+
+@contextmanager
+def _in_place_of(pairs: Sequence[tuple[Tensor, Tensor]], refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Each weight holds the value beside it within the block; ``refresh`` is called after weights were written to."""
     with torch.no_grad():
-        own = [parameter.detach().clone() for parameter, _ in pairs]
-        for parameter, average in pairs:
-            parameter.copy_(average)
+        trained = [weight.detach().clone() for weight, _ in pairs]
+        for weight, value in pairs:
+            weight.copy_(value)
+    refresh()
     try:
         yield
     finally:
         with torch.no_grad():
-            for (parameter, _), weights in zip(pairs, own, strict=True):
-                parameter.copy_(weights)
+            for (weight, _), value in zip(pairs, trained, strict=True):
+                weight.copy_(value)
+        refresh()

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from erasediff.io.atomic import atomic_write
 from erasediff.report import Column, Contents, render
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.utils.versions import library_versions
 from erasediff.workflows.dry_run import DryRun, dry_run
 from erasediff.workflows.evaluate import EvaluatedModel, Evaluation, judge_model
 from erasediff.workflows.load_model import load_model
 from erasediff.workflows.train_pixel import CachedTraining, training_job, untrained_model
 from erasediff.workflows.unlearn_pixel import pixel_unlearning_job, resolved, unlearn
 
-LIBRARIES = ("erasediff", "torch", "diffusers", "scikit-learn")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -55,7 +54,7 @@ def write_report(
         judge_accuracy=evaluation.judge.accuracy,
         command=command,
         settings=config.to_yaml(),
-        versions={"python": platform.python_version()} | {library: version(library) for library in LIBRARIES},
+        versions={"python": platform.python_version()} | library_versions("scikit-learn"),
     )
     atomic_write(path, render(contents))
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from erasediff.parallel.init import share_of
 from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device, thread_scope
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.utils.versions import library_versions
 from erasediff.workflows.load_model import check_pixel_precision
 from erasediff_kernels import ConstrainedAdamW
 
@@ -85,7 +85,6 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
     )
 
 
-LIBRARIES = ("erasediff", "torch", "diffusers")
 SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distributed": {"own_reduction"}}
 """Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
 
@@ -119,7 +118,7 @@ def _fingerprint(config: Config) -> str:
     images = load_digits().train
     digest = hashlib.sha256(images.sample.numpy().tobytes() + images.class_labels.numpy().tobytes())
     digest.update(config.to_yaml(exclude=SETTINGS_AFTER_THE_FIRST_CACHES).encode())
-    digest.update(json.dumps({name: version(name) for name in LIBRARIES}).encode())
+    digest.update(json.dumps(library_versions()).encode())
     return digest.hexdigest()[:16]
 
 

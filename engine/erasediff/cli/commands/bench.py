@@ -1,7 +1,6 @@
 import os
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from erasediff.cli import options
 from erasediff.cli.commands.unlearn import build_job
 from erasediff.cli.output import emit, messages
 from erasediff.errors import UserError
+from erasediff.utils.versions import library_versions
 
 if TYPE_CHECKING:
     from erasediff.training.job import TrainingJob
@@ -58,7 +58,7 @@ def _lines(result: "Bench", job: "TrainingJob") -> list[dict[str, Any]]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": str(job.config.unlearn.model),
         "load": round(os.getloadavg()[0], 1),
-        "versions": {library: version(library) for library in ("erasediff", "torch", "diffusers")},
+        "versions": library_versions(),
     }
     return [common | asdict(contender) for contender in result.contenders]
 

@@ -1,5 +1,4 @@
 import platform
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -8,8 +7,7 @@ from rich.table import Table
 from erasediff.cli.output import emit, loading, messages, results
 from erasediff.config import Config
 from erasediff.config.method_index import import_methods, method_index
-
-LIBRARIES = ("erasediff", "torch", "diffusers", "safetensors", "scikit-learn")
+from erasediff.utils.versions import library_versions
 
 
 def info(
@@ -35,7 +33,7 @@ def info(
         from erasediff_kernels import available_backends
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     facts: dict[str, Any] = {"python": platform.python_version()}
-    facts |= {library: version(library) for library in LIBRARIES}
+    facts |= library_versions("safetensors", "scikit-learn")
     facts["threads"] = torch.get_num_threads()
     facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts["operators"] = {device: list(available_backends(device)) for device in devices}
