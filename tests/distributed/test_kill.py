@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SECONDS, TINY, curve, ranks_of, run, start, weights
+from diffusers import DDPMPipeline, UNet2DModel
 
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint
@@ -55,3 +56,4 @@ def test_kill_9_of_a_rank_at_random_points_loses_nothing(base: Path, tmp_path: P
     assert curve(out) == curve(tmp_path / "whole")
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(tmp_path / "whole").items())
     assert not list(out.glob(".*partial"))
+    assert type(DDPMPipeline.from_pretrained(out / "model").unet) is UNet2DModel, "no class of FSDP's is saved"

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from erasediff.io.atomic import storage_errors
@@ -82,7 +84,14 @@ def gather_ema_weights(trained: nn.Module, gradients: GradientStore, folder: Pat
 
 
 def load_full_weights_(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put ``weights`` in the place of what ``network`` has of them, which can then be saved, but not trained."""
+    """Put ``weights`` in the place of what ``network`` has of them, which can then be saved, but not trained.
+
+    Modules that FSDP2 has wrapped are of their own class again: what is saved is named by its class.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            wrapped: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+            module.__class__ = wrapped
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
         module = network.get_submodule(owner)
