@@ -61,15 +61,15 @@ def fail(method: EraseDiff, step: int, direction: str, number: int, error: type[
 
 
 def steps(options: dict[str, Any], *, fails: bool) -> dict[str, Any]:
-    """The reports of four steps and the weights after them; the first and third are tried in vain before, if ``fails``.
+    """The reports of three steps and the weights after them; the first two are tried in vain before, if ``fails``.
 
     Besides, the engine's and torch's functions that are not what they were before the first step.
     """
     method = unlearner(**{"accumulation": 2, **options})
     before = functions(method)
     reports, changed = [], set()
-    for step in range(4):
-        for failure in FAILURES if fails and step in (0, 2) else ():
+    for step in range(3):
+        for failure in FAILURES if fails and step < 2 else ():
             fail(method, step, *failure)
             changed |= {name for name, value in functions(method).items() if value is not before[name]}
         reports += take_steps(method, range(step, step + 1))

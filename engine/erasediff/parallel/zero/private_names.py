@@ -99,7 +99,7 @@ PRIVATE_NAMES = tuple(
             STAGE_1_2,
             "stage1_2",
             FAILED,
-            "_clear_previous_reduced_grads extra_large_param_to_reduce ready_for_gradients",
+            "_clear_previous_reduced_grads extra_large_param_to_reduce grads_in_partition ready_for_gradients",
         ),
         (
             STAGE_1_2,

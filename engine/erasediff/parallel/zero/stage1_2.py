@@ -86,6 +86,7 @@ class PartitionedGradients(PartitionedLayout):
         super().recover()
         optimizer = self.optimizer
         optimizer.ready_for_gradients = False
+        optimizer.grads_in_partition = None
         optimizer.extra_large_param_to_reduce.clear()
         optimizer._clear_previous_reduced_grads()
         for group in self.groups:
