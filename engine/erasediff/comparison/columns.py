@@ -18,16 +18,16 @@ def mean(numbers: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """Number of each method in the table.
+    """Column of the comparison table: one number per method.
 
     Attributes:
-        key: name in JSON.
-        label: header of the column.
-        note: explanation of the number.
-        measurement: whose lines have it.
-        find: the number of a line's values or cost; None where it is not there.
-        shown: as text.
-        over_runs: one number of those of all runs.
+        key: Name in JSON.
+        label: Header of the column.
+        note: Explanation of the number.
+        measurement: Measurement whose lines have the number.
+        find: Function of a line's values or cost that returns the number, or None if it is missing.
+        shown: Formats the number.
+        over_runs: Aggregates the numbers of all runs.
     """
 
     key: str

@@ -27,7 +27,7 @@ from erasediff.workflows.load_model import load_model
 from erasediff.workflows.train_pixel import CachedTraining
 
 EQUAL: Mapping[str, Any] = {"unlearn.lr": 2e-4, "unlearn.forget_label_dropout": 0.0}
-"""EraseDiff's defaults, which serve others too, spelled out so that a result keeps what it is of."""
+"""EraseDiff's defaults, used for other methods, too; spelled out so that results stay comparable if they change."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # Chosen on the 3, seed 0, where all of these forgot everything and kept 99.9 to 100%, an image or two of 900, so by
@@ -49,7 +49,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # The retrained model: as long as the base was trained, averaged as it was.
     "retrain": {"unlearn.batch_size": 128, "unlearn.warmup_steps": 20, "unlearn.ema_decay": 0.99},
 }
-"""What each method is run with, beside the defaults of ``erasediff unlearn``, and why."""
+"""Settings of each method other than the defaults of ``erasediff unlearn``, with reasons."""
 
 METHODS = (BASE, *SETTINGS)
 
@@ -90,7 +90,7 @@ class DigitsTask:
         return chosen if method in (BASE, "neggrad") else chosen | {"relearning": self.relearning}
 
     def quality(self, model: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
-        """``ConditionalMetrics``, and distances of the images from real ones and from the retrained model's."""
+        """Measure ``ConditionalMetrics`` and distances of the images from real ones and the retrained model's."""
         config, dataset, judge = self.config(case.seed), _dataset(), _judge()
         labels = evaluation_labels(
             dataset.num_classes,
@@ -117,7 +117,7 @@ class DigitsTask:
         return values
 
     def relearning(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
-        """Share of images asked for the digit that are classified as it, over steps of fine-tuning on a few images."""
+        """Measure the share of images of the digit that are classified as it, while fine-tuning on a few images."""
         count = 20 if self.short else 100
         config = self.config(case.seed)
         device = set_up_device(config)
@@ -147,7 +147,7 @@ class DigitsTask:
 
 
 def tasks_named(names: Sequence[str], *, short: bool = False) -> list[DigitsTask]:
-    """The tasks of names such as "digits/3"; "digits" is all ten. UserError for another name."""
+    """Tasks by names such as "digits/3"; "digits" is all ten. UserError for another name."""
     tasks = []
     for name in names:
         group, _, digit = name.partition("/")

@@ -14,31 +14,30 @@ from erasediff.comparison.run_case import Case, FailedRun, run_case
 from erasediff.errors import UserError
 
 Measurement = Callable[[Path, Case, Path | None], Mapping[str, Any]]
-"""(model's path, case, path of the retrained model if there is one) -> numbers by name."""
+"""Function of the model's path, the case and the path of the retrained model, if any, that returns numbers by name."""
 
 BASE, ORACLE = "base", "retrain"
-"""Measured first: the others are compared with them."""
+"""References for the other methods; measured first."""
 
 
 class Task(Protocol):
-    """Something to forget, from a model that it begins with.
-
-    name: as in "digits/3": the group before the slash has a table of its own
-    """
+    """Unlearning task of a comparison: a base model, data to forget, and measurements."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name such as "digits/3"; each group before the slash has a table of its own."""
+        ...
 
     def base(self, seed: int, console: Console) -> Path:
-        """The model to unlearn from; trained now if it has to be."""
+        """Path of the model to unlearn from, which is trained unless it exists."""
         ...
 
     def settings(self, method: str) -> Mapping[str, Any]:
-        """Dotted settings of ``method`` on this task. UserError for a method that it has none of."""
+        """Dotted settings of ``method`` on this task. UserError for a method without any."""
         ...
 
     def measurements(self, method: str) -> Mapping[str, Measurement]:
-        """By name, in the order to take them; "quality" is what the table begins with."""
+        """Measurements by name, in the order to take them; the table begins with "quality"."""
         ...
 
 
@@ -51,9 +50,18 @@ def compare(
     runs: Path,
     console: Console,
 ) -> None:
-    """Take every measurement that has no line in ``lines``; unlearned models are kept in ``runs``.
+    """Run all methods on all tasks and seeds, and take every measurement that has no line yet.
 
-    UserError for a method that a task does not know, before anything is run; for runs that fail, after all the others.
+    Args:
+        tasks: Tasks to unlearn.
+        methods: Names of methods, "base" and "retrain" included.
+        seeds: Seeds of runs and samples.
+        lines: Results file to append to.
+        runs: Folder of the unlearned models.
+        console: Console for progress and notes.
+
+    Raises:
+        UserError: A task has no settings for a method, before anything is run; or runs failed, after all others.
     """
     first = [name for name in (BASE, ORACLE) if name in methods]
     cases = [

@@ -19,7 +19,7 @@ from erasediff.report.render import template_environment
 
 Draw = Callable[[Axes, Table, Mapping[str, Any]], None]
 METHODS_COLOURED = ("erasediff", "salun", "esd", "pruning")
-"""In the lines' colours; every other method is grey, told apart by its marker."""
+"""Methods drawn in colour; the others are grey, distinguished by markers."""
 
 MARKERS = "osDv^<>PX*"
 MIN_SHOWN_RETENTION = 0.5
@@ -27,17 +27,17 @@ MIN_SHOWN_RETENTION = 0.5
 
 
 def data_url(table: Table, draw: Draw, *, dark: bool) -> str:
-    """A PNG with a clear background, in a URL."""
+    """Data URL of a figure as a PNG with a transparent background."""
     return figure_url(_figure(table, draw, DARK if dark else LIGHT))
 
 
 def save(table: Table, draw: Draw, path: Path) -> None:
-    """As a file of the kind that its name says, for light pages. UserError for what the disk refuses."""
+    """Save a figure in the format of the file name's suffix, for light pages. UserError if the disk refuses."""
     save_figure(_figure(table, draw, LIGHT), path)
 
 
 def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
-    """A point per method: unlearning accuracy to the right, retain accuracy upwards.
+    """Plot the trade-off: a point per method, unlearning accuracy to the right, retain accuracy upwards.
 
     A method that ruined the model is named below: its point would press all others into one corner.
     """
@@ -58,7 +58,7 @@ def trade_off(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
 
 
 def relearning(axes: Axes, table: Table, style: Mapping[str, Any]) -> None:
-    """A line per method: how the rate returns over the steps of fine-tuning on a few images."""
+    """Plot relearning curves: a line per method, the rate over steps of fine-tuning on a few images."""
     for number, (method, curve) in enumerate(table.curves.items()):
         marker = MARKERS[number % len(MARKERS)]
         colour = _colour(method, style)
@@ -89,7 +89,7 @@ OURS = "erasediff"
 
 
 def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
-    """Write the page of ``lines`` to ``path`` and return its tables; ``command`` is what it says to repeat."""
+    """Write the page of ``lines`` to ``path`` and return its tables; ``command`` is printed on it."""
     results = lines.read()
     page_tables = tables(results)
     template = template_environment().get_template("compare.html.j2")
@@ -126,7 +126,7 @@ def write_page(path: Path, lines: ResultsFile, command: str) -> list[Table]:
 
 
 def verdict(table: Table) -> str:
-    """Whether a method beats EraseDiff on both counts, in a sentence."""
+    """Sentence on whether a method beats EraseDiff in both unlearning and retain accuracy."""
     if OURS not in [row.method for row in table.rows]:
         return "EraseDiff was not run."
     better = table.better_than(OURS)

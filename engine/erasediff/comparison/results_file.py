@@ -18,7 +18,7 @@ from erasediff.utils.versions import library_versions
 
 
 class ResultsFile:
-    """JSON lines at ``path``; a measurement that has its line is not taken again."""
+    """Results of a comparison as JSON lines; a measurement that has a line is not taken again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,17 +28,17 @@ class ResultsFile:
         return list(self.file.read())
 
     def has(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a line says all that ``identity`` does."""
+        """Return true if a line has all entries of ``identity``."""
         return any(identity.items() <= line.items() for line in self.read())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add ``line`` and where and when it was measured. UserError for what the disk refuses."""
+        """Append ``line`` with its environment. UserError if the disk refuses."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file.append([{**line, **environment()}])
 
 
 def environment() -> dict[str, Any]:
-    """Time, versions, machine, and how busy it is: on a shared one, only CPU seconds can be compared."""
+    """Time, versions, machine and its load: on a shared machine, only CPU seconds can be compared."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this code, with + where the tree differs from it; None where it is not in a repository."""
+    """Commit of this code, with + if the tree differs from it; None outside of a repository."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:

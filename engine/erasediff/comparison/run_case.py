@@ -39,7 +39,7 @@ class Cost:
     """Cost of a run.
 
     Attributes:
-        seconds, cpu_seconds: of the whole process, imports and saving included.
+        seconds, cpu_seconds: Of the whole process, imports and saving included.
         training_seconds: wall-clock time of the steps alone; other work on the machine makes it longer.
         peak_bytes: peak resident memory of the process, as Linux tells; None elsewhere.
         artefact_bytes: what someone who has the original needs to have the result: the mask, the LoRA or the eraser
@@ -73,7 +73,7 @@ class Case:
         return hashlib.sha256(described.encode()).hexdigest()[:8]
 
     def described(self) -> dict[str, Any]:
-        """The settings as results tell them: paths into the cache begin with its variable, wherever it is."""
+        """Settings for results files: paths into the cache begin with its environment variable."""
         cache = str(cache_folder())
         return {
             name: value.replace(cache, f"${ENVIRONMENT_VARIABLE}") if isinstance(value, str) else value
@@ -81,12 +81,12 @@ class Case:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Key of its lines in the results."""
+        """Key of the case's lines in the results file."""
         return {"task": self.task, "method": self.method or "base", "seed": self.seed, "settings": self.fingerprint}
 
 
 def run_case(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
-    """The model of ``case`` and what it cost, from its folder in ``runs``, or by running it now from ``base``.
+    """Run a case from ``base``, unless its folder in ``runs`` is finished; return the model and its cost.
 
     Of a method that leaves the model as it was, the folder ``ERASER``, to be attached to ``base``. A run that was cut
     short begins again, so that its cost is that of a whole one. FailedRun if the command fails.
@@ -133,7 +133,7 @@ def _run(case: Case, base: Path, run: Path) -> Cost:
 
 
 def _peak_bytes(process: int) -> int | None:
-    """VmHWM of a process that runs. Its ru_maxrss may be that of the process which started it, if that is larger."""
+    """Peak resident memory (VmHWM) of a running process; ru_maxrss may be that of its parent, if it is larger."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
@@ -143,7 +143,7 @@ def _peak_bytes(process: int) -> int | None:
 
 
 def command(case: Case, base: Path, run: Path) -> Sequence[str]:
-    """The command line of ``case``."""
+    """Command line of a case."""
     assert case.method is not None
     settings = {"unlearn.model": str(base), "unlearn.method": case.method, "seed": case.seed} | dict(case.settings)
     assignments = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
@@ -151,7 +151,7 @@ def command(case: Case, base: Path, run: Path) -> Sequence[str]:
 
 
 def artefact_bytes(base: Path, run: Path) -> int:
-    """Bytes of the mask, LoRA or eraser in ``run``, or of those tensors of its model that are not the ``base``'s."""
+    """Size in bytes of the mask, LoRA or eraser in ``run``, or of its model's tensors that differ from ``base``."""
     for name in ARTEFACTS:
         if (run / name).exists():
             return (run / name).stat().st_size

@@ -11,10 +11,10 @@ from erasediff.comparison.harness import BASE, ORACLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One method's numbers.
+    """Row of the table: one method's numbers.
 
     Attributes:
-        method: its name.
+        method: Name of the method.
         outcomes: (forgotten rate, retain accuracy) by (task, seed).
         numbers: over all runs, by the column's key.
     """
@@ -37,7 +37,7 @@ class Table:
     """Table of one group of tasks.
 
     Attributes:
-        group: its name.
+        group: Name of the group.
         rows: base and retrained model first, then as the lines came.
         curves: of relearning, by method: share of images in which the class is seen, by step.
     """
@@ -47,7 +47,7 @@ class Table:
     curves: Mapping[str, Mapping[int, float]]
 
     def columns(self) -> list[Column]:
-        """Those of which there is any number."""
+        """Columns with at least one number."""
         return [column for column in COLUMNS if any(row.numbers[column.key] is not None for row in self.rows)]
 
     def better_than(self, method: str) -> dict[str, tuple[float, float]]:
@@ -68,14 +68,14 @@ class Table:
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """One table per group of tasks. Of a case that was measured with several settings, the last ones count."""
+    """Make one table per group of tasks. Of a case that was measured with several settings, the last ones count."""
     chosen = _current(list(lines))
     groups = dict.fromkeys(_group(line) for line in chosen)
     return [_table(group, [line for line in chosen if _group(line) == group]) for group in groups]
 
 
 def gaps(table: Table) -> list[str]:
-    """Sentences on what was not measured; they are part of the result."""
+    """Sentences on missing measurements; they are part of the result."""
     sentences = []
     for count in sorted({len(row.seeds) for row in table.rows if len(row.seeds) < 3}):
         few = [row.method for row in table.rows if len(row.seeds) == count]
@@ -97,7 +97,7 @@ def gaps(table: Table) -> list[str]:
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown."""
+    """Format the table as Markdown."""
     columns = table.columns()
     heading = ["method", "runs", *(column.label for column in columns)]
     rows = [[row.method, str(len(row.outcomes)), *(cell(column, row) for column in columns)] for row in table.rows]
@@ -137,7 +137,7 @@ def _table(group: str, lines: list[Line]) -> Table:
 
 
 def _current(lines: list[Line]) -> list[Line]:
-    """The last line of each measurement with the settings that its case had last."""
+    """Last line of each measurement with the settings that its case had last."""
     settings, latest = {}, {}
     for line in lines:
         case = line["task"], line["method"], line["seed"]
@@ -159,7 +159,7 @@ def _over_runs(column: Column, lines: list[Line]) -> Number:
 
 
 def _mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
-    """The mean rate at each step that all have."""
+    """Mean rate at each step that all curves have."""
     if not curves:
         return {}
     by_step = [{int(step): rate for step, rate in curve} for curve in curves]
@@ -168,7 +168,7 @@ def _mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
 
 
 def _margin(theirs: Row, ours: Row) -> tuple[float, float] | None:
-    """What they have more of; None where no run is shared."""
+    """Mean differences of forgotten rate and retain accuracy over shared runs; None without shared runs."""
     shared = theirs.outcomes.keys() & ours.outcomes.keys()
     if not shared:
         return None

@@ -15,7 +15,7 @@ BARRIERS_FOLDER = METHODS_FOLDER / "barriers"
 
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
-    """What a method's ``MethodSpec`` says of it in literals; ``section`` is the name of its settings, if it has any."""
+    """Literals of a method's ``MethodSpec``; ``section`` is the name of its settings, if it has any."""
 
     name: str
     summary: str
@@ -24,7 +24,7 @@ class MethodEntry:
 
 @functools.cache
 def method_index() -> dict[str, MethodEntry]:
-    """Every method by name, in alphabetical order: all top-level ``MethodSpec(...)`` in the package's files.
+    """Index of all methods by name, in alphabetical order: all top-level ``MethodSpec(...)`` in the package's files.
 
     The command line needs names and summaries for ``--help``, and names to check a configuration, long before it needs
     the methods themselves. ``ValueError`` for a name or summary that is not a literal.
@@ -35,12 +35,12 @@ def method_index() -> dict[str, MethodEntry]:
 
 @functools.cache
 def barrier_names() -> tuple[str, ...]:
-    """Every barrier's name, in alphabetical order: the files of ``erasediff.methods.barriers``."""
+    """Names of all barriers, in alphabetical order: the files of ``erasediff.methods.barriers``."""
     return tuple(sorted(file.stem for file in BARRIERS_FOLDER.glob("*.py") if file.stem not in ("__init__", "base")))
 
 
 def section_name(method: str) -> str:
-    """The key of a method's settings in a configuration."""
+    """Key of a method's settings in a configuration."""
     return method.replace("-", "_")
 
 

@@ -16,10 +16,14 @@ from erasediff.errors import UserError
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read the file at ``path`` (no file: the defaults) and lay ``overrides`` over it.
+    """Load a configuration: the defaults, a YAML file over them, and overrides over both.
 
-    ``overrides`` maps dotted names to values, such as ``{"train.lr": 1e-3}``. UserError for a file that cannot be read,
-    a key that does not exist (with the nearest that does) and a value that does not fit.
+    Args:
+        path: YAML file; None for the defaults.
+        overrides: Values by dotted names, such as ``{"train.lr": 1e-3}``.
+
+    Raises:
+        UserError: The file cannot be read, a key does not exist (with the nearest that does), or a value is invalid.
     """
     values = _read_yaml(path) if path else {}
     for name, value in (overrides or {}).items():
@@ -39,7 +43,7 @@ def _validate(values: dict[str, Any], path: Path | None) -> Config:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """``["train.lr=1e-3"]`` as ``{"train.lr": ...}``, each value read as YAML. UserError for anything else."""
+    """Parse ``["train.lr=1e-3"]`` to ``{"train.lr": ...}``, each value as YAML. UserError for anything else."""
     overrides = {}
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -128,7 +132,7 @@ def _explain(error: ErrorDetails, path: Path | None) -> str:
 
 
 def _near_matches(name: str) -> list[str]:
-    """The dotted names nearest to ``name``; the same key in another section is nearest of all."""
+    """Dotted names nearest to ``name``; the same key in another section is the nearest."""
     import_methods()
     settings = list(_flatten(Config().model_dump()))
     key = name.rpartition(".")[2]
@@ -137,7 +141,7 @@ def _near_matches(name: str) -> list[str]:
 
 
 def for_text_to_image(config: Config, method_defaults: Mapping[str, Any] | None = None) -> Config:
-    """``config`` with the defaults of text-to-image models instead of the digits', wherever nothing was set.
+    """Fill in the defaults of text-to-image models instead of the digits', wherever nothing was set.
 
     The target is relabelling: to the anchor prompts or, without any, to the retained caption nearest to the forgotten.
 

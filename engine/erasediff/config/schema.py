@@ -15,7 +15,7 @@ from erasediff.errors import UserError
 
 
 class ModelConfig(Section):
-    """The diffusion model that ``train`` builds."""
+    """Architecture and noise schedule of the model that ``train`` builds."""
 
     conditional: bool = True
     block_out_channels: tuple[Count, ...] = (16, 32, 64)
@@ -26,7 +26,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images, and how many of them are held out of every training."""
+    """Data set, and the number of images held out of every training."""
 
     name: Literal["digits"] = "digits"
     exclude: tuple[ClassNumber, ...] = ()
@@ -56,7 +56,7 @@ def _existing_method(name: str) -> str:
 
 
 def or_list(items: Sequence[str]) -> str:
-    """The items of an enumeration in words, such as "a, b or c"."""
+    """Format an enumeration in words, such as "a, b or c"."""
     return " or ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
@@ -74,11 +74,11 @@ BarrierName = Annotated[str, AfterValidator(_existing_barrier)]
 
 BARRIER_ETAS = {"gap": 0.5, "cosine": 0.5, "fixed": 1.0}
 NORM_ETAS = {"relabel": 0.5, "uniform": 0.1, "gaussian": 0.3}
-"""Of the barrier "norm", by target."""
+"""Default eta of the barrier "norm", by target."""
 
 
 class UnlearnConfig(Section):
-    """What to forget from which model, the method and its hyper-parameters; the baselines read what applies to them.
+    """Unlearning: model, data to forget, method and hyper-parameters; methods read what applies to them.
 
     ``retain_target`` is what the model is to predict on retained data: the true noise, or what the original model, the
     teacher, predicts.
@@ -133,7 +133,7 @@ class UnlearnConfig(Section):
     def resolved(
         self, *, conditional: bool, retained: Sequence[int], method_defaults: Mapping[str, Any] | None = None
     ) -> Self:
-        """These settings with each None filled in, by the method's own defaults where it has some.
+        """Fill in each None, by the method's own defaults where it has some.
 
         Args:
             conditional: whether the model has class labels.
@@ -166,7 +166,7 @@ class UnlearnConfig(Section):
 
 
 def default_eta(barrier: str, target: str) -> float | None:
-    """The eta that suits a conditional model; None for the barrier's own default."""
+    """Default eta of a conditional model; None for the barrier's own default."""
     return NORM_ETAS[target] if barrier == "norm" else BARRIER_ETAS.get(barrier)
 
 
@@ -187,7 +187,7 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Images to evaluate: per class, and in all from an unconditional model."""
+    """Evaluation: numbers of images per class, and in all from an unconditional model."""
 
     per_class: Count = 100
     forgotten: Count = 400
@@ -203,7 +203,7 @@ class RunConfig(Section):
 
 
 class ImagesConfig(Section):
-    """The captioned images that are forgotten and retained, and how they are brought to the model's size.
+    """Captioned images to forget and to retain, and their preprocessing.
 
     ``data`` and ``forget_data`` are image folders or Hugging Face data sets. Of ``data``, what ``forget_classes``,
     ``forget_phrases`` (words of a caption) or ``forget_files`` (a list of paths) ask for is forgotten, and everything
@@ -316,7 +316,7 @@ class DistributedConfig(Section):
 
 
 def check_offload(settings: DistributedConfig) -> None:
-    """UserError where what is to be offloaded does not go with how the run is launched."""
+    """Raise UserError for offloading that the launch mode does not support."""
     launch = settings.launch
     if settings.offload_params and launch not in ("fsdp", "zero"):
         raise UserError(f"--launch {launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
@@ -327,13 +327,13 @@ def check_offload(settings: DistributedConfig) -> None:
 
 
 def check_shares(batch_size: int, setting: str, processes: int) -> None:
-    """UserError for a batch that ``processes`` cannot share evenly."""
+    """Raise UserError for a batch that ``processes`` cannot share evenly."""
     if batch_size % processes:
         raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
 
 
 SECTION_ALIASES = {"pixel_model": "model", "dataset": "data"}
-"""Names that a file or ``--set`` may use for a section of ``Config``."""
+"""Alternative names of sections in files and ``--set``."""
 
 PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16-mixed"}
 """Earlier names of precisions. Runs still write them, so that caches and stored configurations stay valid."""
@@ -348,7 +348,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Config(Section):
-    """All settings.
+    """Configuration of all commands.
 
     Each method's own settings are a further section, which ``erasediff.methods`` registers when it is imported;
     ``load_config`` sees to that.
@@ -378,16 +378,16 @@ class Config(Section):
     distributed: DistributedConfig = DistributedConfig()
 
     def section(self, kind: type[SectionT]) -> SectionT:
-        """The settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
+        """Settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
         return next(value for value in vars(self).values() if type(value) is kind)
 
     def to_yaml(self, exclude: Mapping[str, set[str]] | None = None) -> str:
-        """This configuration as YAML that ``load_config`` reads back to an equal one, less the keys to ``exclude``."""
+        """Dump as YAML that ``load_config`` reads back to an equal configuration, without the keys to ``exclude``."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude=dict(exclude or {})), sort_keys=False)
 
 
 BASE_FIELDS = frozenset(Config.model_fields)
-"""The settings and sections that no method adds."""
+"""Settings and sections that do not belong to a method."""
 
 
 def register_sections(sections: Mapping[str, type[Section]]) -> None:

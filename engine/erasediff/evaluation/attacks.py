@@ -21,11 +21,11 @@ from erasediff.training.loop import Batches
 from erasediff_kernels import ConstrainedAdamW
 
 Embedded = Callable[[Tensor, Tensor], Tensor]
-"""(token ids int64 [B, L], their embeddings [B, L, D]) -> the embeddings to use instead."""
+"""Function of token ids int64 [B, L] and their embeddings [B, L, D] that returns the embeddings to use instead."""
 
 
 def token_ids(model: StableDiffusion, prompt: str) -> Tensor:
-    """int64 [1, L], padded to the text encoder's length."""
+    """Token ids of a prompt, int64 [1, L], padded to the text encoder's length."""
     tokenizer: Any = model.tokenizers["tokenizer"]
     length = tokenizer.model_max_length
     ids: Tensor = tokenizer(
@@ -35,7 +35,7 @@ def token_ids(model: StableDiffusion, prompt: str) -> Tensor:
 
 
 def word_id(model: StableDiffusion, word: str) -> int:
-    """The token that ``word`` is. UserError if it is several: one vector could not stand in its place."""
+    """Token id of a word. UserError if it is several tokens, which one vector cannot replace."""
     tokenizer: Any = model.tokenizers["tokenizer"]
     ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) != 1:
@@ -44,14 +44,14 @@ def word_id(model: StableDiffusion, word: str) -> int:
 
 
 def embeddings(model: StableDiffusion) -> Tensor:
-    """[V, D], the text encoder's own of every token."""
+    """Token embeddings of the text encoder, [V, D]."""
     encoder: Any = model.encoders["text_encoder"]
     weight: Tensor = encoder.get_input_embeddings().weight
     return weight
 
 
 def condition(model: StableDiffusion, ids: Tensor, count: int) -> Mapping[str, Tensor]:
-    """The condition of one prompt [1, L], for ``count`` samples; unlike ``encode_prompts``, autograd sees it."""
+    """Differentiable condition of one prompt [1, L] for ``count`` samples; ``encode_prompts`` has no gradients."""
     encoder: Any = model.encoders["text_encoder"]
     text: Tensor = encoder(ids)[0]
     return {"encoder_hidden_states": text.expand(count, -1, -1)}
@@ -59,7 +59,7 @@ def condition(model: StableDiffusion, ids: Tensor, count: int) -> Mapping[str, T
 
 @contextmanager
 def hook_token_embeddings(model: StableDiffusion, embed: Embedded) -> Iterator[None]:
-    """Within the block, token embeddings pass through ``embed``, whoever encodes a prompt: sampling, too."""
+    """Pass token embeddings through ``embed`` within the block, wherever a prompt is encoded, sampling included."""
     encoder: Any = model.encoders["text_encoder"]
     handle = encoder.get_input_embeddings().register_forward_hook(lambda _, inputs, output: embed(inputs[0], output))
     try:
@@ -70,7 +70,13 @@ def hook_token_embeddings(model: StableDiffusion, embed: Embedded) -> Iterator[N
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """``prompt`` and its loss, beside that of the prompt without an attack; on the same images, timesteps and noise."""
+    """Result of a prompt search.
+
+    Attributes:
+        prompt: The attacked prompt.
+        loss: Its denoising loss.
+        unattacked_loss: Loss of the prompt without an attack, on the same images, timesteps and noise.
+    """
 
     prompt: str
     loss: float
@@ -78,15 +84,22 @@ class Found:
 
 
 class PromptSearch:
-    """The words before a prompt under which the model denoises images of the forgotten concept best.
+    """Adversarial prompt search: words before a prompt that minimise the denoising loss of the forgotten concept.
 
-    As UnlearnDiffAtk, a few words are put before the prompt, and the loss is that of predicting the noise of images of
-    the concept; no other model is needed. There the words are relaxed and projected; here each step exchanges one word
-    for the best of a few ``candidates`` that the gradient proposes (HotFlip, Ebrahimi et al. 2018; GCG, Zou et al.
-    2023), so every prompt on the way is one that can be typed. What the search cannot find may still exist.
+    As in UnlearnDiffAtk (arXiv 2310.11868), a few words are put before the prompt, and the loss is that of predicting
+    the noise of images of the concept; no other model is needed. There the words are relaxed and projected; here each
+    step exchanges one word for the best of a few candidates that the gradient proposes (HotFlip, Ebrahimi et al. 2018;
+    GCG, Zou et al. 2023), so every intermediate prompt can be typed. A prompt that the search misses may still exist.
 
-    latents:    [N, C, h, w] of the concept's images, those of a step in turn
-    vocabulary: words of one token each; without the concept's own, or the search is none
+    Args:
+        model: The attacked model; its denoiser is frozen and set to evaluation mode.
+        latents: [N, C, h, w] of the concept's images; steps take them in turn.
+        vocabulary: Words of one token each, without the concept's own.
+        batch_size: Images per step.
+        seed: Seed of the first words and of the noise.
+
+    Raises:
+        UserError: A word of the vocabulary is several tokens.
     """
 
     def __init__(
@@ -99,17 +112,24 @@ class PromptSearch:
         self.slots = torch.arange(min(batch_size, len(latents)), device=model.device)
 
     def search(self, prompt: str, *, words: int = 3, steps: int = 30, candidates: int = 8) -> Found:
-        """Begins with ``words`` drawn from the vocabulary; the best on images that the steps did not choose by."""
+        """Search from random words; return the best prompt on images that no step was selected by.
+
+        Args:
+            prompt: The prompt to attack.
+            words: Number of words before it.
+            steps: Number of exchanges of one word.
+            candidates: Words tried per exchange.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randint(len(self.vocabulary), (words,), generator=generator).tolist()
-        seen = {tuple(chosen)}
+        visited = {tuple(chosen)}
         for step in range(steps):
             slot = step % words
             proposed = self._proposed(chosen, slot, prompt, step)[:candidates]
             trials = [chosen, *([*chosen[:slot], number, *chosen[slot + 1 :]] for number in proposed)]
             chosen = min(trials, key=lambda trial: self._loss(self._typed(trial, prompt), step))
-            seen.add(tuple(chosen))
-        best = min(sorted(seen), key=lambda trial: self._loss(self._typed(trial, prompt), steps))
+            visited.add(tuple(chosen))
+        best = min(sorted(visited), key=lambda trial: self._loss(self._typed(trial, prompt), steps))
         attacked = self._typed(best, prompt)
         return Found(attacked, self._loss(attacked, steps), self._loss(prompt, steps))
 
@@ -117,7 +137,7 @@ class PromptSearch:
         return " ".join([*(self.vocabulary[number] for number in chosen), prompt])
 
     def _proposed(self, chosen: Sequence[int], slot: int, prompt: str, step: int) -> list[int]:
-        """Numbers of all words, that of which the loss falls most by its gradient at ``slot`` first."""
+        """Indices of all words, in the order of the first-order change of the loss at ``slot``."""
         leaves: list[Tensor] = []
 
         def leaf(ids: Tensor, output: Tensor) -> Tensor:
@@ -145,9 +165,9 @@ class PromptSearch:
             "sample_ids": self.slots,
             **condition(self.model, token_ids(self.model, prompt), count),
         }
-        [(whole, weight)] = micro_batches(batch)
+        [(micro_batch, weight)] = micro_batches(batch)
         key = noise_key(self.seed, step, self.model.device)
-        loss = self.objective.retain_loss(self.network, whole, weight, key=key)
+        loss = self.objective.retain_loss(self.network, micro_batch, weight, key=key)
         if backward:
             torch.autograd.backward(loss)
         return loss.detach()
@@ -164,11 +184,26 @@ def textual_inversion(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Tensor:
-    """float32 [D]: of all embeddings of ``word``, which ``prompt`` holds, one under which ``latents`` are denoised.
+    """Textual inversion (Gal et al. 2022): learn an embedding of ``word`` under which ``latents`` are denoised.
 
-    Gal et al. 2022 on an unlearned model, which is how CCE shows a concept that is hidden, not gone: no weight changes,
-    only the vector, from the word's own embedding on, by Adam on the denoising loss of images [N, C, h, w] of it.
-    UserError for a word of several tokens, ValueError for one that is not in the prompt.
+    On an unlearned model this is the attack CCE, which shows a concept that is hidden, not gone. No weight changes.
+
+    Args:
+        model: The attacked model; its denoiser is frozen and set to evaluation mode.
+        latents: [N, C, h, w] of the concept's images.
+        prompt: Prompt that holds ``word``.
+        word: Word of one token, whose embedding is the first value.
+        steps: Steps of Adam.
+        lr: Learning rate.
+        batch_size: Images per step.
+        seed: Seed of the noise.
+
+    Returns:
+        float32 [D], the embedding.
+
+    Raises:
+        UserError: ``word`` is several tokens.
+        ValueError: ``word`` is not in ``prompt``.
     """
     token, ids = word_id(model, word), token_ids(model, prompt)
     if token not in ids:
@@ -183,16 +218,16 @@ def textual_inversion(
         optimizer.zero_grad()
         with in_place_of(model, word, vector):
             batch = {"sample": latents[rows], "sample_ids": slots, **condition(model, ids, batch_size)}
-            [(whole, weight)] = micro_batches(batch)
+            [(micro_batch, weight)] = micro_batches(batch)
             key = noise_key(seed, step, model.device)
-            torch.autograd.backward(objective.retain_loss(network, whole, weight, key=key))
+            torch.autograd.backward(objective.retain_loss(network, micro_batch, weight, key=key))
         optimizer.step()
     return vector.detach()
 
 
 @contextmanager
 def in_place_of(model: StableDiffusion, word: str, vector: Tensor) -> Iterator[None]:
-    """Within the block, ``vector`` [D] is the embedding of ``word`` in every prompt."""
+    """Replace the embedding of ``word`` by ``vector`` [D] in every prompt, within the block."""
     token = word_id(model, word)
     with hook_token_embeddings(
         model, lambda ids, output: torch.where((ids == token).unsqueeze(-1), vector.to(output.dtype), output)
@@ -211,11 +246,27 @@ def relearning_curve(
     denoiser: Denoiser = diffusers_denoiser,
     seed: int = 0,
 ) -> list[tuple[int, float]]:
-    """(step, ``measure()``) before training and after each of ``steps``, ascending, of fine-tuning on ``batches``.
+    """Relearning attack: measure a network before and during fine-tuning on the forgotten data.
 
-    All weights are trained, by AdamW at a constant ``lr``, without averaging: an attacker who has the weights and some
-    images. What is slow to return was not merely hidden; the curve of a model that never saw the images is what slow
-    means. ``network`` is changed.
+    All weights are trained by AdamW at a constant ``lr``, without averaging: the attacker has the weights and some
+    images. A concept that is slow to return was not merely hidden; the reference is the curve of a model that never saw
+    the images.
+
+    Args:
+        network: Changed in place.
+        process: Noise schedule and prediction type.
+        batches: Batches to fine-tune on.
+        measure: Called without arguments at each measured step.
+        steps: Steps to measure after, positive and ascending.
+        lr: Learning rate.
+        denoiser: How the network is called.
+        seed: Seed of the noise.
+
+    Returns:
+        (step, measurement) pairs, step 0 first.
+
+    Raises:
+        ValueError: ``steps`` is empty, not positive or not ascending.
     """
     if list(steps) != sorted(set(steps)) or not steps or steps[0] < 1:
         raise ValueError(f"steps must be positive and ascending, got {list(steps)}")

@@ -27,9 +27,10 @@ def _mean_off_diagonal(kernel: Any) -> float:
 
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of [N, D] and [M, D], in fp64 (Heusel et al. 2017; FID's formula).
+    """Fréchet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of [N, D] and [M, D] (Heusel et al. 2017).
 
-    The features are those of a task's classifier, not Inception's: the numbers of two tasks cannot be compared.
+    FID's formula, in fp64, of features of the task's classifier instead of Inception's: the numbers of two tasks cannot
+    be compared.
     """
     (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (features, real))
     root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
@@ -37,7 +38,7 @@ def frechet_distance(features: Tensor, real: Tensor) -> float:
 
 
 def kernel_distance(features: Tensor, real: Tensor) -> float:
-    """The unbiased squared MMD of [N, D] and [M, D] in the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; KID's).
+    """Unbiased squared MMD of [N, D] and [M, D] in the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; KID's).
 
     Over all images, where KID averages over blocks of 1,000. It may be a little below zero.
     """
@@ -50,7 +51,7 @@ def kernel_distance(features: Tensor, real: Tensor) -> float:
 
 
 def gaussian_distance(features: Tensor, reference: Tensor) -> float:
-    """The unbiased squared MMD of [N, D] and [M, D] in a Gaussian kernel (Gretton et al. 2012, eq. 3), 2 at the most.
+    """Unbiased squared MMD of [N, D] and [M, D] in a Gaussian kernel (Gretton et al. 2012, eq. 3), 2 at the most.
 
     Its squared width is the median squared distance within ``reference``. It may be a little below zero.
     """

@@ -46,7 +46,7 @@ class Judge:
 
     @classmethod
     def fit(cls, dataset: ClassDataset) -> Judge:
-        """The classifier of ``dataset``; deterministic, a fraction of a second for the digits."""
+        """Fit a classifier to ``dataset``; deterministic, a fraction of a second for the digits."""
         train, labels = _pixels(dataset.train.sample), dataset.train.class_labels.cpu().numpy()
         machine = SVC(C=REGULARISATION, gamma=GAMMA).fit(train, labels)
         neighbours = NearestNeighbors(n_neighbors=1).fit(train)
@@ -63,17 +63,17 @@ class Judge:
         )
 
     def classify(self, sample: Tensor) -> Tensor:
-        """int64 [N]: the class of each image [N, C, H, W], or ``NONE``."""
+        """Classify images [N, C, H, W] with the reject option: int64 [N], ``NONE`` for images like no real one."""
         return torch.where(self.resembles(sample), self.nearest_class(sample), NONE)
 
     def nearest_class(self, sample: Tensor) -> Tensor:
-        """int64 [N]: the class of each image, however little it resembles one."""
+        """Classify images [N, C, H, W] without the reject option: int64 [N]."""
         if len(sample) == 0:
             return torch.empty(0, dtype=torch.int64)
         return torch.from_numpy(self.machine.predict(_pixels(sample)).astype(np.int64))
 
     def resembles(self, sample: Tensor) -> Tensor:
-        """bool [N]: whether each image is near enough to a real one to have a class."""
+        """Mask bool [N] of the images that are near enough to a real one to have a class."""
         if len(sample) == 0:
             return torch.empty(0, dtype=torch.bool)
         distances, _ = self.neighbours.kneighbors(_pixels(sample))

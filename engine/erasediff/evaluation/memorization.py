@@ -23,25 +23,26 @@ def image_losses(
     draws: int = 20,
     seed: int = 0,
 ) -> Tensor:
-    """Each image's denoising loss, the mean over ``draws`` timesteps evenly spread over all.
+    """Denoising loss of each image, the mean over ``draws`` timesteps evenly spread over all.
 
-    What an attacker thresholds who holds the model and an image (Yeom et al. 2018; Carlini et al. 2023, section 5.2).
+    The score of a membership inference attack that has the model and an image (Yeom et al. 2018; Carlini et al.
+    2023, section 5.2).
     The noise is addressed by (``seed``, draw, sample id): two models are asked about the same noisy images, and an
     image's loss depends on no other.
 
     Args:
-        model: on the batch's device.
+        model: Denoising network on the batch's device.
         batch: "sample" [B, ...] and its condition; "sample_ids" int64 [B], if any.
-        process: noise schedule and prediction type.
-        denoiser: how the model is called.
-        draws: timesteps per image.
-        seed: of the noise.
+        process: Noise schedule and prediction type.
+        denoiser: How the model is called.
+        draws: Timesteps per image.
+        seed: Seed of the noise.
 
     Returns:
         float32 [B] on the host.
 
     Raises:
-        ValueError: for fewer than one draw, and for a batch as in ``with_sample_ids``.
+        ValueError: ``draws`` is less than one, or the batch is invalid (see ``with_sample_ids``).
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -72,7 +73,7 @@ def image_losses(
 
 
 def sample_losses(gradient: Tensor) -> Tensor:
-    """Each sample's mean squared error, float32 [B], from the gradient [B, ...] of their sum.
+    """Mean squared error of each sample, float32 [B], from the gradient [B, ...] of their sum.
 
     The gradient of mean_e (p_e - target_e)^2 over E elements is 2 (p - target) / E, so one kernel gives all losses.
     """
@@ -81,13 +82,13 @@ def sample_losses(gradient: Tensor) -> Tensor:
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:
-    """How likely a member has the lower loss of a random pair, ties counted half; losses [M] and [N].
+    """AUC of membership inference from losses of members [M] and non-members [N] (Mann & Whitney 1947).
 
-    The area under the attack's ROC curve (Mann & Whitney 1947): 0.5 tells nothing, 1 gives every member away, and 0
-    does too, for a loss that is conspicuously high.
+    The probability that a member has the lower loss of a random pair, ties counted half: 0.5 is chance,
+    1 identifies every member, and so does 0, by a loss that is conspicuously high.
 
     Raises:
-        ValueError: for an empty side.
+        ValueError: There are no members, or no others.
     """
     if not len(members) or not len(others):
         raise ValueError("membership needs at least one member and one other image")
@@ -109,7 +110,7 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def isolation(index: Tensor, references: Tensor) -> Tensor:
-    """float32 [K]: how far each of the references numbered ``index`` [K] is from the nearest other one."""
+    """Distance float32 [K] of each of the references numbered ``index`` [K] to the nearest other one."""
     y = references.flatten(1).float()
     distances = torch.cdist(y[index], y)
     distances[torch.arange(len(index)), index] = torch.inf
@@ -117,11 +118,11 @@ def isolation(index: Tensor, references: Tensor) -> Tensor:
 
 
 def reproduces(drawn: Sequence[Tensor], training: Sequence[Tensor], index: Tensor) -> Tensor:
-    """bool [M]: whether drawn image i is training image ``index[i]`` again.
+    """Detect reproduced training images: bool [M], true if drawn image i reproduces training image ``index[i]``.
 
-    It is if, in every view, that image is the nearest of all training images, and nearer to the drawn image than to any
-    other training image. Views are ways to look at an image: its pixels, a classifier's features of it; ``drawn`` has
-    [M, ...] and ``training`` [N, ...] of each. The limit is thus each image's own: one with near-copies among the
+    It does if, in every view, that image is the nearest of all training images, and nearer to the drawn image than to
+    any other training image. Views are ways to look at an image: its pixels, a classifier's features of it; ``drawn``
+    has [M, ...] and ``training`` [N, ...] of each. The limit is thus each image's own: one with near-copies among the
     training images is reproduced by less than one that stands alone (as the ratio in Carlini et al. 2023, section 4.2).
     The training images must differ from each other.
 

@@ -80,11 +80,11 @@ class UnconditionalMetrics:
     forget: tuple[int, ...]
 
     def remaining(self, base: UnconditionalMetrics) -> float:
-        """The forgotten classes' share as a part of that in ``base``."""
+        """Share of the forgotten classes as a part of that in ``base``."""
         return self.forgotten_share / base.forgotten_share if base.forgotten_share else float("nan")
 
     def largest_shift(self, base: UnconditionalMetrics) -> float:
-        """The most that a retained class's proportion moved from that in ``base``."""
+        """Largest change of a retained class's proportion from ``base``."""
         return max(abs(a - b) for a, b in zip(self.proportions, base.proportions, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class UnconditionalMetrics:
 
 
 def evaluation_labels(num_classes: int, forget: tuple[int, ...], *, per_class: int, forgotten: int) -> Tensor:
-    """int64 [N], sorted: ``per_class`` images of each retained class and ``forgotten`` of each forgotten one."""
+    """Sorted labels int64 [N] of ``per_class`` images of each retained class and ``forgotten`` of each other one."""
     counts = torch.tensor([forgotten if c in forget else per_class for c in range(num_classes)])
     return torch.arange(num_classes).repeat_interleave(counts)
 
@@ -132,7 +132,7 @@ def unconditional_metrics(judge: Judge, sample: Tensor, real: Images, forget: tu
     retained = [c for c in range(num_classes) if c not in forget]
     answers = judge.classify(sample)
     shares = tuple(_share(answers == c) for c in range(num_classes))
-    kept = sum(shares[c] for c in retained)
+    retained_share = sum(shares[c] for c in retained)
     is_forgotten = _any_of(answers, forget)
     return UnconditionalMetrics(
         shares=shares,
@@ -141,7 +141,9 @@ def unconditional_metrics(judge: Judge, sample: Tensor, real: Images, forget: tu
         forgotten_share=_share(is_forgotten),
         forgotten_bound=upper_bound(is_forgotten),
         forgotten_nearest=_share(_any_of(judge.nearest_class(sample), forget)),
-        proportions=tuple(shares[c] / kept if kept and c in retained else 0.0 for c in range(num_classes)),
+        proportions=tuple(
+            shares[c] / retained_share if retained_share and c in retained else 0.0 for c in range(num_classes)
+        ),
         discrepancy=judge.discrepancy(sample[~is_forgotten], real.of_classes(retained).sample),
         forget=tuple(forget),
     )
@@ -166,7 +168,7 @@ def upper_bound(hits: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``value`` (a share in [0, 1]) is to be ``relation`` ("at most" or "at least") ``limit``."""
+    """Target of a metric: ``value`` (a share in [0, 1]) is to be ``relation`` ("at most" or "at least") ``limit``."""
 
     name: str
     value: float
@@ -183,7 +185,7 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {"at most": operator.le, 
 
 
 def conditional_targets(metrics: ConditionalMetrics, base: ConditionalMetrics) -> tuple[Target, ...]:
-    """The forgotten classes are hardly ever recognised, every other one nearly as often as in ``base``."""
+    """Targets of a class-conditional model: low accuracy of forgotten classes, retained ones nearly as in ``base``."""
     return (
         Target("Forgotten class, recognised (1 − UA)", metrics.forgotten_rate, "at most", 0.02),
         Target("Retain accuracy (RA)", metrics.retained_mean, "at least", 0.96),
@@ -192,7 +194,7 @@ def conditional_targets(metrics: ConditionalMetrics, base: ConditionalMetrics) -
 
 
 def unconditional_targets(metrics: UnconditionalMetrics, base: UnconditionalMetrics) -> tuple[Target, ...]:
-    """The forgotten classes keep a fifth of their share or less, and the others their proportions."""
+    """Targets of an unconditional model: at most a fifth of the forgotten share, other proportions as in ``base``."""
     return (
         Target("Forgotten class, share relative to the base", metrics.remaining(base), "at most", 0.2),
         Target("Retained class, largest shift of its proportion", metrics.largest_shift(base), "at most", 0.05),

@@ -28,10 +28,16 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling of ``path`` to fill; give it the name ``path`` once all of it is on the disk.
+    """Write a folder atomically: yield a hidden sibling of ``path``, and rename it once all of it is on the disk.
 
-    Whatever ends the block early, a full disk and Ctrl-C included, leaves ``path`` as it was. UserError if ``path``
-    exists and ``replace`` is false, and for what the disk refuses.
+    A block that ends early, by a full disk or Ctrl-C, too, leaves ``path`` as it was.
+
+    Args:
+        path: The folder to write.
+        replace: Replace a folder that exists.
+
+    Raises:
+        UserError: ``path`` exists and ``replace`` is false, or the disk refuses.
     """
     if not replace:
         check_new(path)
@@ -47,7 +53,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give the filled folder ``partial``, a ``temporary_sibling`` of ``path``, that name, in the place of one there."""
+    """Rename the filled folder ``partial``, a ``temporary_sibling`` of ``path``, to ``path``, replacing an old one."""
     _sync_tree(partial)
     with _set_aside(path):
         partial.rename(path)
@@ -56,7 +62,11 @@ def publish(partial: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden sibling of ``path`` to write; move it over ``path`` once it is on the disk. UserError as above."""
+    """Write a file atomically: yield a hidden sibling, and move it over ``path`` once it is on the disk.
+
+    Raises:
+        UserError: The disk refuses.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_sibling(path)
@@ -70,7 +80,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, whole or not at all. UserError as above."""
+    """Write ``content`` (text as UTF-8) to ``path`` atomically. UserError if the disk refuses."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -82,7 +92,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were still writing in ``folder``."""
+    """Remove unfinished files and folders of killed processes in ``folder``."""
     for partial in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +107,7 @@ def temporary_sibling(path: Path) -> Path:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses while ``path`` is written into a UserError."""
+    """Convert errors of the disk while ``path`` is written into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -129,7 +139,7 @@ def _set_aside(path: Path) -> Iterator[None]:
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:
-    """The errno; safetensors only mentions it in its message."""
+    """errno of an error; safetensors only mentions it in its message."""
     if isinstance(error, OSError):
         return error.errno
     mentioned = re.search(r"os error (\d+)", str(error))

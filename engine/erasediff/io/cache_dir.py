@@ -7,7 +7,7 @@ ENVIRONMENT_VARIABLE = "ERASEDIFF_CACHE"
 
 
 def cache_folder() -> Path:
-    """``$ERASEDIFF_CACHE``, or ``erasediff`` in the user's cache."""
+    """Path of the cache: ``$ERASEDIFF_CACHE``, or ``erasediff`` in the user's cache."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
         return Path(chosen)

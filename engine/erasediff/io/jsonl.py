@@ -13,13 +13,13 @@ Record = Mapping[str, Any]
 
 
 class MetricsFile:
-    """Lines appended as a run goes on, cut back to a checkpoint's step when it is resumed."""
+    """Metrics of a run as JSON lines, appended during the run and cut back to the checkpoint's step on resuming."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, records: Iterable[Record]) -> None:
-        """Add one line per record and see it onto the disk. A number that is not finite is written as null."""
+        """Append one line per record and flush it to the disk. Numbers that are not finite are written as null."""
         lines = "".join(dumps(record) + "\n" for record in records)
         with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(lines)
@@ -29,11 +29,11 @@ class MetricsFile:
     def cut_back(self, step: int) -> None:
         """Keep the records of steps 1 to ``step``; a last line that a kill tore apart goes too."""
         if self.path.exists():
-            kept = [dumps(record) + "\n" for record in self.read() if record["step"] <= step]
-            atomic_write(self.path, "".join(kept))
+            lines = [dumps(record) + "\n" for record in self.read() if record["step"] <= step]
+            atomic_write(self.path, "".join(lines))
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The records so far, oldest first."""
+        """Records so far, oldest first."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -42,7 +42,7 @@ class MetricsFile:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """``value``, of mappings, sequences and plain values, as strict JSON."""
+    """Serialize ``value``, of mappings, sequences and plain values, as strict JSON."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

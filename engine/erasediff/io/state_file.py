@@ -52,15 +52,15 @@ def save_state(state: Any, path: Path) -> str:
     """Write ``state`` to ``path`` and return the SHA-256 of the file, in hex.
 
     Raises:
-        ValueError: for a value of a kind that the file cannot hold.
-        OSError: for what the disk refuses.
+        ValueError: A value is of a type that the file cannot hold.
+        OSError: The disk refuses.
     """
     return HostState(*_encoded(state, copied=False)).save(path)
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """A state on the host, ready to be written: nothing that later happens to its tensors reaches it."""
+    """Copy of a state on the host, ready to be written while the original changes."""
 
     tree: str
     tensors: dict[str, Tensor]
@@ -71,7 +71,7 @@ class HostState:
         return cls(*_encoded(state, copied=True))
 
     def save(self, path: Path) -> str:
-        """As ``save_state``. The bytes are those of ``safetensors.torch.save_file``, hashed while they are written."""
+        """Write the state and return its SHA-256; the bytes are those of ``safetensors.torch.save_file``."""
         tensors = {
             name: tensor_file.StoredTensor(tensor.dtype, tuple(tensor.shape), partial(_identity, tensor))
             for name, tensor in self.tensors.items()
@@ -98,13 +98,13 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _encoded(state: Any, *, copied: bool) -> tuple[str, dict[str, Tensor]]:
-    """The JSON of the tree, and its tensors by name."""
+    """JSON of the tree, and its tensors by name."""
     encoder = _Encoder(copied=copied)
     return json.dumps(encoder.encode(state), allow_nan=False), encoder.tensors
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Read what ``save_state`` wrote, with the tensors on ``device``. UserError for a file that is not whole."""
+    """Read a file of ``save_state``, with the tensors on ``device``. UserError for a damaged file."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -118,7 +118,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
 
 
 class StoredTensor:
-    """A tensor that stays on the disk until it is asked for; a slice reads the rows that it names."""
+    """Tensor on the disk, read by ``load``; a slice reads its rows only."""
 
     def __init__(self, file: Any, name: str) -> None:
         self._file = file
@@ -136,7 +136,7 @@ class StoredTensor:
 
 @contextmanager
 def open_state(path: Path) -> Iterator[Any]:
-    """As ``load_state``, with ``StoredTensor``s in the tensors' places, which can be read within the block."""
+    """Open a state file lazily: as ``load_state``, with ``StoredTensor``s, which can be read within the block."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -149,7 +149,7 @@ def open_state(path: Path) -> Iterator[Any]:
 
 
 class _Encoder:
-    """Walks a tree once; a tensor met twice is stored once and comes back as one tensor."""
+    """Encoder of a tree; a tensor met twice is stored once and comes back as one tensor."""
 
     def __init__(self, *, copied: bool) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -35,13 +35,13 @@ DTYPES = {
 }
 ALIGNMENT = 64
 LazyWeights = Mapping[str, Callable[[], Tensor]]
-"""The entries of a module's state_dict, each read from the disk when it is called for."""
+"""Entries of a module's state_dict, each read from the disk when it is called."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is known by dtype and shape, and read, on the host, only when ``load`` is called."""
+    """Tensor in a file, known by dtype and shape, and read to the host by ``load``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,13 +52,13 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype | None) -> StoredTensor:
-        """In another floating dtype; integers, and everything for None, stay as they are."""
+        """Cast to another floating dtype; integers, and everything for None, stay as they are."""
         if dtype in (None, self.dtype) or not self.dtype.is_floating_point:
             return self
         return StoredTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
     def updated(self, current: Tensor) -> StoredTensor:
-        """This tensor where ``current``, loaded from it, still equals it; else ``current`` in this dtype.
+        """Update with a trained value: ``current`` in this dtype, or this tensor if ``current`` still equals it.
 
         Training in another dtype than the stored one therefore changes no bit of what was not trained.
         """
@@ -76,13 +76,13 @@ class StoredTensor:
         return StoredTensor(self.dtype, self.shape[::-1], lambda: self.load().T)
 
     def part(self, index: int, count: int) -> StoredTensor:
-        """Part ``index`` of ``count`` equal ones along the first dimension."""
+        """Part ``index`` of ``count`` equal parts along the first dimension."""
         shape = (self.shape[0] // count, *self.shape[1:])
         return StoredTensor(self.dtype, shape, lambda: self.load().chunk(count)[index])
 
     @staticmethod
     def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
-        """The inverse of ``part``."""
+        """Concatenate parts along the first dimension: the inverse of ``part``."""
         first = parts[0]
         shape = (first.shape[0] * len(parts), *first.shape[1:])
         return StoredTensor(first.dtype, shape, lambda: torch.cat([part.load() for part in parts]))
@@ -90,7 +90,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """The tensors and the metadata of one safetensors file."""
+    """Tensors and metadata of one safetensors file."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -98,7 +98,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Reads the header. UserError for a file that is missing or damaged."""
+        """Read the header. UserError for a missing or damaged file."""
         try:
             handle: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -133,10 +133,10 @@ def write_tensors(
     Format: https://huggingface.co/docs/safetensors, an 8-byte length, a JSON header, then the tensors without gaps.
 
     Args:
-        file: where the bytes go.
-        ordered: the tensors by name.
-        metadata: of the header.
-        alignment: in bytes, of the first tensor; spaces after the header make up for it.
+        file: Destination of the bytes.
+        ordered: The tensors by name, in the order of the file.
+        metadata: Metadata of the header.
+        alignment: Alignment of the first tensor, in bytes; the header is padded with spaces.
     """
     header: dict[str, object] = {"__metadata__": metadata}
     begin = 0
@@ -157,12 +157,12 @@ def _place_in_file(name: str, tensor: StoredTensor) -> tuple[bool, int, str]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order, without a copy where they lie so on the host."""
+    """Elements of a tensor in row-major order, without a copy if they lie so on the host."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> list[dict[str, StoredTensor]]:
-    """``tensors`` in groups of at most ``max_bytes`` in their given order; a larger tensor has a group to itself."""
+    """Group ``tensors`` in their order into shards of at most ``max_bytes``; a larger tensor has its own shard."""
     groups: list[dict[str, StoredTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -175,7 +175,7 @@ def shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> list[dict[str
 
 
 def fingerprint(described: object, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256, in hex, over ``described`` (by its repr) and each tensor's name, dtype, shape and elements, in order."""
+    """SHA-256 in hex over ``described`` (by its repr) and each tensor's name, dtype, shape and elements, in order."""
     digest = hashlib.sha256(repr(described).encode())
     for name, tensor in tensors:
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())

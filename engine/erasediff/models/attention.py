@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from erasediff.errors import UserError
 
 BACKENDS = ("flash", "xformers", "native")
-"""What "auto" tries, in this order."""
+"""Backends in the order in which "auto" tries them."""
 PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """The backend that is set.
+    """Chosen attention backend.
 
     Attributes:
         backend: One of ``BACKENDS``.
-        refused: The reason of each backend that was tried before it and cannot run.
+        refused: Reasons of the backends that were tried before it and cannot run.
     """
 
     backend: str
@@ -42,13 +42,13 @@ def set_attention(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> AttentionChoice:
-    """Let all attention of a denoiser run by one backend, probed forward and backward with each of its head sizes.
+    """Set the attention backend of a denoiser, probed forward and backward with each of its head sizes.
 
     Args:
         module: The denoiser.
         choice: "native" (torch), "xformers", "flash" (flash-attn), or "auto" for the first that runs.
-        dtype: That of autocast if there is one; None for the weights' own.
-        device: None for the weights' own.
+        dtype: Dtype of autocast if it is used; None for the weights' own.
+        device: Device to probe on; None for the weights' own.
 
     Raises:
         UserError: The choice cannot run here, or the denoiser has attention that takes no backend.
@@ -71,9 +71,9 @@ def set_attention(
 
 
 def use_backend(module: nn.Module, backend: str) -> None:
-    """Set the backend without a probe.
+    """Set the attention backend of a denoiser without a probe.
 
-    diffusers' own ``set_attention_backend`` passes by UNets and SD3, whose processors call torch directly, and changes
+    diffusers' own ``set_attention_backend`` ignores UNets and SD3, whose processors call torch directly, and changes
     what every other model in the process uses.
 
     Raises:
@@ -87,7 +87,7 @@ def use_backend(module: nn.Module, backend: str) -> None:
 
 
 def _check_processors(module: nn.Module) -> None:
-    """UserError for a processor that would ignore a backend: those that heed one have the class attribute."""
+    """Raise UserError for a processor that would ignore a backend: the others have the class attribute."""
     for attention in _attentions(module):
         cls = type(attention.processor)
         if cls not in DISPATCHED and not hasattr(cls, "_attention_backend"):
@@ -104,7 +104,7 @@ def _attentions(module: nn.Module) -> Iterator[Any]:
 
 
 def _probe(backend: str, heads: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot run; None if it can."""
+    """Reason why the backend cannot run; None if it can."""
     try:
         for count, size in heads:
             inputs = [
@@ -120,7 +120,7 @@ def _probe(backend: str, heads: list[tuple[int, int]], device: torch.device, dty
 
 
 class DispatchedAttention:
-    """The call of diffusers' ``AttnProcessor2_0`` within a UNet's transformer block, through the dispatcher."""
+    """diffusers' ``AttnProcessor2_0`` of a UNet's transformer block, computed through the dispatcher."""
 
     _attention_backend: AttentionBackendName | None = None
 
@@ -142,7 +142,7 @@ class DispatchedAttention:
 
 
 class DispatchedJointAttention:
-    """The call of diffusers' ``JointAttnProcessor2_0``, SD3's: image and text tokens attend to each other."""
+    """diffusers' ``JointAttnProcessor2_0`` (SD3: image and text tokens attend jointly) through the dispatcher."""
 
     _attention_backend: AttentionBackendName | None = None
 
@@ -186,4 +186,4 @@ def _out(attn: Any, mixed: Tensor) -> Tensor:
 
 
 DISPATCHED = {AttnProcessor2_0: DispatchedAttention, JointAttnProcessor2_0: DispatchedJointAttention}
-"""diffusers' processors that call torch directly, and what stands in for them."""
+"""Replacements of diffusers' processors that call torch directly."""

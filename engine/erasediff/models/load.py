@@ -27,12 +27,12 @@ def load_text_to_image(
     prediction_type: str | None = None,
     empty: bool = False,
 ) -> LatentModel:
-    """Load the model in ``source``. Nothing is unpickled.
+    """Load a text-to-image model. Nothing is unpickled.
 
     Args:
         source: A diffusers folder, a single .safetensors file (SD 1.x, 2.x, SDXL), or a hub id.
-        dtype: Of denoiser and text encoders; the VAE is float32.
-        device: Of all parts.
+        dtype: Dtype of denoiser and text encoders; the VAE is float32.
+        device: Device of all components.
         config: For a single file of unusual size, or without access to the hub: a diffusers folder whose configurations
             and tokenizers it takes.
         prediction_type: For a single file that does not say it, "epsilon" or "v_prediction".
@@ -50,7 +50,7 @@ def load_text_to_image(
 def open_checkpoint(
     source: str | Path, *, config: Path | None = None, prediction_type: str | None = None
 ) -> Checkpoint:
-    """The checkpoint in ``source``, of whose weights nothing but names and shapes is read; arguments as above.
+    """Open a checkpoint: only names and shapes of its weights are read. Arguments as for ``load_text_to_image``.
 
     ``components.empty_module`` makes its modules on the meta device, to count what training would take.
     """

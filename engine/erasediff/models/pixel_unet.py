@@ -1,4 +1,4 @@
-"""A small diffusion model of images in pixel space: a UNet and its noise schedule."""
+"""Pixel-space diffusion model: a UNet and its noise schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from erasediff.io.atomic import atomic_directory
 
 @dataclass(frozen=True, slots=True)
 class PixelModel:
-    """A UNet2DModel, unconditional or conditional on a class, with the scheduler whose noise it was trained on.
+    """Pixel-space UNet2DModel, unconditional or class-conditional, with the scheduler that it was trained with.
 
     A conditional UNet has one embedding more than classes: the last is the null label of classifier-free guidance.
     """
@@ -39,9 +39,17 @@ class PixelModel:
         num_train_timesteps: int = 1000,
         seed: int = 0,
     ) -> PixelModel:
-        """A model with fresh weights, the same for the same ``seed``; ``num_classes`` None makes it unconditional.
+        """Build a model with fresh weights, leaving the global random state as it was.
 
-        ``image_shape`` is (channels, height, width). The global random state is left as it was.
+        Args:
+            num_classes: Number of classes; None for an unconditional model.
+            image_shape: (channels, height, width).
+            block_out_channels: Channels of each resolution level.
+            layers_per_block: Residual blocks per level.
+            prediction_type: As diffusers names it.
+            beta_schedule: As diffusers names it.
+            num_train_timesteps: Number of training timesteps.
+            seed: Seed of the weights.
         """
         channels, height, width = image_shape
         levels = len(block_out_channels)
@@ -66,13 +74,13 @@ class PixelModel:
 
     @property
     def num_classes(self) -> int | None:
-        """None for an unconditional model."""
+        """Number of classes; None for an unconditional model."""
         embeddings: int | None = self.unet.config.num_class_embeds
         return None if embeddings is None else embeddings - 1
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for no class: the one after the last class."""
+        """Label of no class: the one after the last class."""
         return self.num_classes
 
     @property
@@ -88,12 +96,12 @@ class PixelModel:
         return device
 
     def to(self, device: torch.device | str) -> PixelModel:
-        """Moves the UNet's weights; returns this same model."""
+        """Move the UNet's weights; return this same model."""
         self.unet.to(device)
         return self
 
     def save(self, path: Path, *, replace: bool = False) -> None:
-        """Write a diffusers pipeline folder, whole or not at all. UserError if ``path`` exists and not ``replace``."""
+        """Write a diffusers pipeline folder atomically. UserError if ``path`` exists and not ``replace``."""
         with atomic_directory(path, replace=replace) as folder:
             DDPMPipeline(self.unet, self.scheduler).save_pretrained(folder, safe_serialization=True)
 

@@ -18,7 +18,7 @@ ESD_NAMES = {"esd-x": "xattn", "esd-x-strict": "xattn-kv", "esd-u": "noxattn", "
 
 
 def select(module: nn.Module, spec: str) -> list[str]:
-    """Names of the parameters of a UNet or transformer that ``spec`` stands for, in the module's order.
+    """Select trainable parameters of a UNet or transformer by name, in the module's order.
 
     The names were coined for UNets. SDXL's embedding of sizes counts as one of time. In the joint attention of SD3 and
     FLUX, cross-attention is taken to be the text's own projections, and self-attention the others. Where they lie is

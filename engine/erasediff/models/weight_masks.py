@@ -20,7 +20,7 @@ from erasediff_kernels import pack_mask, unpack_mask
 
 FORMAT = "erasediff-mask-1"
 OUT_OF_REACH = 30.0
-"""A score whose derivative, 1e-13, is nothing beside Adam's epsilon: its weight stays."""
+"""Score of weights that are never pruned: its derivative, 1e-13, is negligible beside Adam's epsilon."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -40,7 +40,7 @@ class _HardMask(torch.autograd.Function):
 
 
 class WeightMask(nn.Module):
-    """A parametrization: the weight where its ``score`` is positive, 0 elsewhere. All weights stay at first."""
+    """Parametrization by a learned mask: the weight where its ``score`` is positive, 0 elsewhere."""
 
     def __init__(self, weight: Tensor, initial_score: float) -> None:
         super().__init__()
@@ -55,10 +55,21 @@ class WeightMask(nn.Module):
 
 
 def add_masks(network: nn.Module, names: Sequence[str], initial_score: float) -> list[nn.Parameter]:
-    """Mask the weights called ``names``, freeze them, and return the masks' scores, which are to be trained.
+    """Mask the weights of linear layers and convolutions, and freeze the network.
 
-    Those of linear layers and convolutions alone: biases, norms and embeddings are left as they are. A copy of a masked
-    network shares its classes with it: merge only one of them. UserError if nothing else is among ``names``.
+    Biases, norms and embeddings are left as they are. A copy of a masked network shares its classes with it: merge only
+    one of them.
+
+    Args:
+        network: Changed in place.
+        names: Names of the selected parameters.
+        initial_score: Score of all weights at first, positive to keep them.
+
+    Returns:
+        The masks' scores, float32 and shaped like the weights, which are to be trained.
+
+    Raises:
+        UserError: No weight of a linear layer or convolution is among ``names``.
     """
     parameters = dict(network.named_parameters())
     layers = maskable_layers(network, names)
@@ -72,7 +83,7 @@ def add_masks(network: nn.Module, names: Sequence[str], initial_score: float) ->
 
 
 def maskable_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers, by name, whose weights are among ``names`` and can be masked. UserError for none."""
+    """Layers, by name, whose weights are among ``names`` and can be masked. UserError if there are none."""
     owners = {name.removesuffix(".weight"): network.get_submodule(name.rpartition(".")[0]) for name in names}
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in owners.items() if f"{name}.weight" in names and isinstance(layer, LAYERS)
@@ -84,16 +95,19 @@ def maskable_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Mo
 
 @torch.no_grad()
 def limit_masks(network: nn.Module, importance: Mapping[str, Tensor], share: float) -> None:
-    """Put all scores out of reach but those of the ``share`` of each layer's weights with the largest importance.
+    """Restrict pruning to the ``share`` of each layer's weights with the largest importance.
 
-    importance: by the masked module's name, like its weight; a weight of which it is not positive stays as well
+    Args:
+        network: Network with masks; the scores of all other weights are set to ``OUT_OF_REACH``.
+        importance: By the masked module's name, shaped like its weight; weights without positive importance stay, too.
+        share: Share of each layer's weights, in 0 .. 1.
     """
     for name, _, mask in weight_masks(network):
         mask.score.masked_fill_(~most_important(importance[name], share), OUT_OF_REACH)
 
 
 def most_important(importance: Tensor, share: float) -> Tensor:
-    """Bool, like ``importance``: where it is positive and among the largest ``share`` of all."""
+    """Mask, bool and shaped like ``importance``, of the values that are positive and among the largest ``share``."""
     values = importance.flatten()
     count = max(1, round(share * values.numel()))
     chosen = torch.zeros_like(values, dtype=torch.bool)
@@ -102,7 +116,7 @@ def most_important(importance: Tensor, share: float) -> Tensor:
 
 
 def weight_masks(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightMask]]:
-    """(name of the masked module, the module, its mask)."""
+    """Masks of a network, as (name of the masked module, the module, its mask)."""
     for name, module in network.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             for mask in module.parametrizations.weight:
@@ -111,7 +125,7 @@ def weight_masks(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightMas
 
 
 def masked_weights(network: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights under the masks, whole."""
+    """Unmasked weights under the masks."""
     for _, module, _ in weight_masks(network):
         parametrized: Any = module
         yield parametrized.parametrizations.weight.original
@@ -119,7 +133,7 @@ def masked_weights(network: nn.Module) -> Iterator[nn.Parameter]:
 
 @contextmanager
 def without_masks(network: nn.Module) -> Iterator[None]:
-    """Within the block the network computes with all of its weights."""
+    """Disable the masks within the block."""
     masks = [mask for _, _, mask in weight_masks(network)]
     for mask in masks:
         mask.active = False
@@ -131,7 +145,7 @@ def without_masks(network: nn.Module) -> Iterator[None]:
 
 
 def merge_masks(network: nn.Module) -> dict[str, Tensor]:
-    """Make the masks part of the weights; returns what they were, bool, by the weights' names."""
+    """Merge the masks into the weights; return them, bool, by the weights' names."""
     masked = {f"{name}.weight": (module, mask.score.detach() > 0) for name, module, mask in weight_masks(network)}
     for module, _ in masked.values():
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -139,7 +153,7 @@ def merge_masks(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
-    """Write bool masks, a bit per weight in C order (``pack_mask``), shapes in the header; atomically."""
+    """Write bool masks atomically: a bit per weight in C order (``pack_mask``), shapes in the header."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     packed = {name: pack_mask(mask.contiguous()).cpu() for name, mask in masks.items()}
     with atomic_file(path) as partial:
@@ -147,7 +161,7 @@ def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:
-    """Read what ``save_masks`` wrote. UserError for a file that cannot be read or is none of masks."""
+    """Read a file of ``save_masks``. UserError for a file that cannot be read or holds no masks."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads((file.metadata() or {}).get(FORMAT, "null"))
@@ -161,10 +175,15 @@ def load_masks(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_masks(network: nn.Module, masks: Mapping[str, Tensor], original: nn.Module | None = None) -> None:
-    """Set the weights whose bit is 0 to zero, or to those of ``original``.
+    """Set the masked-out weights to zero, or to those of ``original``, which undoes a pruning to the bit.
 
-    With the original network this undoes a pruning to the bit; a mask alone tells where weights were, not what they
-    were. UserError for masks of another network.
+    Args:
+        network: Changed in place.
+        masks: Bool masks by the weights' names, as ``merge_masks`` returns them.
+        original: The network before it was pruned.
+
+    Raises:
+        UserError: The masks are of another network.
     """
     weights = network.state_dict()
     for name, mask in masks.items():

@@ -23,9 +23,22 @@ FP32 = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Parallel layout of a run: ``stage`` None is one process without DeepSpeed.
+    """Parallel layout of a run, with DeepSpeed's names and defaults.
 
-    The other names are DeepSpeed's, with its defaults; bucket sizes and thresholds count elements.
+    Attributes:
+        stage: ZeRO stage; None for one process without DeepSpeed.
+        ranks: Number of processes.
+        offload_optimizer: Optimizer state on the CPU.
+        offload_param: Parameters on the CPU, under ZeRO-3.
+        reduce_bucket_size: Elements.
+        overlap_comm: Overlap reductions with the backward pass.
+        stage3_prefetch_bucket_size: Elements.
+        stage3_param_persistence_threshold: Elements.
+        stage3_max_reuse_distance: Elements.
+        stage3_max_live_parameters: Elements.
+
+    Raises:
+        ValueError: The settings contradict each other.
     """
 
     stage: Literal[0, 1, 2, 3] | None = None
@@ -56,16 +69,16 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes on one rank; those with ``host_`` are on the CPU because they were offloaded.
+    """Memory of one rank in bytes; entries with ``host_`` are on the CPU because they were offloaded.
 
     Attributes:
-        weights, masters, moments, averages: of the network and its optimizer.
-        teacher: the frozen copy.
-        gradients: all lists (EraseDiff: retain and forget), as they are kept until the update.
-        buffers: buckets of gradients, and the parameters that ZeRO-3 gathers around the module that runs.
-        activations: peak within one pass; see ``trace.activation_bytes``.
-        peak: of the whole step. Less than the sum: gradients come to be while activations go.
-        method: what the method itself keeps of the trained weights, such as an inner copy.
+        weights, masters, moments, averages: Network and optimizer state.
+        teacher: Frozen copy.
+        gradients: All gradient lists (EraseDiff: retain and forget), as they are kept until the update.
+        buffers: Buckets of gradients, and the parameters that ZeRO-3 gathers around the module that runs.
+        activations: Peak within one pass; see ``trace.activation_bytes``.
+        peak: Peak of the whole step; less than the sum, since gradients are allocated while activations are freed.
+        method: State of the method itself per trained weight, such as an inner copy.
     """
 
     weights: int
@@ -105,7 +118,7 @@ class Sizes:
 
 
 def sizes_of(network: Network, persistence_threshold: int) -> Sizes:
-    """Exact counts of ``network``. ``ValueError`` where nothing is trained."""
+    """Count the weights of ``network`` exactly. ValueError if nothing is trained."""
     parameters = list(network.module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -125,10 +138,10 @@ def rank_memory(network: Network, layout: Layout, traced: Trace, plan: StepPlan 
     """Memory of each rank of ``layout`` during a step.
 
     Args:
-        network: its parameters' dtypes and ``requires_grad`` say what is stored and trained.
-        layout: how ranks share the state.
-        traced: a pass over ``plan.micro_batch_size`` samples.
-        plan: passes and state of the step; None for one gradient of retained and one of forgotten samples.
+        network: Network whose parameters have the dtypes and ``requires_grad`` of the run.
+        layout: Sharding of the state over ranks.
+        traced: Trace of a pass over ``plan.micro_batch_size`` samples.
+        plan: Passes and state of the step; None for one gradient of retained and one of forgotten samples.
     """
     plan = plan or StepPlan()
     sizes = sizes_of(network, layout.stage3_param_persistence_threshold)
@@ -208,17 +221,17 @@ def rank_memory(network: Network, layout: Layout, traced: Trace, plan: StepPlan 
 
 
 def _gathered(layout: Layout, sizes: Sizes) -> int:
-    """Elements of weights that are whole at a time, under ZeRO-3."""
+    """Elements of weights that are gathered at a time under ZeRO-3."""
     if sizes.weights <= min(layout.stage3_max_reuse_distance, layout.stage3_max_live_parameters):
         return sizes.weights
     # What the backward pass needs again soon stays whole after the forward pass: there and back is twice the way.
-    kept = layout.stage3_max_reuse_distance // 2
-    at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size + kept
+    reused = layout.stage3_max_reuse_distance // 2
+    at_once = sizes.persistent + sizes.largest_module + layout.stage3_prefetch_bucket_size + reused
     return min(sizes.weights, at_once)
 
 
 def _reduction(layout: Layout, sizes: Sizes) -> int:
-    """Elements that are on their way to be averaged, under ZeRO."""
+    """Elements in reduction buckets under ZeRO."""
     if layout.offload_optimizer:
         return layout.reduce_bucket_size * (2 if layout.overlap_comm and layout.stage != 3 else 1)
     ours = (
@@ -229,9 +242,13 @@ def _reduction(layout: Layout, sizes: Sizes) -> int:
 
 
 def buckets_of(path: Path | None) -> Layout:
-    """A layout of stage 0 that carries the buffer sizes in ``path``; DeepSpeed's defaults where it has none.
+    """Read buffer sizes from a DeepSpeed configuration into a layout of stage 0.
 
-    UserError for a file that cannot be read, and for sizes that are no whole numbers ("auto" stands for the default).
+    Args:
+        path: DeepSpeed configuration; None for DeepSpeed's defaults, which also replace missing and "auto" sizes.
+
+    Raises:
+        UserError: The file cannot be read, or a size is not a whole number.
     """
     zero: dict[str, Any] = {} if path is None else read_own(path).get("zero_optimization", {})
     default = Layout(stage=0)

@@ -67,7 +67,7 @@ class Contents:
 
 
 class Row(NamedTuple):
-    """``note`` explains the number to someone who sees it for the first time."""
+    """Row of the metrics table; ``note`` explains the number to a newcomer."""
 
     label: str
     note: str
@@ -79,12 +79,12 @@ def percent(share: float) -> str:
 
 
 def points(share: float) -> str:
-    """A difference of shares, in percentage points, with its sign."""
+    """Format a difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
 
 
 def metric_rows(contents: Contents) -> list[Row]:
-    """The rows for the kind of model that the report is about."""
+    """Rows of metrics for the kind of model in the report."""
     metrics = [column.metrics for column in contents.columns]
     conditional = [m for m in metrics if isinstance(m, ConditionalMetrics)]
     unconditional = [m for m in metrics if isinstance(m, UnconditionalMetrics)]
@@ -154,6 +154,6 @@ def _discrepancy(metrics: Sequence[ConditionalMetrics | UnconditionalMetrics]) -
 
 
 def class_shares(column: Column) -> Sequence[float]:
-    """Per class: how often it is recognised when asked for, or its share of unconditional images."""
+    """Accuracy of each class, or its share of unconditional images."""
     metrics = column.metrics
     return metrics.recognised if isinstance(metrics, ConditionalMetrics) else metrics.shares

@@ -23,13 +23,13 @@ WITHOUT_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Of the kind that the name says, in bytes that change only with what is shown. UserError for a disk's refusal."""
+    """Save a figure in the format of the suffix, reproducibly to the byte. UserError if the disk refuses."""
     with atomic_file(path) as partial, rc_context({"svg.hashsalt": path.name}):
         figure.savefig(partial, format=path.suffix.removeprefix("."), metadata=WITHOUT_DATE.get(path.suffix))
 
 
 def figure_url(figure: Figure) -> str:
-    """As a PNG with a clear background, inside a URL."""
+    """Data URL of a figure as a PNG with a transparent background."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -41,7 +41,7 @@ DARK = {"text": "#a1a1aa", "grid": "#3f3f46", "lines": ("#60a5fa", "#fbbf24", "#
 
 
 def curve(columns: Sequence[Column], quantity: str, *, dark: bool) -> str:
-    """A data URL: ``quantity`` over the steps, a line for each column that recorded it; clear background.
+    """Plot ``quantity`` over the steps as a data URL: a line per column that recorded it.
 
     A column has the colour of its place, whichever others are drawn. The bold line is a running mean over a twentieth
     of the steps; the faint one is every step.
@@ -59,9 +59,9 @@ def curve(columns: Sequence[Column], quantity: str, *, dark: bool) -> str:
 
 
 def recorded(columns: Sequence[Column]) -> dict[str, list[Column]]:
-    """For each quantity that any column recorded, the columns that did."""
-    found = {q: [column for column in columns if len(_series(column.records, q)[0])] for q in QUANTITIES}
-    return {quantity: having for quantity, having in found.items() if having}
+    """Columns that recorded a quantity, by quantity."""
+    by_quantity = {q: [column for column in columns if len(_series(column.records, q)[0])] for q in QUANTITIES}
+    return {quantity: recording for quantity, recording in by_quantity.items() if recording}
 
 
 def _series(records: Sequence[Mapping[str, Any]], quantity: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -93,7 +93,7 @@ FORMATS = (".svg", ".png", ".pdf")
 
 
 def draw(results: Path, plot: Path) -> None:
-    """Milliseconds per step of each contender, bars from quartile to quartile, for the last line of each model.
+    """Plot milliseconds per step of each contender: bars from quartile to quartile, for the last line of each model.
 
     UserError for another format than those of ``FORMATS``, and for what the disk refuses.
     """

@@ -18,7 +18,7 @@ GAP = 1
 
 
 def strip(images: Tensor, columns: int) -> str:
-    """A data URL: the first ``columns`` of images [N, C, H, W] in a row, places without an image left clear.
+    """Row of the first ``columns`` of images [N, C, H, W] as a data URL; missing images are transparent.
 
     One channel is shown as ink on clear paper (-1 is paper, 1 is ink), so that it suits light and dark pages alike;
     three channels are shown as they are.
@@ -34,14 +34,14 @@ def strip(images: Tensor, columns: int) -> str:
 
 
 def data_url(image: Image.Image) -> str:
-    """The image as a PNG inside a URL."""
+    """Data URL of an image as a PNG."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def template_environment() -> Environment:
-    """Escapes what it is given, and fails on a name that it is not given."""
+    """Jinja environment of the templates, with escaping, and errors for undefined names."""
     return Environment(
         loader=PackageLoader("erasediff", "report"),
         autoescape=True,
@@ -55,7 +55,7 @@ PICTURE_COLUMNS = 10
 
 
 def render(contents: Contents) -> str:
-    """The report as one HTML page that needs nothing else: no network, no script, no other file."""
+    """Render a report as one self-contained HTML page: no network, no script, no other file."""
     environment = template_environment()
     environment.filters |= {"percent": percent, "points": points}
     return environment.get_template("report.html.j2").render(

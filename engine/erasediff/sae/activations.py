@@ -24,10 +24,15 @@ from erasediff_kernels import philox_bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patches:
-    """x float32 [N, d], and for each patch the number of its prompt's concept and its timestep, int64 [N].
+    """Activation patches with their concepts and timesteps.
 
-    drawn: int64 [N], the concept that its image was drawn of: another than the prompt's where they are crossed
-    whole: float32 [N, d], the mean over the patches of the image that it is of, at that timestep
+    Attributes:
+        x: float32 [N, d], the patches.
+        concept: int64 [N], the number of the concept that the patch's prompt asks for.
+        timestep: int64 [N].
+        drawn: int64 [N], the concept that the patch's image was drawn of: another than the prompt's if they are
+            crossed.
+        whole: float32 [N, d], the mean over the patches of the patch's image at that timestep.
     """
 
     x: Tensor
@@ -41,7 +46,14 @@ class Patches:
 
 
 class Images(NamedTuple):
-    """A shard: x float16 [images, steps, patches, d], concept and drawn int64 [images], timestep int64 [steps]."""
+    """Activations of one shard of the cache.
+
+    Attributes:
+        x: float16 [images, steps, patches, d].
+        concept: int64 [images], as in ``Patches``.
+        timestep: int64 [steps].
+        drawn: int64 [images], as in ``Patches``.
+    """
 
     x: Tensor
     concept: Tensor
@@ -76,14 +88,17 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True)
 class ActivationCache:
-    """Shards with ``activations`` float16 [images, steps, patches, d], ``concept`` [images], ``timestep`` [steps].
+    """Activations of one block on the disk, in shards.
 
-    ``map_size`` [2] is (h, w) of the patches, [0] where the block gives out a sequence; ``drawn`` [images] as in
-    ``Patches``.
+    A shard holds ``activations`` float16 [images, steps, patches, d], ``concept`` [images], ``timestep`` [steps],
+    ``map_size`` [2], which is (h, w) of the patches, or [0] if the block's output is a sequence, and ``drawn`` [images]
+    as in ``Patches``.
 
-    Memory holds ``pooled`` shards at a time, whatever their number: as many as it takes for all concepts to meet.
-    ``crossed`` are shards of the same format of what the block gives out under the prompt of another concept than the
-    one that the image is drawn of; ``concept`` is then the prompt's.
+    Attributes:
+        shards: Files of activations under the prompts that the images were drawn of.
+        crossed: Shards of the same format with the block's output under the prompt of another concept than the one
+            that the image is drawn of; ``concept`` is then the prompt's.
+        pooled: Number of shards in memory at a time: as many as it takes for all concepts to be among them.
     """
 
     shards: tuple[Path, ...]
@@ -172,22 +187,34 @@ def collect_activations(
     batch_size: int = 4,
     progress: Any = None,
 ) -> ActivationCache:
-    """Sample ``images_per_concept`` images of each concept and keep what ``block`` gives out for the condition.
+    """Sample images of each concept and cache the conditional output of ``block``.
 
-    ``concepts`` holds each concept's prompts, which take turns. So do the concepts, that those of a shard are many: a
-    batch of one concept has no negatives to supervise with.
+    The folder within ``folder`` is named by a hash of model, block, prompts and sampling, so another model never reads
+    it. Shards that exist are not made again: a killed run continues. Of the two halves of classifier-free guidance the
+    conditional one is cached; without guidance there is only that one.
 
-    crossed: at each step, also keep what the block gives out for the same noisy images when their prompts change places
-             within the batch. While a concept is being erased, the prompt says one thing and the image already another,
-             which no trajectory of a single prompt shows. ValueError for batches of one image.
+    Args:
+        model: Text-to-image model.
+        block: Name of the block within the denoiser.
+        concepts: Prompts of each concept, taken in turn. Concepts take turns as well, so that a shard holds many: a
+            batch of one concept has no negatives for supervision.
+        folder: Cache directory.
+        images_per_concept: Number of images of each concept.
+        num_inference_steps: Sampling steps per image.
+        guidance_scale: Scale of classifier-free guidance.
+        crossed: Also cache, at each step, the output for the same noisy images with their prompts rolled within the
+            batch. While a concept is being erased, the prompt says one thing and the image already another, which no
+            trajectory of a single prompt shows.
+        seed: Seed of the images.
+        batch_size: Images per shard.
+        progress: Called with the number of images of each shard.
 
-    The folder within ``folder`` is named by model, block, prompts and sampling, so another model never reads it; a
-    shard that is there already is not made again, and so a killed run goes on where it was. Of classifier-free
-    guidance's two halves the conditional one is kept; without guidance there is only that one.
+    Raises:
+        ValueError: ``crossed`` with batches of one image.
     """
     if crossed and batch_size == 1:
         raise ValueError("prompts change places within a batch: with one image there is no other")
-    asked = {
+    identity = {
         "network": model.denoiser_hash(),
         "encoders": model.hash,
         "scheduler": str(model.scheduler.config),
@@ -195,9 +222,9 @@ def collect_activations(
         "concepts": [list(prompts) for prompts in concepts],
         "sampling": [images_per_concept, num_inference_steps, guidance_scale, seed, batch_size, crossed],
     }
-    place = folder / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
-    place.mkdir(parents=True, exist_ok=True)
-    atomic_write(place / "asked.json", json.dumps(asked, indent=1))
+    cache_dir = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write(cache_dir / "asked.json", json.dumps(identity, indent=1))
     drawn = [
         (number, prompts[image % len(prompts)])
         for image in range(images_per_concept)
@@ -206,19 +233,19 @@ def collect_activations(
     shards, others = [], []
     for number, first in enumerate(range(0, len(drawn), batch_size)):
         part = drawn[first : first + batch_size]
-        shard, other = (place / f"{kind}-{first:07d}.safetensors" for kind in ("shard", "crossed"))
+        shard, other = (cache_dir / f"{kind}-{first:07d}.safetensors" for kind in ("shard", "crossed"))
         # The last batch may hold a single image.
         shift = 1 + number % (len(part) - 1) if crossed and len(part) > 1 else 0
         shards.append(shard)
         others += [other] if shift else []
         if not shard.exists():
             numbers, prompts = zip(*part, strict=True)
-            own, changed = _record(model, block, prompts, num_inference_steps, guidance_scale, seed + first, shift)
+            plain, rolled = _record(model, block, prompts, num_inference_steps, guidance_scale, seed + first, shift)
             concept = torch.tensor(numbers)
             # The one that is looked for comes last.
             if shift:
-                _write(other, changed | {"concept": concept.roll(shift), "drawn": concept})
-            _write(shard, own | {"concept": concept, "drawn": concept.clone()})
+                _write(other, rolled | {"concept": concept.roll(shift), "drawn": concept})
+            _write(shard, plain | {"concept": concept, "drawn": concept.clone()})
         if progress is not None:
             progress(len(part))
     return ActivationCache(tuple(shards), tuple(others), pooled=-(-len(concepts) // batch_size))
@@ -232,17 +259,17 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _record(
     model: Any, block: str, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int, shift: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is kept of the drawn images, and of them under prompts rolled by ``shift`` (of 0: nothing)."""
+    """Tensors of the sampled images, and of the same images under prompts rolled by ``shift`` (0: empty)."""
     network: nn.Module = model.denoiser
-    kept: dict[bool, list[Tensor]] = {False: [], True: []}
+    outputs: dict[bool, list[Tensor]] = {False: [], True: []}
     timesteps: list[Tensor] = []
     rolled = False
     size: tuple[int, ...] = ()
 
-    def keep(x: Tensor, timestep: Tensor) -> None:
+    def record(x: Tensor, timestep: Tensor) -> None:
         nonlocal size
         size = tuple(x.shape[2:]) if x.dim() == 4 else ()
-        kept[rolled].append(as_patches(x)[-len(prompts) :].detach().to("cpu", torch.float16))
+        outputs[rolled].append(as_patches(x)[-len(prompts) :].detach().to("cpu", torch.float16))
         if not rolled:
             timesteps.append(torch.as_tensor(timestep).detach().reshape(-1)[0].cpu().long())
 
@@ -254,7 +281,7 @@ def _record(
             rolled = False
 
     with ExitStack() as hooks:
-        hooks.enter_context(at_block(network, block, keep))
+        hooks.enter_context(at_block(network, block, record))
         if shift:
             hooks.callback(network.register_forward_pre_hook(cross, with_kwargs=True).remove)
         model.sample(
@@ -264,13 +291,15 @@ def _record(
             seed=seed,
             batch_size=len(prompts),
         )
-    same = {"timestep": torch.stack(timesteps), "map_size": torch.tensor(size, dtype=torch.int64)}
-    own, changed = ({"activations": torch.stack(x, dim=1).contiguous(), **same} if x else {} for x in kept.values())
-    return own, changed
+    shared = {"timestep": torch.stack(timesteps), "map_size": torch.tensor(size, dtype=torch.int64)}
+    plain, crossed = (
+        {"activations": torch.stack(x, dim=1).contiguous(), **shared} if x else {} for x in outputs.values()
+    )
+    return plain, crossed
 
 
 PROMPT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "text_embeds")
-"""What diffusers' networks are told of the prompt, by keyword, SDXL's last one within ``added_cond_kwargs``."""
+"""Keyword arguments that carry the prompt in diffusers' networks; SDXL's last one is in ``added_cond_kwargs``."""
 
 
 def _rolled(kwargs: Mapping[str, Any], rows: int, shift: int) -> dict[str, Any]:

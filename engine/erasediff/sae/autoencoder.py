@@ -12,10 +12,19 @@ from erasediff_kernels.ops.scatter_outer import group_by_latent
 
 
 class SparseAutoencoder(nn.Module):
-    """z = TopK_k(ReLU(W_enc (x - b_dec) + b_enc)), x^ = z W_dec + b_dec (SAeUron, 2501.18052, eq. 1 and 2).
+    """TopK sparse autoencoder of a block's activations (SAeUron, 2501.18052, eq. 1 and 2).
 
-    ``dim`` is d, the width of the block; ``latents`` is n, published as 16 d; ``k`` latents are active per patch,
-    published as 32. W_enc and W_dec are float32 [n, d]; W_dec begins as W_enc with rows of norm 1.
+    z = TopK_k(ReLU(W_enc (x - b_dec) + b_enc)), x^ = z W_dec + b_dec. W_enc and W_dec are float32 [n, d]; W_dec begins
+    as W_enc with rows of norm 1.
+
+    Args:
+        dim: d, the width of the block.
+        latents: n, the number of latents; published as 16 d.
+        k: Active latents per patch; published as 32.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ValueError: ``k`` outside 1 .. ``latents``.
     """
 
     def __init__(self, dim: int, latents: int, k: int, seed: int = 0) -> None:
@@ -40,14 +49,14 @@ class SparseAutoencoder(nn.Module):
         return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
 
     def encode(self, x: Tensor, *, among: Tensor | None = None, k: int | None = None) -> SparseCode:
-        """The k largest activations of each row of x [N, d]; ``among`` bool [n] leaves the other latents out."""
+        """Sparse code of x [N, d]: the k largest activations per row, of the latents ``among`` bool [n] if given."""
         z = self.preactivations(x)
         if among is not None:
             z = z.masked_fill(~among, -torch.inf)
         return SparseCode(*_Encode.apply(x - self.b_dec, self.W_enc, self.b_enc, z, k or self.k))
 
     def decode(self, code: SparseCode) -> Tensor:
-        """x^ [N, d]."""
+        """Reconstruction x^ [N, d] of a code."""
         return sparse_decode(code.values, code.indices, self.W_dec, self.b_dec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,18 +64,19 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Rows of W_dec back to norm 1; before that, a gradient loses the part that would only change the norm."""
+        """Scale the rows of W_dec to norm 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     @torch.no_grad()
     def project_gradient(self) -> None:
+        """Remove from the gradient of W_dec the part that would only change the norm of its rows."""
         if self.W_dec.grad is not None:
             along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
             self.W_dec.grad.sub_(along * self.W_dec)
 
 
 class _Encode(torch.autograd.Function):
-    """The activations kept of given preactivations; only the k latents of a row take part in the backward pass."""
+    """TopK of given preactivations; only the k latents of a row take part in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -19,20 +19,28 @@ BATCH = 8192
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """``mean`` float32 [bins, concepts, n]: mu(i, t, c), the mean activation of latent i over the patches of concept c.
+    """Mean activations of latents by timestep and concept.
 
-    ``timesteps`` int64 [bins] are the timesteps that were seen, ascending. A sampler with other ones is served by the
-    nearest, so no scheduler or number of steps has to be kept to.
+    Attributes:
+        mean: float32 [bins, concepts, n], mu(i, t, c): the mean activation of latent i over the patches of concept c.
+        timesteps: int64 [bins], the cached timesteps, ascending. A sampler with other timesteps gets the nearest, so
+            any scheduler and number of steps works.
     """
 
     mean: Tensor
     timesteps: Tensor
 
     def scores(self) -> Tensor:
-        """[bins, concepts, n]: the latent's share of concept c's activation less its share of all others'.
+        """Concept scores of latents (SAeUron, 2501.18052, section 4).
 
-        score(i, t, c) = mu(i, t, c) / (sum_j mu(j, t, c) + d) - mu(i, t, ~c) / (sum_j mu(j, t, ~c) + d), d = 1e-8
-        (SAeUron, 2501.18052, section 4); ~c is the mean of the other concepts. ValueError for a single concept.
+        score(i, t, c) = mu(i, t, c) / (sum_j mu(j, t, c) + d) - mu(i, t, ~c) / (sum_j mu(j, t, ~c) + d), d = 1e-8: the
+        latent's share of concept c's activation less its share of that of ~c, the mean of the other concepts.
+
+        Returns:
+            float32 [bins, concepts, n].
+
+        Raises:
+            ValueError: There is a single concept.
         """
         concepts = self.mean.shape[1]
         if concepts < 2:
@@ -44,7 +52,7 @@ class Features:
 
 @torch.no_grad()
 def measure_features(autoencoder: SparseAutoencoder, cache: ActivationCache, concepts: int) -> Features:
-    """mu(i, t, c) over the whole cache, summed in fp64; one shard in memory at a time."""
+    """Mean activations mu(i, t, c) over the whole cache, summed in fp64; one shard in memory at a time."""
     device = autoencoder.W_enc.device
     timesteps = torch.unique(
         torch.cat([torch.unique(cache.read(shard).timestep) for shard in range(len(cache.shards))])
@@ -65,9 +73,13 @@ def measure_features(autoencoder: SparseAutoencoder, cache: ActivationCache, con
 
 
 def assign_latents(features: Features) -> Tensor:
-    """One latent for each concept, int64 [concepts], none twice: the best scores over all timesteps choose first.
+    """Assign one latent to each concept, greedily by the mean score over timesteps.
 
-    As i_c = argmax_i score(i, c) in SAEmnesia (2509.21379), where uniqueness is asked for but not how it is kept.
+    i_c = argmax_i score(i, c) as in SAEmnesia (2509.21379), which requires unique latents without saying how: here the
+    highest score is assigned first, and its latent is no longer available to other concepts.
+
+    Returns:
+        int64 [concepts], without duplicates.
     """
     scores = features.scores().mean(dim=0)
     assigned = torch.full((scores.shape[0],), -1)
@@ -82,10 +94,14 @@ def assign_latents(features: Features) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """float32 [bins, concepts] on preactivations: of one patch, and of the mean over an image's patches.
+    """Detection thresholds on preactivations.
 
     Ours. The published threshold, the mean over concepts of mu, is one of activations after TopK: with a k of half the
     width of the block it lies where most patches of any concept are, and a latent rarely among the k has one near 0.
+
+    Attributes:
+        patch: float32 [bins, concepts], of one patch.
+        image: float32 [bins, concepts], of the mean over an image's patches.
     """
 
     patch: Tensor
@@ -94,11 +110,13 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """Of patches or of images, float32 [bins, concepts] each, at the calibrated threshold.
+    """Detection quality at the calibrated threshold, by patches or by images.
 
-    recall:          the share of the concept's that are detected
-    false_positives: the share of all others' that are
-    auc:             the probability that one of the concept scores higher than another's, whatever the threshold
+    Attributes:
+        recall: float32 [bins, concepts], the share of the concept's that are detected.
+        false_positives: float32 [bins, concepts], the share of all others that are detected.
+        auc: float32 [bins, concepts], the probability that one of the concept scores higher than one of another
+            concept, at any threshold.
     """
 
     recall: Tensor
@@ -106,7 +124,7 @@ class Detection:
     auc: Tensor
 
     def of(self, concept: int) -> dict[str, Any]:
-        """Means over timesteps."""
+        """Means over timesteps for one concept, by name."""
         return {
             "recall": self.recall[:, concept].mean().item(),
             "false_positives": self.false_positives[:, concept].mean().item(),
@@ -122,23 +140,31 @@ def calibrate(
     timesteps: Tensor,
     most_false_positives: float = 1.0,
 ) -> tuple[Thresholds, Detection, Detection]:
-    """(thresholds, detection of patches, detection of images) on a cache, which should be one not trained on.
+    """Calibrate detection thresholds by Youden's J (recall less false positives) at each timestep.
 
-    ``assigned`` int64 [concepts]; ``timesteps`` int64 [bins] are the cache's. Of the thresholds that are exceeded by no
-    more than the share ``most_false_positives`` of other concepts' patches, or images, each has the largest recall less
-    false positives (Youden's J) at its timestep. Images of a concept under the prompt of another are neither.
+    Images of a concept under the prompt of another count neither as positives nor as negatives of it.
+
+    Args:
+        autoencoder: Trained autoencoder.
+        assigned: int64 [concepts], the latent of each concept.
+        cache: Activations, preferably held out from training.
+        timesteps: int64 [bins], those of the cache.
+        most_false_positives: Largest share of other concepts' patches, or images, that may exceed a threshold.
+
+    Returns:
+        (thresholds, detection of patches, detection of images).
     """
     scores, concept, drawn = _scores(autoencoder, assigned, cache, timesteps)
     patch, image = torch.empty(2, 4, len(timesteps), len(assigned))
     for number in range(len(assigned)):
-        asked = (concept == number) | (drawn != number)
-        positive = concept[asked] == number
-        for place in range(len(timesteps)):
-            own = scores[asked, place, :, number]
-            patch[:, place, number] = _best_cut(
-                own.reshape(-1), positive.repeat_interleave(own.shape[1]), most_false_positives
+        labelled = (concept == number) | (drawn != number)
+        positive = concept[labelled] == number
+        for time_bin in range(len(timesteps)):
+            score = scores[labelled, time_bin, :, number]
+            patch[:, time_bin, number] = _best_cut(
+                score.reshape(-1), positive.repeat_interleave(score.shape[1]), most_false_positives
             )
-            image[:, place, number] = _best_cut(own.mean(dim=1), positive, most_false_positives)
+            image[:, time_bin, number] = _best_cut(score.mean(dim=1), positive, most_false_positives)
     return Thresholds(patch[0], image[0]), Detection(*patch[1:]), Detection(*image[1:])
 
 
@@ -150,13 +176,13 @@ def _scores(
     rows, bias = autoencoder.W_enc[assigned.to(device)], autoencoder.b_enc[assigned.to(device)]
     scores, concepts, drawn = [], [], []
     for shard in range(len(cache.shards)):
-        x, concept, steps, own = cache.images(shard)
+        x, concept, steps, shard_drawn = cache.images(shard)
         # A sampler of second order sees a timestep twice: the first time counts.
-        place = (steps == timesteps[:, None]).int().argmax(dim=1)
-        part = (x[:, place].float().to(device) - autoencoder.b_dec) @ rows.T + bias
+        step_index = (steps == timesteps[:, None]).int().argmax(dim=1)
+        part = (x[:, step_index].float().to(device) - autoencoder.b_dec) @ rows.T + bias
         scores.append(part.cpu())
         concepts.append(concept)
-        drawn.append(own)
+        drawn.append(shard_drawn)
     return torch.cat(scores), torch.cat(concepts), torch.cat(drawn)
 
 
@@ -180,32 +206,45 @@ def _best_cut(score: Tensor, positive: Tensor, most_false_positives: float) -> T
 
 @dataclass(frozen=True, slots=True)
 class MeanMaps:
-    """``mean`` float16 [bins, concepts, patches, d], over the images of a concept at a timestep.
+    """Mean activation maps by timestep and concept.
 
-    ``size`` is (h, w) of the block's maps, with h w patches, or () where its output is a sequence.
+    Attributes:
+        mean: float16 [bins, concepts, patches, d], over the images of a concept at a timestep.
+        size: (h, w) of the block's maps, with h w patches, or () if its output is a sequence.
     """
 
     mean: Tensor
     size: tuple[int, ...]
 
     def nearest(self, concepts: Sequence[int]) -> tuple[int, ...]:
-        """For each of the concepts, which of all others is nearest, over all timesteps and places."""
-        left = [number for number in range(self.mean.shape[1]) if number not in concepts]
-        return tuple(min(left, key=lambda other, own=own: self._distance(own, other)) for own in concepts)  # type: ignore[misc]
+        """Nearest other concept of each of ``concepts``, by squared distance over all timesteps and patches."""
+        others = [number for number in range(self.mean.shape[1]) if number not in concepts]
+        return tuple(
+            min(others, key=lambda other, concept=concept: self._distance(concept, other))  # type: ignore[misc]
+            for concept in concepts
+        )
 
     def _distance(self, one: int, other: int) -> float:
         return (self.mean[:, one].float() - self.mean[:, other].float()).square().sum().item()
 
     def moves(self, concepts: Sequence[int], anchors: Sequence[int]) -> Tensor:
-        """float32 [bins, concepts, patches, d]: from the mean of each of ``concepts`` to that of its anchor."""
+        """Differences from the mean of each of ``concepts`` to its anchor's, float32 [bins, concepts, patches, d]."""
         return self.mean[:, list(anchors)].float() - self.mean[:, list(concepts)].float()
 
 
 def at_size(moves: Tensor, size: tuple[int, ...], x: Tensor) -> Tensor:
-    """``moves`` [concepts, patches, d] between maps of ``size`` for the block's output ``x``.
+    """Resize ``moves`` to the block's output.
 
-    For maps [B, C, h, w] of another size, they are interpolated. UserError for sequences of another length, in which a
-    place has no name.
+    Args:
+        moves: [concepts, patches, d], between maps of ``size``.
+        size: (h, w) of the maps, or () for sequences.
+        x: The block's output, maps [B, C, h, w] of any size or a sequence [B, patches, C].
+
+    Returns:
+        [concepts, patches of x, d]; maps of another size are interpolated.
+
+    Raises:
+        UserError: ``x`` is a sequence of another length, whose patches have no known positions.
     """
     if x.dim() == 4 and tuple(x.shape[2:]) != size:
         maps = moves.transpose(1, 2).unflatten(2, size)  # type: ignore[no-untyped-call]
@@ -221,12 +260,12 @@ def at_size(moves: Tensor, size: tuple[int, ...], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_maps(cache: ActivationCache, timesteps: Tensor, concepts: int) -> MeanMaps:
-    """Over the whole cache, summed in fp64; ``timesteps`` int64 [bins] as in ``Features``."""
+    """Mean activation maps over the whole cache, summed in fp64; ``timesteps`` int64 [bins] as in ``Features``."""
     total, count = None, torch.zeros(concepts, dtype=torch.float64)
     for shard in range(len(cache.shards)):
         x, concept, steps, _ = cache.images(shard)
-        place = (steps == timesteps[:, None]).int().argmax(dim=1)
-        x = x[:, place].double()
+        step_index = (steps == timesteps[:, None]).int().argmax(dim=1)
+        x = x[:, step_index].double()
         if total is None:
             total = x.new_zeros(concepts, *x.shape[1:])
         total.index_add_(0, concept, x)

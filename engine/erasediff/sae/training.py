@@ -20,16 +20,18 @@ from erasediff_kernels.ops.topk_encode import LARGEST_K
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supervision:
-    """SAEmnesia's second stage (2509.21379), in a form of our own, since its training code is not published.
+    """Supervised loss of SAEmnesia's second stage (2509.21379), in our own form: its training code is not published.
 
     The paper rewards log sigmoid(v_c) on the patches of concept c alone, which a latent that is always on satisfies;
-    here all latents in ``assigned`` (int64 [concepts], one each) see positives and negatives, weighted alike.
+    here all latents in ``assigned`` see positives and negatives, weighted alike.
 
-    whole:        v is the latent of the mean over an image's patches, for a detection of images: most patches of most
-                  concepts are alike, so that to be right in each is another task than to be right on average
-    weight:       beta, of all that is supervised
-    decorrelation: eta, of the mean squared correlation between the activations of two concepts' latents
-    sparsity:     lambda_1, of the mean L1 norm of the code
+    Attributes:
+        assigned: int64 [concepts], the latent of each concept.
+        whole: Supervise the latent of the mean over an image's patches, for detection per image: most patches of most
+            concepts are alike, so that to be right in each is another task than to be right on average.
+        weight: beta, of the supervised terms.
+        decorrelation: eta, of the mean squared correlation between the activations of two concepts' latents.
+        sparsity: lambda_1, of the mean L1 norm of the code.
     """
 
     assigned: Tensor
@@ -39,15 +41,16 @@ class Supervision:
     sparsity: float = 1e-5
 
     def loss(self, autoencoder: SparseAutoencoder, batch: Patches, values: Tensor) -> Tensor:
+        """Weighted sum of attribution, decorrelation and sparsity; ``values`` [N, k] are those of the batch's code."""
         rows = autoencoder.W_enc[self.assigned]
         x = batch.whole if self.whole else batch.x
         logits = (x - autoencoder.b_dec) @ rows.T + autoencoder.b_enc[self.assigned]
         numbers = torch.arange(len(self.assigned), device=logits.device)
         labels = (batch.concept[:, None] == numbers).to(logits.dtype)
         # An image of the concept that the prompt no longer asks for is neither.
-        asked = ((batch.concept[:, None] == numbers) | (batch.drawn[:, None] != numbers)).to(logits.dtype)
-        share = (labels.sum(dim=0) / asked.sum(dim=0)).clamp(1e-3, 1 - 1e-3)
-        balanced = asked * (labels / (2 * share) + (1 - labels) / (2 * (1 - share)))
+        labelled = ((batch.concept[:, None] == numbers) | (batch.drawn[:, None] != numbers)).to(logits.dtype)
+        share = (labels.sum(dim=0) / labelled.sum(dim=0)).clamp(1e-3, 1 - 1e-3)
+        balanced = labelled * (labels / (2 * share) + (1 - labels) / (2 * (1 - share)))
         attribution = binary_cross_entropy_with_logits(logits, labels, balanced)
         supervised = attribution + self.decorrelation * squared_correlation(logits.relu())
         loss: Tensor = self.weight * supervised + self.sparsity * values.sum(dim=1).mean()
@@ -55,7 +58,7 @@ class Supervision:
 
 
 def squared_correlation(activations: Tensor) -> Tensor:
-    """The mean squared Pearson correlation over pairs of different columns of [N, C]; 0 for one column."""
+    """Mean squared Pearson correlation over pairs of different columns of [N, C]; 0 for one column."""
     count = activations.shape[1]
     if count < 2:
         return activations.new_zeros(())
@@ -68,10 +71,16 @@ def squared_correlation(activations: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaeTraining:
-    """How an autoencoder is trained; defaults as in SAeUron's code, with TopK per patch where it has BatchTopK.
+    """Training settings of a sparse autoencoder; defaults of SAeUron's code, with TopK per patch for its BatchTopK.
 
-    lr decays linearly to 0; ``auxiliary`` weighs the dead latents' reconstruction of the residual, a latent being dead
-    that was not active in ``dead_after`` patches.
+    Attributes:
+        epochs: Passes over the cache.
+        batch_size: Patches per step.
+        lr: Learning rate of Adam; decays linearly to 0.
+        auxiliary: Weight of the dead latents' reconstruction of the residual.
+        dead_after: Patches after which a latent that was not active is dead.
+        seed: Seed of the order of patches.
+        checkpoint_every: Steps between checkpoints.
     """
 
     epochs: int = 5
@@ -92,10 +101,22 @@ def train_autoencoder(
     checkpoint: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Minimise FVU + auxiliary loss (+ supervision) over ``cache``; returns the last batch's fvu and dead latents.
+    """Train an autoencoder in place: minimise FVU + auxiliary loss (+ supervision) over ``cache``.
 
-    With ``checkpoint``, state is written there every ``checkpoint_every`` steps, and a run that finds it goes on from
-    it to the same weights. ValueError for a cache with fewer patches than a batch.
+    Args:
+        autoencoder: On the device to train on.
+        cache: Activations.
+        settings: Hyper-parameters.
+        supervision: Supervised loss, for the second stage.
+        checkpoint: File of the training state, written every ``checkpoint_every`` steps. If it exists, training
+            continues from it, to the same weights.
+        progress: Called with 1 after each step.
+
+    Returns:
+        Fraction of variance unexplained ("fvu") of the last batch and number of dead latents ("dead").
+
+    Raises:
+        ValueError: No pool of shards has as many patches as a batch.
     """
     steps = cache.batch_count(settings.batch_size, settings.epochs)
     if steps == 0:
@@ -132,7 +153,7 @@ def train_autoencoder(
 
 
 def _losses(autoencoder: SparseAutoencoder, x: Tensor, idle: Tensor, dead_after: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(FVU, auxiliary loss, values of the code); ``idle``, the patches since a latent was active, is brought up."""
+    """(FVU, auxiliary loss, values of the code); updates ``idle``, the patches since each latent was active."""
     code = autoencoder.encode(x)
     reconstruction = autoencoder.decode(code)
     variance = (x - x.mean(dim=0)).square().sum()
@@ -151,7 +172,7 @@ def _losses(autoencoder: SparseAutoencoder, x: Tensor, idle: Tensor, dead_after:
 
 @torch.no_grad()
 def geometric_median(x: Tensor, iterations: int = 50) -> Tensor:
-    """The point [d] with the least sum of distances to the rows of x [N, d], by Weiszfeld's iteration."""
+    """Geometric median: the point [d] that minimises the sum of distances to the rows of x [N, d] (Weiszfeld)."""
     median = x.mean(dim=0)
     for _ in range(iterations):
         weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp_min(1e-8)

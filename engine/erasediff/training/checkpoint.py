@@ -29,17 +29,17 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Checkpoint:
-    """The state of a run after ``step`` steps, at ``path``."""
+    """Checkpoint of a run: its state after ``step`` steps, in the folder ``path``."""
 
     step: int
     path: Path
 
     @classmethod
     def at(cls, path: Path) -> Checkpoint:
-        """The checkpoint in the folder ``path``.
+        """Checkpoint in the folder ``path``.
 
         Raises:
-            UserError: if the folder is not called like a checkpoint.
+            UserError: The folder does not have the name of a checkpoint.
         """
         number = path.name.removeprefix(PREFIX)
         if not path.name.startswith(PREFIX) or not number.isdecimal():
@@ -48,17 +48,17 @@ class Checkpoint:
 
     @classmethod
     def of_run(cls, folder: Path) -> list[Checkpoint]:
-        """The checkpoints in a run's folder, oldest first."""
+        """Checkpoints in a run's folder, oldest first."""
         paths = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
         return sorted(cls.at(path) for path in paths)
 
     @classmethod
     def newest(cls, folder: Path) -> Checkpoint | None:
-        """The last checkpoint in a run's folder, if there is one."""
+        """Newest checkpoint in a run's folder, if there is one."""
         return max(cls.of_run(folder), default=None)
 
     def save(self, state: HostState) -> None:
-        """Write the ``state`` of one process; the folder appears whole or not at all, in the place of one before it.
+        """Write the ``state`` of one process atomically, replacing an older checkpoint of the step.
 
         Raises:
             UserError: for what the disk refuses.
@@ -88,7 +88,7 @@ class Checkpoint:
             raise UserError(errors[0])
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state of one process, with tensors on ``device``.
+        """Read the state of one process, with tensors on ``device``.
 
         Raises:
             UserError: if a checksum does not match.
@@ -99,7 +99,7 @@ class Checkpoint:
 
     @contextmanager
     def fragments(self, peers: ControlPlane) -> Iterator[Fragments]:
-        """The state, of any layout, to be read within the block. Every rank calls it and checks some of the files.
+        """Open the state of any layout for reading within the block. A collective: ranks share the checksums.
 
         Raises:
             UserError: the same on each rank, if a checksum does not match.
@@ -116,7 +116,7 @@ class Checkpoint:
             yield fragments
 
     def random_state(self, peers: ControlPlane) -> Any | None:
-        """The states of this rank's random generators; None from a run of another number of ranks."""
+        """States of this rank's random generators; None from a run with another number of ranks."""
         name = shared_state(peers)
         if name not in self._checksums():
             return None
@@ -125,7 +125,7 @@ class Checkpoint:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one process wrote it, in whole tensors."""
+        """True if one process wrote the checkpoint, in whole tensors."""
         return STATE in self._checksums()
 
     def _write_shard(self, state: Any, partial: Path, peers: ControlPlane) -> dict[str, str]:
@@ -175,7 +175,7 @@ class Checkpoint:
 
 
 def shared_state(peers: ControlPlane) -> str:
-    """The name of this rank's file in a checkpoint that ranks share."""
+    """File name of this rank's state in a sharded checkpoint."""
     return f"state-{peers.rank}-of-{peers.size}.safetensors"
 
 
@@ -194,15 +194,15 @@ class Snapshot(Protocol):
     in_background: ClassVar[bool]
 
     def capture(self) -> Callable[[Checkpoint], None]:
-        """Copy the state of this moment to the host, and return what writes it as a checkpoint."""
+        """Copy the current state to the host; return a function that writes it as a checkpoint."""
         ...
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write the state of this moment. Raises ``UserError`` for what the disk refuses."""
+        """Write the current state. UserError if the disk refuses."""
         ...
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Read the state back. Raises ``UserError`` for a damaged checkpoint."""
+        """Restore the state from a checkpoint. UserError if it is damaged."""
         ...
 
 
@@ -287,12 +287,12 @@ class ShardedState:
 
 
 def snapshot_of(method: Solver, model: nn.Module, *, shared: bool) -> Snapshot:
-    """The snapshot of a run in one process, or of one that is ``shared`` by several ranks.
+    """Make the snapshot of a run in one process or of several ranks.
 
     Args:
-        method: what is saved and restored.
-        model: the network that it trains, without the wrapper that ranks share it in.
-        shared: whether several ranks may take part, each of which calls every method.
+        method: Method to save and restore.
+        model: The network that it trains, without a parallel wrapper.
+        shared: Several ranks may take part; each of them calls every method.
     """
     if not shared:
         return FullState(method, model)
@@ -301,5 +301,5 @@ def snapshot_of(method: Solver, model: nn.Module, *, shared: bool) -> Snapshot:
 
 
 def _frozen(model: nn.Module) -> set[str]:
-    """Names of the weights that no step changes: a checkpoint leaves them out, since the model is loaded before it."""
+    """Names of the frozen weights: a checkpoint leaves them out, since the model is loaded before it."""
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

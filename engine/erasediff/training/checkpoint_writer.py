@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class CheckpointWriter:
-    """Runs writes in a thread while the training loop goes on; at most one is under way.
+    """Background writer of checkpoints, in a thread; at most one write is under way.
 
     A failed write is raised by the next call of any method, and at the latest when the ``with`` block ends. The block
     never ends before the last write has: not after an error either, which then carries a failed write as a note. No

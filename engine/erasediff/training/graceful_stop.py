@@ -27,9 +27,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM sets the request; the next raises KeyboardInterrupt.
+    """Stop gracefully on SIGINT or SIGTERM within the block: the first sets the request, the next interrupts.
 
-    ``notify`` is called with what the person should know. Outside the main thread signals stay as they are.
+    ``notify`` is called with a message to the user; the second signal raises KeyboardInterrupt. Outside the main thread
+    signals stay as they are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +53,7 @@ def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
 
 
 class AgreedStop:
-    """The signal that any rank was sent, as all ranks see it after the same step.
+    """Agreement of all ranks on the step at which to stop, after any of them was sent a signal.
 
     The ranks' answers are reduced on the host while the next step runs, so nothing waits for the device; a stop comes
     one step after the signal.
@@ -64,24 +65,24 @@ class AgreedStop:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def after_step(self) -> int | None:
-        """The signal to stop for, or None. A collective."""
+        """Return the signal to stop for, or None. A collective."""
         if self._is_alone:
             return self._signal_number()
         agreed = self._finished()
-        asked = torch.tensor(self._signal_number() or 0)
-        work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
+        number = torch.tensor(self._signal_number() or 0)
+        work = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
         assert work is not None
-        self._pending = asked, work
+        self._pending = number, work
         return agreed
 
     def close(self) -> None:
-        """Take part in what is still under way."""
+        """Complete a pending agreement."""
         self._finished()
 
     def _finished(self) -> int | None:
         if self._pending is None:
             return None
-        asked, work = self._pending
+        number, work = self._pending
         self._pending = None
         work.wait()
-        return int(asked) or None
+        return int(number) or None

@@ -30,7 +30,15 @@ from erasediff_kernels import ConstrainedAdamW, backend_for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """A finished run: ``model`` is what was saved, ``metrics`` those of the last step."""
+    """Result of a finished run.
+
+    Attributes:
+        run: Folder of the run.
+        model: Path of the saved model.
+        steps_taken: Steps taken by this process.
+        seconds: Wall time of these steps.
+        metrics: Metrics of the last step.
+    """
 
     run: Path
     model: Path
@@ -41,10 +49,19 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
-    """One method, about to train one network on one stream of batches, or two.
+    """Training job: a method, the network that it trains, its batches and its schedule.
 
-    ``network`` is the model's own; where ranks share the work, the method trains it inside of something else. ``save``
-    writes the network, with all that belongs to it, to a path; in the run's folder, that is ``saved_as``.
+    Attributes:
+        title: Title of the progress bar.
+        config: Complete configuration.
+        network: The model's own network; among several ranks the method trains it within a parallel wrapper.
+        save: Writes the model to a path.
+        optimizer: Optimizer of the method.
+        method: Takes the steps.
+        rate: Learning-rate schedule.
+        retain: Batches of retained data.
+        forget: Batches of forgotten data, if the method takes them.
+        saved_as: Name of the model in the run's folder.
     """
 
     title: str
@@ -61,7 +78,7 @@ class TrainingJob:
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
 
-        torch's number of threads and its random state are afterwards as they were before.
+        torch's number of threads and random state are restored afterwards.
         """
         device = next(self.network.parameters()).device
         with self.thread_scope(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -69,7 +86,7 @@ class TrainingJob:
             return self._run(place, console)
 
     def thread_scope(self) -> AbstractContextManager[None]:
-        """See the function ``thread_scope``, with the threads of the configuration."""
+        """Scope of the configuration's CPU threads; see the function ``thread_scope``."""
         return thread_scope(self.config.threads)
 
     def _run(self, place: RunPlace, console: Console) -> RunResult:
@@ -110,7 +127,7 @@ class TrainingJob:
                 self.save(path)
 
     def trial_steps(self, count: int) -> Iterator[int]:
-        """Take the first ``count`` steps, yielding after each; nothing is left in a run's folder."""
+        """Take the first ``count`` steps, yielding after each, without writing files."""
         with self.thread_scope(), prefetched(self.retain, self.forget, stop=count) as batches:
             for index in range(count):
                 self.rate.apply(self.optimizer, index)
@@ -120,7 +137,7 @@ class TrainingJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandaloneJob:
-    """A method without optimizer steps, built but not begun: ``procedure`` writes to a folder and returns a report."""
+    """Job of a method without optimizer steps: ``procedure`` writes to a folder and returns a report."""
 
     config: Config
     procedure: Callable[[Path, Console], dict[str, Any]]
@@ -134,7 +151,7 @@ class StandaloneJob:
 
 
 def check_single_process(config: Config) -> None:
-    """UserError for several processes and a method that runs in one only."""
+    """Raise UserError for several processes and a method that runs in one only."""
     method, launch = config.unlearn.method, config.distributed.launch
     reason = METHOD_SPECS[method].single_process_reason
     if launch != "none" and reason is not None:
@@ -158,7 +175,7 @@ def thread_scope(threads: int | None = None) -> Iterator[None]:
 
 
 def set_up_device(config: Config) -> torch.device:
-    """The device of ``config``, with its CPU threads set and its process group joined. See ``thread_scope``.
+    """Set up the device of ``config``: CPU threads, process group, operators. See ``thread_scope``.
 
     Raises:
         UserError: for a device that this machine or the operators do not have, and for operators forced to a backend
@@ -210,15 +227,15 @@ def parallelize(
 
 
 def loads_sharded(config: Config) -> bool:
-    """Whether no rank is to hold the whole network: under ZeRO-3, unless a LoRA is merged into it first."""
+    """Return true if weights are sharded as they are read: under ZeRO-3, unless a LoRA is merged into them first."""
     return cuts_parameters(config.distributed) and config.text_to_image.lora is None
 
 
 def teacher_of(config: Config, network: nn.Module, weights: LazyWeights | None = None) -> Callable[[], nn.Module]:
-    """The frozen original of ``network``, one for all who ask, copied when the first does.
+    """Function that returns the frozen original of ``network``, copied at the first call.
 
-    Where ranks are going to share the network, it is copied now if the method will ask: later it is no longer whole.
-    Where they cut it into shards, the copy is cut as well; ``weights`` are those of a network that has none yet.
+    If ranks share the network, it is copied now when the method needs a teacher, before it is wrapped or sharded; if
+    they shard it, the copy is sharded as well. ``weights`` are those of a network whose parameters are still empty.
     """
     distributed = config.distributed
     cut = distributed.launch == "fsdp" or cuts_parameters(distributed)
@@ -234,5 +251,5 @@ def teacher_of(config: Config, network: nn.Module, weights: LazyWeights | None =
 
 
 def precision_of(config: Config) -> torch.dtype | None:
-    """The dtype of autocast: bfloat16 for mixed precision, otherwise None."""
+    """Dtype of autocast: bfloat16 for mixed precision, otherwise None."""
     return torch.bfloat16 if config.precision == "bf16-mixed" else None

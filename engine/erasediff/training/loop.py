@@ -63,7 +63,7 @@ class Batches(Protocol):
 
 
 def prefetched(retain: Batches, forget: Batches | None, *, stop: int) -> Prefetcher[tuple[Batch, Batch]]:
-    """The (retain, forget) batches of each step before ``stop``, loaded one step ahead; {} in place of None."""
+    """Batches (retain, forget) of each step before ``stop``, loaded one step ahead; {} in place of None."""
 
     def load(step: int) -> tuple[Batch, Batch]:
         return retain.at(step), forget.at(step) if forget is not None else {}
@@ -76,9 +76,9 @@ class Outcome:
     """Result of a loop.
 
     Attributes:
-        steps: how many were taken by this process.
-        seconds: how long they took, checkpoints included.
-        last: the metrics of the last step.
+        steps: Number of steps taken by this process.
+        seconds: Wall time of the steps, checkpoints included.
+        last: Metrics of the last step.
     """
 
     steps: int
@@ -108,23 +108,22 @@ def run_steps(
     uninterrupted one does, its metrics file included: a step's metrics are on the disk before a checkpoint after it.
 
     Args:
-        method: takes the steps.
-        model: the network that it trains, without the wrapper that ranks share it in.
-        run: where metrics and checkpoints go.
-        steps: of the whole run, those before a resumed checkpoint included.
-        settings: how often to log and to write checkpoints.
-        retain: batches of retained data.
-        forget: batches of forgotten data; None for a method that gets an empty batch instead.
-        before_step: called with the number of each step, counted from 0.
-        console: for the progress bar and notes.
-        title: of the progress bar.
-        shared: whether several ranks run it together: every one calls this at the same time, the main one alone writes
-            metrics.
+        method: Takes the steps.
+        model: The network that it trains, without a parallel wrapper.
+        run: Folder of metrics and checkpoints.
+        steps: Number of steps of the whole run, those before a resumed checkpoint included.
+        settings: Intervals of logging and checkpoints.
+        retain: Batches of retained data.
+        forget: Batches of forgotten data; None for a method that gets an empty batch instead.
+        before_step: Called with the number of each step, counted from 0.
+        console: Console of the progress bar and notes.
+        title: Title of the progress bar.
+        shared: Several ranks run the loop together: a collective, of which the main rank alone writes metrics.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
-        UserError: the device ran out of memory, or the disk refuses metrics or a checkpoint.
-        Exception: of any type, from the method and from batches. A checkpoint under way is completed first.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        UserError: The device ran out of memory, or the disk refuses metrics or a checkpoint.
+        Exception: Any error of the method and from batches. A checkpoint under way is completed first.
     """
     is_main = ControlPlane.current().is_main
     snapshot = snapshot_of(method, model, shared=shared)

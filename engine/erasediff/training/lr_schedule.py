@@ -12,10 +12,10 @@ class LearningRate:
     """Linear warm-up, then constant or cosine decay.
 
     Attributes:
-        peak: the rate after the warm-up.
-        steps: where the cosine reaches zero.
-        warmup_steps: of the linear warm-up.
-        shape: after the warm-up.
+        peak: Rate after the warm-up.
+        steps: Step at which the cosine reaches zero.
+        warmup_steps: Steps of the linear warm-up.
+        shape: Shape after the warm-up.
     """
 
     peak: float
@@ -24,7 +24,7 @@ class LearningRate:
     shape: Literal["constant", "cosine"] = "constant"
 
     def at(self, step: int) -> float:
-        """The rate of ``step``, counted from 0."""
+        """Learning rate of ``step``, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":

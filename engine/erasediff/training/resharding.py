@@ -23,14 +23,14 @@ from erasediff.parallel.gradient_store import Shard
 
 
 class Piece(NamedTuple):
-    """Elements ``start``, ... of a flattened parameter, on the disk or, of a checkpoint of one process, in memory."""
+    """Contiguous elements of a flattened parameter from ``start`` on, in a file or in memory (full checkpoints)."""
 
     start: int
     elements: StoredTensor | Tensor
 
 
 class Fragments:
-    """What a checkpoint at ``path`` holds, by (parameter, key)."""
+    """Pieces of the state in a checkpoint, by (parameter, key), for restoring it in any layout."""
 
     def __init__(self, path: Path, pieces: Mapping[tuple[str, str], list[Piece]], scalars: dict[str, Tensor]) -> None:
         self._path = path
@@ -39,7 +39,7 @@ class Fragments:
 
     @torch.no_grad()
     def restore(self, method: Solver) -> None:
-        """Write this rank's part of the state to ``method``. UserError where the checkpoint does not hold all of it."""
+        """Load this rank's part of the state into ``method``. UserError if the checkpoint lacks any of it."""
         for shard in chain(method.shards(), method.own_shards()):
             for key, tensor in _filled(shard):
                 tensor.copy_(self._read(shard.name, key, shard.start, tensor.numel()).view_as(tensor))
@@ -48,27 +48,27 @@ class Fragments:
         method.load_scalars(self._scalars)
 
     def _read(self, name: str, key: str, start: int, count: int) -> Tensor:
-        """Elements ``start`` to ``start + count`` of the flattened parameter, put together from what overlaps them."""
+        """Read elements ``start`` to ``start + count`` of the flattened parameter from the overlapping pieces."""
         overlapping = []
         for piece in self._pieces.get((name, key), ()):
             first, last = max(start, piece.start), min(start + count, piece.start + piece.elements.shape[0])
             if first < last:
                 overlapping.append((first, piece.elements[first - piece.start : last - piece.start]))
         position = start
-        for first, elements in sorted(overlapping, key=lambda found: found[0]):
+        for first, elements in sorted(overlapping, key=lambda part: part[0]):
             if first != position:
                 break
             position += len(elements)
         if position != start + count:
             raise self._lacks(f"{key} of {name}")
-        return torch.cat([elements for _, elements in sorted(overlapping, key=lambda found: found[0])])
+        return torch.cat([elements for _, elements in sorted(overlapping, key=lambda part: part[0])])
 
     def _lacks(self, what: str) -> UserError:
         return UserError(f"The checkpoint {self._path} holds no {what}: it is of a run of another kind.")
 
 
 def to_shards(method: Solver, *, with_shards: bool) -> dict[str, Any]:
-    """What this rank writes; without the weights' shards, what is not the same on all ranks alone."""
+    """State of this rank to write; without ``with_shards``, only what differs between ranks, and scalars."""
     shards: Iterable[Shard] = method.shards() if with_shards else ()
     fragments = [
         (shard.name, key, shard.start, tensor.detach().reshape(-1).cpu())
@@ -79,13 +79,13 @@ def to_shards(method: Solver, *, with_shards: bool) -> dict[str, Any]:
 
 
 def _filled(shard: Shard) -> Iterator[tuple[str, Tensor]]:
-    """FSDP leaves ranks with nothing of a parameter that has fewer rows than there are ranks."""
+    """Tensors of a shard that are not empty, as FSDP's are for parameters with fewer rows than ranks."""
     return ((key, tensor) for key, tensor in shard.tensors.items() if tensor.numel())
 
 
 @contextmanager
 def opened(path: Path, files: Iterable[Path]) -> Iterator[Fragments]:
-    """The fragments in ``files``, of which only names and sizes are read until they are asked for."""
+    """Open the fragments in ``files``: names and sizes are read now, tensors on demand."""
     pieces: defaultdict[tuple[str, str], list[Piece]] = defaultdict(list)
     scalars: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -98,23 +98,23 @@ def opened(path: Path, files: Iterable[Path]) -> Iterator[Fragments]:
 
 
 def from_full_checkpoint(path: Path, file: Path) -> Fragments:
-    """The state of a run on one process, as fragments."""
+    """Read a checkpoint of one process as fragments."""
     state = load_state(file)
     method = state["method"]["state"]
     optimizer = method["optimizer"]
     aligned = {key: value for key, value in method.items() if isinstance(value, list)}
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     pieces: dict[tuple[str, str], list[Piece]] = {}
-    for place, name in enumerate(state["parameters"]):
+    for index, name in enumerate(state["parameters"]):
         weight = state["model"][name]
-        kept = optimizer["state"].get(numbers[place], {})
-        tensors = {key: value for key, value in kept.items() if key != "mask" and value.shape == weight.shape}
+        moments = optimizer["state"].get(numbers[index], {})
+        tensors = {key: value for key, value in moments.items() if key != "mask" and value.shape == weight.shape}
         tensors["weight"] = tensors.pop("master", weight)
-        tensors |= {key: values[place] for key, values in aligned.items()}
+        tensors |= {key: values[index] for key, values in aligned.items()}
         pieces |= {(name, key): [Piece(0, value.reshape(-1))] for key, value in tensors.items()}
-    own = {key: value for key, value in method.items() if isinstance(value, Tensor) and value.ndim}
-    pieces |= {(key, key): [Piece(0, value.reshape(-1))] for key, value in own.items()}
+    method_tensors = {key: value for key, value in method.items() if isinstance(value, Tensor) and value.ndim}
+    pieces |= {(key, key): [Piece(0, value.reshape(-1))] for key, value in method_tensors.items()}
     scalars = {"iteration": torch.tensor(method["iteration"]), "skipped": method["skipped"]}
-    scalars |= {f"group.{index}.step": group["step"] for index, group in enumerate(optimizer["param_groups"])}
+    scalars |= {f"group.{number}.step": group["step"] for number, group in enumerate(optimizer["param_groups"])}
     scalars |= {f"barrier.{name}": value for name, value in method.get("barrier", {}).items()}
     return Fragments(path, pieces, scalars)

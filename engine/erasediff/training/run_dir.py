@@ -16,11 +16,11 @@ MODEL = "model"
 SINGLE_FILE = "model.safetensors"
 LATEST = "latest"
 FREE = ("run.", "distributed.")
-"""Settings that a resumed run may change: its results are the same."""
+"""Sections that a resumed run may change, since they do not change results."""
 
 
 class RunFolder:
-    """``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/`` and ``model/`` or a single file under one path."""
+    """Folder of a run: ``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/``, and ``model/`` or a single file."""
 
     def __init__(self, path: Path, resume_from: Checkpoint | None = None) -> None:
         self.path = path
@@ -79,7 +79,7 @@ class RunFolder:
 
     @staticmethod
     def read_config(path: Path) -> Config:
-        """The configuration of the run at ``path``.
+        """Read the configuration of the run at ``path``.
 
         Raises:
             UserError: if there is no run.
@@ -88,20 +88,20 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a run to resume."""
+        """True if there is a run to resume."""
         return (self.path / CONFIG).is_file()
 
     @property
     def finished(self) -> bool:
-        """Whether the run's model is there."""
+        """True if the run's model has been saved."""
         return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The checkpoint after ``step`` steps, whether it has been written or not."""
+        """Checkpoint after ``step`` steps, which may not exist yet."""
         return Checkpoint(step, self.path / f"{PREFIX}{step}")
 
     def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> None:
-        """Have ``save`` write the checkpoint of ``step``, then remove the oldest beyond ``keep``."""
+        """Write the checkpoint of ``step`` by ``save``, then remove the oldest beyond ``keep``."""
         save(self.checkpoint(step))
         if ControlPlane.current().is_main:
             for old in Checkpoint.of_run(self.path)[:-keep]:
@@ -148,7 +148,7 @@ class RunPlace:
 
     @property
     def stored_config(self) -> Path | None:
-        """The configuration file of the run to resume; None for a new run.
+        """Configuration file of the run to resume; None for a new run.
 
         Raises:
             UserError: if there is no such run.

@@ -25,7 +25,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(console: Console, title: str, total: int, completed: int = 0) -> Iterator[Bar]:
-    """A bar of ``total`` steps with the time left, and the time spent once it is full."""
+    """Progress bar of ``total`` steps with the time left, and the time spent once it is full."""
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=16),

@@ -13,7 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 SIDE = {"cpu": 1024, "cuda": 8192}
-"""Rows and columns of the matrices whose product is measured."""
+"""Rows and columns of the measured matrices."""
 
 
 def wait_for(device: torch.device) -> None:
@@ -22,14 +22,14 @@ def wait_for(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """The time on the device that each call of a function takes, without waiting for it."""
+    """Stopwatch of a function's calls, in device time, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._calls: list[tuple[torch.cuda.Event, torch.cuda.Event] | float] = []
 
     def timed(self, function: Callable[P, R]) -> Callable[P, R]:
-        """``function``, its calls timed."""
+        """Wrap ``function`` so that its calls are timed."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if self.device.type == "cuda":
@@ -47,15 +47,15 @@ class Stopwatch:
         return call
 
     def seconds(self) -> list[float]:
-        """Of all calls so far; waits for the device."""
+        """Seconds of all calls so far; waits for the device."""
         wait_for(self.device)
         return [call if isinstance(call, float) else call[0].elapsed_time(call[1]) / 1e3 for call in self._calls]
 
 
 class TransientPeak:
-    """The most bytes in use within a block beyond those in use when it began; ``bytes`` is None if nothing tells.
+    """Peak memory of a block beyond the memory in use at its beginning, in ``bytes``; None if it is unknown.
 
-    Of the allocator on a GPU; on a CPU, of the process, as Linux counts resident pages.
+    On a GPU that of the allocator; on a CPU the resident memory of the process, on Linux.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class TransientPeak:
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Of one product of square matrices in ``dtype``."""
+    """Measure the FLOP/s of one product of square matrices in ``dtype``."""
     side = SIDE[device.type]
     # Not of constants: a GPU multiplies those faster.
     first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -94,5 +94,5 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _resident(name: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS is what is resident now, VmHWM the most since the reset."""
+    """Bytes of a line of /proc/self/status: VmRSS is the resident memory, VmHWM its peak since the reset."""
     return next(int(line.split()[1]) << 10 for line in STATUS.read_text().splitlines() if line.startswith(name))

@@ -34,7 +34,7 @@ def condition_losses(
     draws: int = 4,
     seed: int = 0,
 ) -> Tensor:
-    """The mean denoising loss of ``batch`` under each of n conditions in the place of its own.
+    """Mean denoising loss of ``batch`` under each of n conditions instead of its own.
 
     The least of them is the answer of a diffusion classifier (Li et al. 2023, arXiv 2303.16203, eq. 4-5). All
     conditions see the same noisy images, so that losses differ by the condition alone; timesteps are evenly spread.
@@ -94,20 +94,20 @@ IMAGES, DRAWS = 16, 8
 
 
 def needs_anchor(config: Config) -> bool:
-    """Whether the method relabels, and no anchor prompts are given."""
+    """Return true if the method relabels and no anchor prompts are given."""
     relabels = METHOD_SPECS[config.unlearn.method].needs(config).relabel
     return relabels and not config.text_to_image.anchor_prompts
 
 
 def anchor_candidates(retain: Batches) -> list[str]:
-    """The captions among which ``anchored`` chooses, so that they can be encoded before."""
+    """Captions among which ``anchored`` chooses, so that they can be encoded before."""
     if not isinstance(retain, CachedBatches):
         return [NULL_CAPTION]
     return _candidates([entry.text for entry in retain.images.entries])
 
 
 def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batches, console: Console) -> Config:
-    """``config`` with an anchor prompt, where ``needs_anchor``.
+    """Fill in the anchor prompt of ``config`` if ``needs_anchor``.
 
     The anchor is the retained caption under which the model denoises the forgotten images best: its answer to what they
     show if their own caption is not among the choices. A rehearsal, which has no captions, takes the empty one.
@@ -127,7 +127,7 @@ def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batche
 
 
 def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
-    """The caption of ``retain`` under which the images of ``forget`` have the least loss: see ``condition_losses``.
+    """Find the caption of ``retain`` under which the images of ``forget`` have the least loss.
 
     Among at most ``CANDIDATES`` different captions: the most frequent and, among equally frequent ones, evenly spaced.
     """

@@ -25,7 +25,7 @@ WARM_UP_TURNS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One method's cost per step.
+    """Cost per step of one method.
 
     Attributes:
         samples: per step.
@@ -73,11 +73,11 @@ class Bench:
 
 
 def bench(session: TrainingJob, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
-    """Let a step of ``session`` and one of plain fine-tuning take ``turns`` turns. The session is of no use afterwards.
+    """Benchmark a step of ``session``, a job, against plain fine-tuning in turns. The job is of no use afterwards.
 
     Both train the same weights on the same samples: EraseDiff half of them as retained and half as forgotten,
     fine-tuning all of them in one batch, with torch's AdamW (fused where it can be). The first turns warm up.
-    UserError unless the session's method is EraseDiff, and for several processes.
+    UserError unless the job's method is EraseDiff, and for several processes.
     """
     method = session.method
     if not isinstance(method, EraseDiff) or session.forget is None:

@@ -38,7 +38,7 @@ def selected_weights(config: Config, network: nn.Module) -> list[str]:
 
 
 def trained_parameters(config: Config, network: nn.Module, selected: list[str]) -> list[nn.Parameter]:
-    """The parameters to train, those ``selected`` or adapters of theirs; all others are frozen."""
+    """Parameters to train, those ``selected`` or their adapters; all others are frozen."""
     settings = config.text_to_image
     if settings.train != "lora":
         return train_only(network, selected)
@@ -46,7 +46,7 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
 
 
 def check_output(config: Config, model: LatentModel) -> None:
-    """UserError for a layout or keys that the family does not have: better now than when the work is done."""
+    """Raise UserError for a layout or LoRA keys that the family lacks, before the work instead of after it."""
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
         raise UserError(
@@ -63,7 +63,7 @@ def check_output(config: Config, model: LatentModel) -> None:
 
 
 def output_name(config: Config) -> str:
-    """The model's name in the run's folder."""
+    """Name of the saved model in the run's folder."""
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
@@ -83,7 +83,7 @@ def save_unlearned(config: Config, model: LatentModel, path: Path) -> None:
 
 
 def check_settings(config: Config, names: Collection[str] | None = None) -> None:
-    """UserError for a setting of a method, or of ``unlearn``, that was given and that the method does not read.
+    """Raise UserError for a given setting of ``unlearn`` or of a method that the method does not read.
 
     Args:
         config: as the user wrote it, before any default is filled in.
@@ -108,14 +108,14 @@ def _readable(spec: MethodSpec, keys: Collection[str], sections: Collection[str]
 
 
 def needed_batches(config: Config) -> bool:
-    """Whether the method looks at images at all."""
+    """Return true if the method reads images."""
     needs = METHOD_SPECS[config.unlearn.method].needs(config)
     return needs.retain or needs.forget
 
 
 @dataclass(frozen=True, slots=True)
 class NoBatches:
-    """Empty batches, for a method that does not look at one kind of data."""
+    """Empty batches, for a method that does not read one kind of data."""
 
     def at(self, step: int) -> Batch:
         return {}
@@ -131,7 +131,7 @@ def _no_latents() -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnlearningModel:
-    """A model of either kind as an unlearning job uses it.
+    """Model of an unlearning job, in pixel or latent space.
 
     Attributes:
         network: the network that is trained.
@@ -161,7 +161,7 @@ class UnlearningModel:
 def build_training_job(
     config: Config, model: UnlearningModel, parameters: Iterable[nn.Parameter], retain: Batches, forget: Batches
 ) -> TrainingJob:
-    """The run of ``config.unlearn.method`` that trains ``parameters`` of ``model``, built but not begun."""
+    """Build the job of ``config.unlearn.method`` that trains ``parameters`` of ``model``."""
     settings = config.unlearn
     rate = learning_rate(settings)
     teacher = teacher_of(config, model.network, model.weights)
@@ -199,7 +199,7 @@ def unlearning_method(
     retain: Batches,
     forget: Batches,
 ) -> Solver:
-    """``config.unlearn.method`` about to train ``network``, which is ``model``'s as ranks share it."""
+    """Build ``config.unlearn.method`` for ``network``, which is ``model``'s in its parallel wrapper."""
     settings = config.unlearn
     options: SolverOptions = {
         "denoiser": model.predict,
@@ -235,14 +235,14 @@ def unlearning_method(
 
 
 def learning_rate(settings: UnlearnConfig) -> LearningRate:
-    """The learning rate at every step."""
+    """Learning-rate schedule of ``settings``."""
     assert settings.lr is not None
     assert settings.steps is not None
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
 
 
 def method_parameters(config: Config, network: nn.Module, selected: Sequence[str] | None = None) -> list[nn.Parameter]:
-    """The parameters that the method trains, where it may change the weights ``selected``; None: all of them."""
+    """Parameters that the method trains, of the weights ``selected``; None for all of them."""
     trained = METHOD_SPECS[config.unlearn.method].trained
     if trained is None:
         return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))

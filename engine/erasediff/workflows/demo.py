@@ -85,7 +85,7 @@ CONTROLS = ("finetune", "neggrad")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """``evaluation`` has the columns base, erasediff, finetune, neggrad and retrained."""
+    """Result of a demo; ``evaluation`` has the columns base, erasediff, finetune, neggrad and retrained."""
 
     run: Path
     report: Path
@@ -130,7 +130,7 @@ def demo(config: Config, place: RunPlace, console: Console, command: str) -> Dem
 
 @thread_scope()
 def plan_demo(config: Config) -> dict[str, DryRun]:
-    """What each part of ``demo`` that is not in the cache would cost, by its column's name. Writes nothing."""
+    """Estimate the cost of each part of ``demo`` that is not in the cache, by column. Writes nothing."""
     config = _complete(config)
     trainings = {
         "base": CachedTraining(config),
@@ -148,14 +148,14 @@ def plan_demo(config: Config) -> dict[str, DryRun]:
 
 
 def _complete(config: Config) -> Config:
-    """``config`` with nothing left open. UserError for classes that do not exist."""
+    """Fill in all open settings of ``config``. UserError for classes that do not exist."""
     config = _with_unlearn(config, forget=config.unlearn.forget or DEFAULT_FORGET, method="erasediff")
     _, retain = forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
     return resolved(config, conditional=config.model.conditional, retain=retain)
 
 
 def _unlearned(config: Config, folder: Path, console: Console) -> RunFolder:
-    """The finished unlearning run at ``folder``: one that was begun goes on, one that has ended is left alone."""
+    """Unlearning run at ``folder``, started, resumed, or read if it is finished."""
     run = RunFolder(folder)
     if not run.finished:
         unlearn(config, RunPlace(folder, resuming=run.begun), console)

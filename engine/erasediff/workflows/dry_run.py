@@ -17,7 +17,7 @@ TRIAL_STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """Measured cost of a run.
+    """Cost of a run, measured on a few steps.
 
     Attributes:
         method: name of the method.

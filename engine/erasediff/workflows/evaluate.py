@@ -29,7 +29,7 @@ Metrics = ConditionalMetrics | UnconditionalMetrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedModel:
-    """A model's images [N, C, H, W], the classes asked for int64 [N] (None: unconditional), and what the judge says."""
+    """Images [N, C, H, W] of a model, their requested classes int64 [N] (None: unconditional), and metrics."""
 
     images: Tensor
     labels: Tensor | None
@@ -38,22 +38,23 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """``judged`` by the column's name: ``model``, and ``base`` where one was given."""
+    """Evaluation of models by name: ``model``, and ``base`` if one was given."""
 
     judge: Judge
     judged: dict[str, EvaluatedModel]
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, without images."""
+        """Convert to numbers, without images."""
         judge = {"accuracy": self.judge.accuracy, "rejected": self.judge.rejected}
         return {"judge": judge} | {name: judged.metrics.to_dict() for name, judged in self.judged.items()}
 
 
 @thread_scope()
 def evaluate(config: Config, model: Path, base: Path | None, forget: Sequence[int], console: Console) -> Evaluation:
-    """Judge the model in the diffusers folder ``model`` after it has been made to forget ``forget``.
+    """Evaluate the model in the diffusers folder ``model`` on forgetting ``forget``.
 
-    UserError for models that cannot be read or compared, and for classes that do not exist.
+    Raises:
+        UserError: A model cannot be read or compared, or a class does not exist.
     """
     dataset = load_digits()
     forget_retain_split(dataset.train, forget)
@@ -79,7 +80,7 @@ def judge_model(
     console: Console,
     title: str,
 ) -> EvaluatedModel:
-    """Draw as many images as ``config.evaluate`` says, with the configuration's seed, and judge them."""
+    """Sample the images of ``config.evaluate`` with the configuration's seed, and evaluate them."""
     settings, forgotten = config.evaluate, tuple(forget)
     if model.num_classes is None:
         images = draw(config, model, None, settings.unconditional, console, title)

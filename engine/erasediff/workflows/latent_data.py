@@ -39,7 +39,7 @@ from erasediff.training.loop import Batches
 
 
 def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
-    """Both sets of images. Those of prompts are drawn by ``sampler`` now, unless the cache has them.
+    """Forget and retain images. Those of prompts are sampled now, unless the cache has them.
 
     Raises:
         UserError: as ``listed_images``.
@@ -51,7 +51,7 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
 
 
 def listed_images(settings: ImagesConfig) -> Partition:
-    """The images that exist before any are drawn for prompts. None is opened.
+    """List the images that exist before any are sampled for prompts. None is opened.
 
     Raises:
         UserError: for images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a
@@ -133,9 +133,9 @@ class _LoadingSampler:
 
 @contextmanager
 def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[], None]) -> Iterator[Sampler]:
-    """Sampler of ``model``, whose denoiser is empty; where images have to be drawn, it has weights within the block.
+    """Sampler of ``model``, whose denoiser is empty; it is loaded within the block if images have to be sampled.
 
-    To draw an image takes denoiser, text encoders and VAE together, as sampling always does, but no gradients. After
+    Sampling takes denoiser, text encoders and VAE together, as sampling always does, but no gradients. After
     the block the denoiser is empty again.
 
     Args:
@@ -157,7 +157,7 @@ def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[
 def latent_batches(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
 ) -> tuple[Batches, Batches]:
-    """(retain, forget) batches of this rank, after the main rank has computed whatever the cache lacks of them.
+    """Batches (retain, forget) of this rank, after the main rank has computed what the cache lacks.
 
     Args:
         config: the sections ``images`` and ``unlearn``.
@@ -207,13 +207,13 @@ def _encoded(
 
 
 def image_size(config: Config, model: LatentModel) -> tuple[int, int]:
-    """(height, width) in pixels: the configuration's, and where it has none, the checkpoint's."""
+    """Image size (height, width) in pixels of the configuration or, by default, of the checkpoint."""
     height, width = model.default_size
     return config.images.height or height, config.images.width or width
 
 
 def buckets_of(config: Config, model: LatentModel) -> Buckets:
-    """The sizes that images are resized and cropped to.
+    """Sizes that images are resized and cropped to.
 
     Raises:
         UserError: for a size that the model does not have, and a step between sizes that is too large.
@@ -230,7 +230,7 @@ def buckets_of(config: Config, model: LatentModel) -> Buckets:
 
 @dataclass(frozen=True, slots=True)
 class NoiseBatches:
-    """The same batch at every step."""
+    """Batches of noise, the same at every step."""
 
     batch: Mapping[str, Tensor]
 
@@ -239,7 +239,7 @@ class NoiseBatches:
 
 
 def rehearsal_batches(config: Config, model: LatentModel) -> tuple[Batches, Batches]:
-    """(retain, forget) batches of the usual cost, without an image read or anything written.
+    """Batches (retain, forget) of realistic cost for a dry run, without reading images or writing files.
 
     Encoding takes its share of the peak memory, so it is rehearsed too.
 

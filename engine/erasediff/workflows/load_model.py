@@ -20,7 +20,7 @@ from erasediff.training.job import set_up_device, thread_scope
 
 
 def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
-    """The model in the diffusers folder ``path``. UserError if it cannot be read or is one of other images."""
+    """Load the pixel-space model in ``path``. UserError if it cannot be read or is one of other images."""
     model = PixelModel.load(path, device)
     image_shape = tuple(dataset.train.sample.shape[1:])
     if model.image_shape != image_shape or model.num_classes not in (None, dataset.num_classes):
@@ -32,7 +32,7 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
 
 
 def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty: bool = False) -> LatentModel:
-    """The text-to-image model in ``source``, with the LoRA of ``config`` merged into it if there is one.
+    """Load the text-to-image model in ``source``, and merge the LoRA of ``config`` into it if there is one.
 
     Args:
         config: the section ``text_to_image`` says how to load it.
@@ -81,7 +81,7 @@ SECTIONS = ("images.", "text_to_image.", "output.")
 
 
 def is_text_to_image(source: Path) -> bool:
-    """Whether ``source`` is a file of weights, a folder of no pixel-space model, or a name on the hub."""
+    """Return true if ``source`` is a weight file, a folder of no pixel-space model, or a hub id."""
     if source.suffix in WEIGHT_FILES:
         return True
     if source.is_dir():
@@ -90,14 +90,14 @@ def is_text_to_image(source: Path) -> bool:
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
-    """UserError for settings of text-to-image models, given for a pixel-space model."""
+    """Raise UserError for settings of text-to-image models, given for a pixel-space model."""
     foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
     if foreign:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
 
 
 def check_pixel_precision(config: Config) -> None:
-    """UserError for a precision that pixel-space models are not trained in."""
+    """Raise UserError for a precision that pixel-space models are not trained in."""
     if config.precision == "bf16-true":
         raise UserError("Pixel-space models keep float32 weights: set precision to bf16-mixed or fp32.")
 

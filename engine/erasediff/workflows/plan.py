@@ -48,14 +48,14 @@ def _resolution(config: Config) -> int | None:
 
 
 def _pixel_defaults(config: Config, network: Network) -> Config:
-    """``config`` with a pixel-space model's defaults where it leaves settings open."""
+    """Fill in a pixel-space model's defaults wherever nothing was set."""
     network_config = network.module.config
     conditional = bool(getattr(network_config, "num_class_embeds", None))
     return config.model_copy(update={"unlearn": config.unlearn.resolved(conditional=conditional, retained=(0, 1))})
 
 
 def _choose_trained(config: Config, network: Network, *, is_pixel: bool) -> None:
-    """Let the parameters that a run trains, and no others, require gradients."""
+    """Set ``requires_grad`` of the parameters that a run trains, and of no others."""
     selected = None
     if not is_pixel or "train" in config.text_to_image.model_fields_set:
         selected = selected_weights(config, network.module)

@@ -29,12 +29,12 @@ from erasediff_kernels import ConstrainedAdamW
 
 CONDITION = "encoder_hidden_states"
 RETAIN, FORGET = 0.0, 1.0
-"""Values of the condition that tell the two batches apart."""
+"""Values of the condition that distinguish the two batches."""
 SHAPE = (1, 1, 2)
 
 
 class StandInNetwork(nn.Module):
-    """A denoiser of one linear layer, which stands for any network whose passes are counted."""
+    """Denoiser of one linear layer, a stand-in for any network whose passes are counted."""
 
     config: Mapping[str, Any] = {}
 
@@ -52,7 +52,7 @@ class StandInNetwork(nn.Module):
 
 
 class StandInPrompts:
-    """The part of a text-to-image model that encodes prompts: those to be forgotten are told from all others."""
+    """Prompt encoder of the stand-in, which distinguishes prompts to forget from all others."""
 
     def __init__(self, forget_prompts: Sequence[str]) -> None:
         self.forget_prompts = forget_prompts
@@ -63,7 +63,7 @@ class StandInPrompts:
 
 
 class PassRecorder:
-    """A denoiser that notes each call."""
+    """Denoiser that records each call."""
 
     def __init__(self, trained: nn.Module) -> None:
         self.trained = trained
@@ -97,7 +97,7 @@ class PassRecorder:
 
 
 def step_plan(config: Config) -> StepPlan:
-    """The step that ``config.unlearn`` describes, as one of ``config.distributed.processes`` takes it.
+    """Plan of the step that ``config.unlearn`` describes, for one of ``config.distributed.processes``.
 
     Args:
         config: with every default of the kind of model filled in, as a run has it.
@@ -112,7 +112,7 @@ def step_plan(config: Config) -> StepPlan:
 
 
 def _for_stand_in(config: Config) -> Config:
-    """``config`` for one process, without what refers to a real model's weights."""
+    """Adapt ``config`` to the stand-in: one process, and no settings of a real model's weights."""
     prompts = config.images.forget_prompts or ("forget",)
     changes: dict[str, Any] = {
         "images": config.images.model_copy(update={"forget_prompts": prompts}),
@@ -194,5 +194,5 @@ def _state_bytes(method: Any) -> int:
     """Bytes per trained element of what the method keeps beside the weight, the moments and the average."""
     solver = getattr(method, "tuned", method)
     state = next(iter(solver.optimizer.state.values()))
-    kept = next(solver.shards()).tensors
-    return sum(tensor.element_size() for name, tensor in kept.items() if name != "weight" and name not in state)
+    tensors = next(solver.shards()).tensors
+    return sum(tensor.element_size() for name, tensor in tensors.items() if name != "weight" and name not in state)

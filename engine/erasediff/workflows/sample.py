@@ -65,7 +65,7 @@ def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: in
 
 
 def is_picture(out: Path) -> bool:
-    """Whether ``out`` has the ending of an image."""
+    """Return true if ``out`` has the suffix of an image."""
     return out.suffix.lower() in Image.registered_extensions()
 
 
@@ -102,7 +102,7 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
 
 
 def grid(images: Tensor, columns: int, scale: int) -> Image.Image:
-    """One picture of ``images`` [N, C, H, W], ``columns`` to a row, a pixel apart, each pixel ``scale`` wide."""
+    """Grid of ``images`` [N, C, H, W], ``columns`` to a row, a pixel apart, each pixel ``scale`` wide."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = images.new_ones(rows * columns, channels, height + 1, width + 1)
@@ -113,7 +113,7 @@ def grid(images: Tensor, columns: int, scale: int) -> Image.Image:
 
 
 def picture(image: Tensor) -> Image.Image:
-    """One image [C, H, W] in [-1, 1] (1 or 3 channels) as 8-bit grey or RGB."""
+    """Convert an image [C, H, W] in [-1, 1] (1 or 3 channels) as 8-bit grey or RGB."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 

@@ -28,12 +28,12 @@ from erasediff_kernels import ConstrainedAdamW
 
 
 def train_base(config: Config, place: RunPlace, console: Console, title: str = "Training") -> RunResult:
-    """Train the model that ``config`` describes on its data; see ``RunResult`` for what is left behind."""
+    """Train the model that ``config`` describes on its data, in a run folder."""
     return training_job(config, title).run(place, console)
 
 
 def untrained_model(config: Config, device: torch.device) -> PixelModel:
-    """The model that ``config`` describes, as training begins with it."""
+    """Build the model that ``config`` describes, with its initial weights."""
     shape = config.model.model_dump(exclude={"conditional"})
     classes = load_digits().num_classes if config.model.conditional else None
     return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
@@ -41,7 +41,7 @@ def untrained_model(config: Config, device: torch.device) -> PixelModel:
 
 @thread_scope()
 def training_job(config: Config, title: str = "Training") -> TrainingJob:
-    """The run of ``train_base``, built but not begun. UserError for excluded classes that do not exist."""
+    """Build the job of ``train_base``. UserError for excluded classes that do not exist."""
     check_pixel_precision(config)
     settings = config.train
     device = set_up_device(config)
@@ -90,7 +90,7 @@ SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distri
 
 
 class CachedTraining:
-    """The run that trains the model of ``config`` without the classes ``exclude``, in the cache."""
+    """Cached training of the model of ``config`` without the classes ``exclude``."""
 
     @thread_scope()
     def __init__(self, config: Config, exclude: tuple[int, ...] = ()) -> None:
@@ -106,7 +106,7 @@ class CachedTraining:
         self.run = RunFolder(cache_folder() / f"model-{_fingerprint(self.config)}")
 
     def obtain(self, console: Console, title: str) -> RunFolder:
-        """The finished run, carried out now unless it is there; a training that was cut short goes on."""
+        """Return the finished run, training now unless it exists; an interrupted training continues."""
         with _lock(self.run.path, console):
             if not self.run.finished:
                 train_base(self.config, RunPlace(self.run.path, resuming=self.run.begun), console, title)

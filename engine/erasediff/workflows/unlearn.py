@@ -23,7 +23,7 @@ from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 def unlearning_job(
     config: Config, console: Console, place: RunPlace | None, given: Collection[str] | None = None
 ) -> TrainingJob | StandaloneJob:
-    """The unlearning run of ``config``, built but not begun.
+    """Build the unlearning job of ``config``.
 
     Args:
         config: as the user wrote it: defaults of the kind of model are filled in here.
@@ -79,7 +79,7 @@ def draw_from(
     prompts: Sequence[str] | None,
     count: int | None,
 ) -> SampledImages:
-    """``count`` images of each prompt or class. UserError as in ``sample_prompts`` and ``sample``."""
+    """Sample ``count`` images of each prompt or class. UserError as in ``sample_prompts`` and ``sample``."""
     if not is_text_to_image(model):
         if prompts is not None:
             raise UserError(f"{model} is not a text-to-image model; omit --prompts.")

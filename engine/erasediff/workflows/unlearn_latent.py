@@ -37,7 +37,7 @@ from erasediff.workflows.load_model import load_checkpoint, read_denoiser
 
 @thread_scope()
 def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
-    """The run that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``, built but not begun.
+    """Build the job that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``.
 
     Text encoders and VAE are never in memory together with the denoiser, but where images of prompts are drawn. They
     encode images and captions, which are cached, and the prompts of the method; when they have left memory, the
@@ -97,12 +97,12 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
 
 
 def with_latent_defaults(config: Config) -> Config:
-    """``config`` with the defaults of text-to-image models, and of its method, wherever nothing was set."""
+    """Fill in the defaults of text-to-image models, and of the method, wherever nothing was set."""
     return for_text_to_image(config, METHOD_SPECS[config.unlearn.method].defaults(config, "latent"))
 
 
 def _checked(config: Config) -> Path:
-    """The checkpoint to unlearn from. UserError for what needs no checkpoint to be seen."""
+    """Path of the checkpoint to unlearn from. UserError for mistakes that show without reading it."""
     settings = config.unlearn
     if settings.model is None:
         raise UserError("There is no model to unlearn from; name one with --model.")
@@ -130,7 +130,7 @@ def _cached_encoder(model: LatentModel) -> Encode:
 
 
 def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...]]:
-    """The lists of prompts that the method is going to ask for, or may be."""
+    """Lists of prompts that the method may encode."""
     spec = METHOD_SPECS[config.unlearn.method]
     if needs_anchor(config):
         yield from ((caption,) for caption in anchor_candidates(retain))
@@ -140,13 +140,13 @@ def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...
 
 
 def prompt_condition(config: Config, model: LatentModel, encode: Encode, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The condition of each prompt for an image of the configuration's size."""
+    """Condition of each prompt for an image of the configuration's size."""
     size = image_size(config, model)
     return encode(tuple(prompts)) | model.size_condition(size, (0, 0), size, len(prompts))
 
 
 def _choose_attention(config: Config, model: LatentModel, console: Console) -> str:
-    """The attention backend of the empty denoiser, set up. UserError for one that cannot run here."""
+    """Set the attention backend of the empty denoiser. UserError for one that cannot run here."""
     chosen = set_attention(
         model.denoiser, config.text_to_image.attention, dtype=precision_of(config), device=model.device
     )
@@ -168,7 +168,7 @@ def _set_up(config: Config, network: Any, attention: str) -> None:
 
 
 def relabelling(config: Config, encode: Encode, teacher: Callable[[], nn.Module]) -> Relabel:
-    """The target that asks for the anchor prompts."""
+    """Relabelling target: the anchor prompts."""
     anchors = encode(config.text_to_image.anchor_prompts)
     choices = {name: tensor.to(torch.float32) for name, tensor in anchors.items()}
     return Relabel(choices, teacher() if config.unlearn.teacher == "frozen" else None)

@@ -29,9 +29,10 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
 
 @thread_scope()
 def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> TrainingJob:
-    """The run of ``unlearn``, built but not begun; ``model`` is used in the place of the configuration's.
+    """Build the job of ``unlearn``; ``model`` replaces the configuration's.
 
-    UserError without a model, for classes that do not exist, and for forget and retain sets that are empty or overlap.
+    Raises:
+        UserError: There is no model, a class does not exist, or forget and retain sets are empty or overlap.
     """
     check_pixel_precision(config)
     device = set_up_device(config)
@@ -72,7 +73,7 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
 
 
 def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
-    """``config`` with the defaults of the kind of model in ``unlearn``, wherever nothing was set."""
+    """Fill in the defaults of the kind of model, wherever nothing was set."""
     retained = sorted(set(retain.class_labels.tolist()))
     defaults = METHOD_SPECS[config.unlearn.method].defaults(config, "pixel")
     settings = config.unlearn.resolved(conditional=conditional, retained=retained, method_defaults=defaults)
@@ -85,7 +86,7 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
 
 
 def relabelling(settings: UnlearnConfig, model: PixelModel, teacher: Callable[[], nn.Module]) -> Relabel:
-    """The target that asks for another class. UserError for a model without classes."""
+    """Relabelling target: another class. UserError for a model without classes."""
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
     choices = {"class_labels": torch.tensor(settings.relabel_to)}

@@ -19,36 +19,36 @@ HOW_TO_CONVERT = (
 
 
 class Checkpoint(Protocol):
-    """What a model is loaded from, and what its untouched parts are saved from."""
+    """Checkpoint on the disk: the source of a model's weights, and of its unchanged parts when it is saved."""
 
     @property
     def path(self) -> Path: ...
 
     @property
     def index(self) -> Mapping[str, Any]:
-        """As in model_index.json: "_class_name", and for each component [library, class]."""
+        """Content of model_index.json: "_class_name", and for each component [library, class]."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Of the file that holds the denoiser's weights."""
+        """Metadata of the file that holds the denoiser's weights."""
         ...
 
     @property
     def original(self) -> Mapping[str, StoredTensor]:
-        """What a single file held, under its own names; empty for a folder."""
+        """Tensors of a single file under its own names; empty for a folder."""
         ...
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's configuration, a scheduler's included. UserError if it is missing or damaged."""
+        """Configuration of a component or scheduler. UserError if it is missing or damaged."""
         ...
 
     def tensors(self, component: str) -> Mapping[str, StoredTensor]:
-        """The component's weights, under the names they have in a diffusers folder. UserError as above."""
+        """Weights of a component by their names in a diffusers folder. UserError if they are missing or damaged."""
         ...
 
     def tokenizer(self, component: str) -> Any:
-        """The component as a transformers tokenizer. UserError if it cannot be had."""
+        """Load a component as a transformers tokenizer. UserError if it is not available."""
         ...
 
     def copy_small_files(self, folder: Path) -> None:
@@ -57,13 +57,13 @@ class Checkpoint(Protocol):
 
 
 def has(checkpoint: Checkpoint, component: str) -> bool:
-    """Whether the checkpoint comes with the component; an optional one may be left out, as [null, null]."""
+    """Return true if the checkpoint contains the component; an optional one may be left out, as [null, null]."""
     entry = checkpoint.index.get(component)
     return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None
 
 
 def weighted_components(checkpoint: Checkpoint) -> list[str]:
-    """The components that have weights: all but tokenizers, schedulers and processors of images."""
+    """Names of the components that have weights: all but tokenizers, schedulers and processors of images."""
     without = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor", "ImageProcessorFast")
     return [
         name
@@ -73,7 +73,7 @@ def weighted_components(checkpoint: Checkpoint) -> list[str]:
 
 
 def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """``copy_small_files`` of a checkpoint that is no folder: configurations and tokenizers as diffusers saves them."""
+    """Write the configurations and tokenizers of a checkpoint that is no folder as diffusers saves them."""
     write_json(folder / "model_index.json", checkpoint.index)
     for name in checkpoint.index:
         if name.startswith("_") or not has(checkpoint, name):
@@ -86,13 +86,13 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """With the folder that it is in, if need be."""
+    """Write a JSON file, and its folder if it does not exist."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """UserError for a file that is missing, cut short, or no JSON object."""
+    """Read a JSON object. UserError for a file that is missing, cut short, or no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def component_files(folder: Path) -> list[TensorFile]:
-    """The weight files of one component's folder: one file or the shards of an index, the plain ones if there are any.
+    """Weight files in a component's folder: one file or the shards of an index, without variant if there are both.
 
     UserError if there are none, if a shard is missing, or if there are only pickles, which are never opened.
     """
@@ -136,7 +136,7 @@ LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 
 
 def canonical_name(name: str) -> str:
-    """CLIP's without "text_model.", and the VAE's attention as it is called since diffusers 0.15."""
+    """Weight name without CLIP's "text_model.", with the VAE's attention as named since diffusers 0.15."""
     name = name.removeprefix("text_model.")
     layer, _, weight = name.rpartition(".")
     block, _, last = layer.rpartition(".")

@@ -19,7 +19,7 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def component_class(checkpoint: Checkpoint, component: str) -> Any:
-    """UserError for a missing component, and for a class of another library than diffusers and transformers."""
+    """Class of a component. UserError if it is missing, or not a class of diffusers or transformers."""
     if not has(checkpoint, component):
         raise UserError(f"The checkpoint {checkpoint.path} is incomplete: it has no {component}.")
     library, name = checkpoint.index[component]
@@ -30,7 +30,7 @@ def component_class(checkpoint: Checkpoint, component: str) -> Any:
 
 
 def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
-    """The component with its parameters on the meta device."""
+    """Build a component with its parameters on the meta device. UserError for a damaged configuration."""
     cls = component_class(checkpoint, component)
     config = checkpoint.config(component)
     if config.get("_class_name", cls.__name__) != cls.__name__:
@@ -47,7 +47,7 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
 
 
 def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
-    """The component as ``empty_module``, its stored weights' names and shapes checked. UserError for a mismatch."""
+    """Build a component as ``empty_module``; check its weights' names and shapes. UserError for a mismatch."""
     module = empty_module(checkpoint, component)
     stored = {canonical_name(name): tensor.shape for name, tensor in checkpoint.tensors(component).items()}
     tied = getattr(module, "_tied_weights_keys", None) or ()
@@ -72,7 +72,7 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> list[int]:
 
 
 def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: torch.dtype) -> LazyWeights:
-    """What the checkpoint holds of ``module``, which is its empty component, in the shapes and dtypes it will have."""
+    """Lazy weights of ``module``, an empty component, from the checkpoint, in their final shapes and dtypes."""
     stored = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     # T5's largest layers overflow in float16, and it is written to have them in float32.
     wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
@@ -91,7 +91,7 @@ def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dt
 
 
 def fill_component(module: nn.Module, weights: LazyWeights, device: torch.device | str) -> nn.Module:
-    """``module``, empty until now, with its own copy of ``weights`` on ``device``, in evaluation mode."""
+    """Fill an empty ``module`` with its own copy of ``weights`` on ``device``, in evaluation mode."""
     filled: Any = module
     filled.load_state_dict(
         {name: load().to(device, copy=True) for name, load in weights.items()}, strict=False, assign=True
@@ -103,7 +103,7 @@ def fill_component(module: nn.Module, weights: LazyWeights, device: torch.device
 
 
 def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The component with its own copy of the stored weights, in evaluation mode. UserError as ``check_component``."""
+    """Load a component with its own copy of the weights, in evaluation mode. UserError as ``check_component``."""
     module = check_component(checkpoint, component)
     return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
@@ -112,7 +112,7 @@ MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_predictio
 
 
 def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
-    """The scheduler as diffusers builds it, checked against the network's kind and the weights' metadata.
+    """Load the scheduler as diffusers builds it, and check it against the network's kind and the weights' metadata.
 
     Args:
         checkpoint: Where the scheduler's class and configuration come from.

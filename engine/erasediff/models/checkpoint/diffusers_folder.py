@@ -17,7 +17,7 @@ WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpa
 
 
 class DiffusersFolder:
-    """Implements ``Checkpoint``. UserError for a folder that is none, and for whatever is missing from it."""
+    """Diffusers folder; implements ``Checkpoint``. UserError for another folder, and for missing parts of it."""
 
     original: Mapping[str, StoredTensor]
 

@@ -16,12 +16,16 @@ from erasediff.errors import UserError
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source`` is written like a repository on the hub, owner/name."""
+    """Return true if ``source`` has the form of a repository on the hub, owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
 
 
 def downloaded(repository: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """The folder of a repository's files that match ``patterns``. UserError, in one sentence, if they cannot be had."""
+    """Download the files of a repository that match ``patterns``, or find them in the cache; return their folder.
+
+    Raises:
+        UserError: The repository is neither in the cache nor can it be downloaded.
+    """
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -35,7 +39,7 @@ CLIP = "openai/clip-vit-large-patch14"
 
 
 def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) -> Any:
-    """A pipeline folder's tokenizer. UserError if it is missing or damaged."""
+    """Load a tokenizer from a pipeline folder. UserError if it is missing or damaged."""
     library, name = index.get(component) or (None, None)
     cls = getattr(transformers, name, None) if library == "transformers" and name else None
     vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -49,9 +53,13 @@ def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) 
 
 
 def clip_tokenizer(pad_token: str) -> Any:
-    """CLIP's tokenizer, which every SD and SDXL model uses, from the hub or its cache.
+    """Load CLIP's tokenizer, which every SD and SDXL model uses, from the hub or its cache.
 
-    ``pad_token`` is "<|endoftext|>" for OpenAI's text encoder, "!" for OpenCLIP's. UserError if it is in neither.
+    Args:
+        pad_token: "<|endoftext|>" for OpenAI's text encoder, "!" for OpenCLIP's.
+
+    Raises:
+        UserError: The tokenizer is neither in the cache nor can it be downloaded.
     """
     try:
         folder = downloaded(CLIP, ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"))

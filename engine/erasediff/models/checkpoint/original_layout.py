@@ -18,8 +18,14 @@ from erasediff.models.checkpoint.base import canonical_name
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``form``: "same"; "conv", a 1x1 convolution where diffusers has a linear layer; "transposed"; or "joined", the
-    ``part`` of query, key and value in one tensor."""
+    """Key of a weight in the original layout, and the form it has there.
+
+    Attributes:
+        key: Key in the single file.
+        form: "same"; "conv", a 1x1 convolution where diffusers has a linear layer; "transposed"; or "joined", one of
+            query, key and value in one tensor.
+        part: Index among query, key and value, for "joined".
+    """
 
     key: str
     form: Literal["same", "conv", "transposed", "joined"] = "same"
@@ -27,7 +33,7 @@ class Place:
 
 
 Table = Callable[[str, Any], Place | None]
-"""From a canonical name and the module's ``config``; None for a weight that the original layout lacks."""
+"""Map a canonical name and the module's ``config`` to a place; None for a weight that the original layout lacks."""
 
 RESNET_OF_UNET = {
     "norm1": "in_layers.0",
@@ -138,12 +144,12 @@ LAYOUTS: dict[str, dict[str, Table]] = {
         "text_encoder_2": partial(_open_clip, "conditioner.embedders.1.model"),
     },
 }
-"""The layouts of single files, and where each component's weights lie in them."""
+"""Tables of the components by layout of single files."""
 
 
 def to_original(table: Table, tensors: Mapping[str, StoredTensor], config: Any) -> dict[str, StoredTensor]:
-    """A component's weights, named as in diffusers, under their original keys."""
-    found: dict[str, StoredTensor] = {}
+    """Convert a component's weights from diffusers' names to the keys of the original layout."""
+    converted: dict[str, StoredTensor] = {}
     joined: dict[str, dict[int, StoredTensor]] = {}
     for name, tensor in tensors.items():
         place = table(canonical_name(name), config)
@@ -157,15 +163,15 @@ def to_original(table: Table, tensors: Mapping[str, StoredTensor], config: Any) 
             case Place(form="joined"):
                 joined.setdefault(place.key, {})[place.part] = tensor
                 continue
-        found[place.key] = tensor
-    return found | {key: StoredTensor.joined([parts[i] for i in range(3)]) for key, parts in joined.items()}
+        converted[place.key] = tensor
+    return converted | {key: StoredTensor.joined([parts[i] for i in range(3)]) for key, parts in joined.items()}
 
 
 def from_original(
     table: Table, original: Mapping[str, StoredTensor], names: Iterable[str], config: Any
 ) -> dict[str, StoredTensor]:
-    """Those of ``names``, a component's weights in diffusers, that ``original`` has; the inverse of ``to_original``."""
-    found = {}
+    """Convert from the original layout: the weights ``names`` in diffusers that ``original`` has."""
+    converted = {}
     for name in names:
         place = table(canonical_name(name), config)
         if place is None or place.key not in original:
@@ -178,5 +184,5 @@ def from_original(
                 tensor = tensor.transposed()
             case "joined":
                 tensor = tensor.part(place.part, 3)
-        found[name] = tensor
-    return found
+        converted[name] = tensor
+    return converted

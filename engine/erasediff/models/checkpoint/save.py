@@ -1,4 +1,4 @@
-"""Whole checkpoints to the disk: what was trained from memory, everything else from where it came from."""
+"""Saving of whole checkpoints: trained components from memory, everything else from the source checkpoint."""
 
 from __future__ import annotations
 
@@ -28,9 +28,22 @@ def save_folder(
     max_shard_size: int,
     replace: bool,
 ) -> None:
-    """A diffusers folder. ``trained``: the state of each component that is no longer the checkpoint's.
+    """Save a diffusers folder, atomically.
 
     A tensor that still equals the stored one is written with the stored one's bits, whatever dtype it was trained in.
+
+    Args:
+        checkpoint: Source of everything that was not trained.
+        path: Folder to write.
+        trained: State dicts of the trained components, by component.
+        metadata: Metadata of the trained components' files.
+        dtype: Floating dtype to store; None for that of the source.
+        max_shard_size: Largest size of a weight file, in bytes.
+        replace: Replace a folder that exists.
+
+    Raises:
+        UserError: ``path`` exists and ``replace`` is false, or the disk refuses.
+        ValueError: A trained component has weights that the source lacks, such as a LoRA that was not merged.
     """
     components = _components(checkpoint, trained, dtype)
     with atomic_directory(path, replace=replace) as folder:
@@ -39,8 +52,8 @@ def save_folder(
             library = checkpoint.index[name][0]
             stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
             # transformers refuses a file that does not say which framework wrote it.
-            said = metadata if name in trained else {"format": "pt"}
-            _write_component(folder / name, stem, tensors, said, max_shard_size)
+            file_metadata = metadata if name in trained else {"format": "pt"}
+            _write_component(folder / name, stem, tensors, file_metadata, max_shard_size)
             if dtype is not None:
                 _record_dtype(folder / name / "config.json", dtype)
 
@@ -56,7 +69,22 @@ def save_single_file(
     markers: Mapping[str, StoredTensor],
     replace: bool,
 ) -> None:
-    """One file in the original layout, with whatever else a source in that layout held. ``markers``: more entries."""
+    """Save one file in the original layout, atomically, with all other tensors of a source in that layout.
+
+    Args:
+        checkpoint: Source of everything that was not trained.
+        path: File to write.
+        layout: Key of ``LAYOUTS``.
+        trained: State dicts of the trained components, by component.
+        metadata: Metadata of the file.
+        dtype: Floating dtype to store; None for that of the source.
+        markers: Additional entries of the file.
+        replace: Replace a file that exists.
+
+    Raises:
+        UserError: ``path`` exists and ``replace`` is false, or the disk refuses.
+        ValueError: A trained component has weights that the source lacks, such as a LoRA that was not merged.
+    """
     if path.exists() and not replace:
         raise UserError(f"{path} exists already: remove it or choose another name.")
     tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
@@ -120,14 +148,14 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 def modelspec(
     source: Mapping[str, str], *, architecture: str, implementation: str, prediction_type: str, size: tuple[int, int]
 ) -> dict[str, str]:
-    """The metadata of an unlearned model: the source's, hashes and date left out, with what is known here filled in."""
-    kept = {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
-    known = {
+    """ModelSpec metadata of an unlearned model: the source's without hashes and date, updated by the arguments."""
+    inherited = {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
+    updates = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
         "modelspec.implementation": implementation,
         "modelspec.resolution": f"{size[1]}x{size[0]}",
     }
     if prediction_type in PREDICTIONS:
-        known["modelspec.prediction_type"] = PREDICTIONS[prediction_type]
-    return {"modelspec.title": "Unlearned model", "format": "pt", **kept, **known}
+        updates["modelspec.prediction_type"] = PREDICTIONS[prediction_type]
+    return {"modelspec.title": "Unlearned model", "format": "pt", **inherited, **updates}

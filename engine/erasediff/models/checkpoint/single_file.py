@@ -22,17 +22,19 @@ SIGNATURES = {
     "sd2": "cond_stage_model.model.ln_final.weight",
     "sd1": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
 }
-"""A key that only files of this layout have."""
+"""Key that only files of each layout have."""
 
 
 class SingleFile:
-    """Implements ``Checkpoint``.
+    """Single-file checkpoint; implements ``Checkpoint``.
 
-    config:          a diffusers folder that configurations and tokenizers are taken from; None for the family's usual
-    prediction_type: what the file does not say; None where it does, or where its family leaves no doubt
+    Args:
+        path: The .safetensors file.
+        config: Diffusers folder to take configurations and tokenizers from; None for the family's defaults.
+        prediction_type: "epsilon" or "v_prediction"; None if the file or its family determines it.
 
-    Raises ``UserError`` for a file that is missing, damaged or of no known layout, and for one of SD 2.x that does not
-    say what it predicts while nothing else does.
+    Raises:
+        UserError: The file is missing, damaged or of no known layout, or one of SD 2.x with an unknown prediction type.
     """
 
     original: Mapping[str, StoredTensor]
@@ -61,17 +63,17 @@ class SingleFile:
             for name, value in self._folder.index.items()
         }
 
-    def _scheduler_config(self, asked: str | None) -> dict[str, Any]:
+    def _scheduler_config(self, requested: str | None) -> dict[str, Any]:
         recorded = MODELSPEC_PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", ""))
-        said = asked or recorded or ("v_prediction" if "v_pred" in self.original else None)
+        prediction_type = requested or recorded or ("v_prediction" if "v_pred" in self.original else None)
         config = KNOWN_CONFIGS[self.layout]["scheduler"] if self._folder is None else self._folder.config("scheduler")
-        if self._folder is None and said is None and self.layout == "sd2":
+        if self._folder is None and prediction_type is None and self.layout == "sd2":
             raise UserError(
                 f"{self.path} is a Stable Diffusion 2.x model and does not say if it predicts epsilon (512 pixels) "
                 "or v_prediction (768 pixels): give its prediction type."
             )
         zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in self.original else {}
-        return {**config, **({"prediction_type": said} if said else {}), **zero_snr}
+        return {**config, **({"prediction_type": prediction_type} if prediction_type else {}), **zero_snr}
 
     def config(self, component: str) -> dict[str, Any]:
         if component == "scheduler":
@@ -123,5 +125,5 @@ def _layout(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def _on_disk(name: str) -> str:
-    """A text encoder's weight as every release of transformers reads it."""
+    """Name of a text encoder's weight that every release of transformers reads."""
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
