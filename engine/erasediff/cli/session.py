@@ -26,7 +26,7 @@ def resolve_run(
     dry_run: bool = False,
     **flags: Any,
 ) -> tuple[RunPlace | None, Config]:
-    """Where to run (None: nowhere, it is dry) and the full configuration: by default, the resumed run's own."""
+    """Resolve the run folder (None for a dry run) and the full configuration, by default the resumed run's own."""
     fresh = None if resume else configure(file, settings, **flags)
     if fresh and dry_run:
         return None, fresh
@@ -38,7 +38,7 @@ def resolve_run(
 
 
 def launch_workers(config: Config, section: Literal["train", "unlearn"]) -> None:
-    """Where ``config`` asks for several processes and none has started them yet, start them, and exit as they do.
+    """Start the processes that ``config`` asks for, unless a launcher has, and exit as they do.
 
     Without ``distributed.processes``, as many as there are GPUs, or one on a CPU.
 

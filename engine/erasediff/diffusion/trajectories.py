@@ -76,7 +76,7 @@ class Trajectories:
         return self.timesteps[self.places(iteration)[1]]
 
     def noise(self, iteration: int) -> Tensor:
-        """Where each slot's trajectory of ``iteration`` begins, N(0, I), scaled as x_T is."""
+        """The first state of each slot's trajectory of ``iteration`` begins, N(0, I), scaled as x_T is."""
         number, _ = self.places(iteration)
         start = self.process.sigma[self.timesteps[0]]
         return start * philox_noise(number, self.key, int(NoiseRole.TRAJECTORY), self.shape)

@@ -94,7 +94,7 @@ class Solver(ABC):
 
     name: ClassVar[str]
     barrier: Barrier = Fixed(0.0)
-    """What combines the gradients; a method of two sets its own."""
+    """The rule that combines the gradients; a method of two sets its own."""
 
     def __init__(
         self,

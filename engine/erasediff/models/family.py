@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Subsets:
-    """Where the named selections of ``trainable.select`` lie: parts of parameters' names, between their dots.
+    """Locations of the named selections of ``trainable.select``: parts of parameters' names, between their dots.
 
     Attributes:
         cross_attention: Parts that only cross-attention's names have.

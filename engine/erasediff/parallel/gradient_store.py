@@ -14,7 +14,7 @@ from erasediff_kernels import Constraint
 
 
 class Shard(NamedTuple):
-    """What one process holds of one trained parameter: elements ``start``, ``start`` + 1, ... of the flattened one.
+    """One process's part of one trained parameter: elements ``start``, ``start`` + 1, ... of the flattened one.
 
     name:    the parameter's, without prefixes of DDP, an engine or torch.compile
     tensors: "weight", the fp32 master where there is one, and the optimizer's and averages' elements of it
@@ -35,11 +35,11 @@ class GradientStore(Protocol):
 
     world: World
     device: torch.device
-    """Where the model computes."""
+    """The device that the model computes on."""
     optimizer: torch.optim.Optimizer
     """The user's own, inside of whatever wraps it."""
     max_grad_norm: float | None
-    """What an engine's own configuration asks for; None where it says nothing."""
+    """Gradient clipping of an engine's own configuration; None where it says nothing."""
     accumulation_steps: int | None
     """Likewise."""
 
@@ -50,7 +50,7 @@ class GradientStore(Protocol):
 
     @property
     def replicas(self) -> int:
-        """How many processes hold each element: what their Gram values count several times."""
+        """Number of processes that hold each element, and so count it in their Gram values."""
         ...
 
     def no_reshard(self) -> AbstractContextManager[None]:

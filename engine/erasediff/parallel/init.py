@@ -16,7 +16,7 @@ from erasediff.parallel.control_plane import ControlPlane
 
 
 class Share(TypedDict):
-    """Which part of every batch is this rank's, as batches take it."""
+    """This rank's part of every batch, as keywords of the batches."""
 
     rank: int
     world_size: int

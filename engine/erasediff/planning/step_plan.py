@@ -68,7 +68,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """What one process computes and keeps in a step; the default is one retained and one forgotten sample.
+    """Passes and state of one process in a step; the default is one retained and one forgotten sample.
 
     Attributes:
         method: name of the unlearning method.

@@ -22,7 +22,7 @@ def zero_config(
     max_grad_norm: float | None,
     bf16: bool,
 ) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` takes. ``batch_size`` is that of all ``processes`` together.
+    """Build the configuration for ``deepspeed.initialize``. ``batch_size`` is that of all ``processes`` together.
 
     UserError for a file that cannot be read, and for one that contradicts the run's own settings.
     """

@@ -99,7 +99,7 @@ def engine_clipping_disabled(engine: Any) -> Iterator[None]:
 
 
 def set_global_grad_norm(engine: Any, norm: Tensor) -> None:
-    """What ``engine.get_global_grad_norm`` returns from now on: the engine's own would be the retain gradient's."""
+    """Set the result of ``engine.get_global_grad_norm``: the engine's own would be the retain gradient's."""
     engine._global_grad_norm = norm
 
 

@@ -25,7 +25,7 @@ class Fragment(NamedTuple):
 
 
 class Layout(Protocol):
-    """How an engine of one stage keeps gradients and weights."""
+    """Storage of gradients and weights in an engine of one stage."""
 
     flats: list[Tensor]
     groups: list[int]

@@ -80,7 +80,7 @@ class PartitionedParameters(PartitionedLayout):
 
     @property
     def _partitions(self) -> dict[int, Tensor]:
-        """Where each parameter's gradient goes, by ``ds_id``: views into ``grad_partitions_flat_buffer``."""
+        """Each parameter's gradient buffer, by ``ds_id``: views into ``grad_partitions_flat_buffer``."""
         return self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition  # type: ignore[no-any-return]
 
     def stepping(self) -> AbstractContextManager[None]:
