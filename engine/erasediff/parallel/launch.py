@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """Environment variables of the ranks, as torchrun sets them; the store is this process's, so that it outlives each of them."""
+    """Environment of a rank, as torchrun sets it; the store is this process's, so that it outlives each of them."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

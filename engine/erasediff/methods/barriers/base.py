@@ -55,7 +55,7 @@ class Barrier(ABC):
         """
 
     def constraint(self, values: StepValues, max_norm: float | None) -> Constraint:
-        """Compute what the update needs: coefficients, clip scale, norm before clipping, and whether all of it is finite.
+        """Compute the update's coefficients, clip scale, norm before clipping, and whether all of it is finite.
 
         Args:
             values: Gram values and losses of the global batch.
