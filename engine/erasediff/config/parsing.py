@@ -146,8 +146,8 @@ def for_text_to_image(config: Config, method_defaults: Mapping[str, Any] | None 
     The target is relabelling: to the anchor prompts or, without any, to the retained caption nearest to the forgotten.
 
     Args:
-        config: as the user wrote it.
-        method_defaults: defaults of ``unlearn.*`` that follow from the method; see ``MethodSpec.defaults``.
+        config: Configuration as the user wrote it.
+        method_defaults: Defaults of ``unlearn.*`` that follow from the method; see ``MethodSpec.defaults``.
     """
     target = config.unlearn.target or "relabel"
     defaults = {

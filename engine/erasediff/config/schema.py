@@ -136,9 +136,9 @@ class UnlearnConfig(Section):
         """Fill in each None, by the method's own defaults where it has some.
 
         Args:
-            conditional: whether the model has class labels.
-            retained: the classes to retain.
-            method_defaults: see ``MethodSpec.defaults``.
+            conditional: The model has class labels.
+            retained: The classes to retain.
+            method_defaults: See ``MethodSpec.defaults``.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
         mean over several that the loss settles for is a blur. The null label is left out of it (no label dropout of
@@ -174,10 +174,10 @@ class SampleConfig(Section):
     """Sampling of images.
 
     Attributes:
-        guidance_scale: of classifier-free guidance; None is the model's default.
-        negative_prompt: for text-to-image models.
-        num_inference_steps: steps of the sampler.
-        batch_size: images at once.
+        guidance_scale: Scale of classifier-free guidance; None is the model's default.
+        negative_prompt: Negative prompt for text-to-image models.
+        num_inference_steps: Steps of the sampler.
+        batch_size: Images per call.
     """
 
     guidance_scale: NonNegative | None = None
@@ -239,21 +239,21 @@ class TextToImageConfig(Section):
     """Loading of a checkpoint, and the selection of its denoiser's weights to train.
 
     Attributes:
-        config: for a single file whose architecture is unknown: see ``load_text_to_image``.
-        prediction_type: likewise.
+        config: Diffusers folder for a single file of unknown architecture: see ``load_text_to_image``.
+        prediction_type: Prediction type of a single file that does not record it.
         lora: a LoRA that is merged into the model first.
-        weights: their dtype in memory; bfloat16 is rounded stochastically, and the default of precision bf16-true.
+        weights: Dtype of the weights in memory; bfloat16 with stochastic rounding is that of precision bf16-true.
         train: a selection of ``models.trainable.select``, or "lora".
-        lora_rank: of the LoRA to train.
-        lora_alpha: of the LoRA to train; None is the rank.
-        lora_targets: the selection of layers that the LoRA adapts.
-        saliency: share of weights, the most salient to what is forgotten, that is trained; None for all.
-        saliency_batches: forgotten batches that saliency is measured on.
-        anchor_prompts: prompts that the target "relabel" maps the forgotten concept to, by default the retained caption
+        lora_rank: Rank of the LoRA to train.
+        lora_alpha: Alpha of the LoRA to train; None is the rank.
+        lora_targets: The selection of layers that the LoRA adapts.
+        saliency: Share of weights, the most salient to what is forgotten, that is trained; None for all.
+        saliency_batches: Forgotten batches that saliency is measured on.
+        anchor_prompts: Prompts that the target "relabel" maps the forgotten concept to, by default the retained caption
             under which the model denoises the forgotten images best; and those that saemnesia's "move" maps it to, by
             default the nearest of the retained prompts.
-        attention: backend of attention.
-        gradient_checkpointing: recompute activations in the backward pass.
+        attention: Backend of attention.
+        gradient_checkpointing: Recompute activations in the backward pass.
     """
 
     config: Path | None = None
@@ -276,9 +276,9 @@ class OutputConfig(Section):
 
     Attributes:
         layout: a diffusers folder, or one file in the family's original layout.
-        dtype: of the tensors in the file; None keeps that of each stored tensor.
-        max_shard_bytes: size of a file, beyond which weights are split.
-        lora_keys: naming of the tensors in a LoRA's file.
+        dtype: Dtype of the tensors in the file; None keeps that of each stored tensor.
+        max_shard_bytes: Size of a file, beyond which weights are split.
+        lora_keys: Naming of the tensors in a LoRA's file.
     """
 
     layout: Literal["diffusers", "single-file"] = "diffusers"
@@ -293,16 +293,16 @@ class DistributedConfig(Section):
     Attributes:
         launch: "none" is one process; "ddp" replicates the whole state; "fsdp" shards parameters, gradients and
             optimizer state (FSDP2); "zero" is DeepSpeed at ``stage``.
-        stage: of ZeRO: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is that of
+        stage: ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too; None is that of
             ``deepspeed_config``, or 2.
-        processes: on this machine; where it is not set and there are GPUs, one for each of them. Under torchrun,
+        processes: Number on this machine; if it is not set and there are GPUs, one for each of them. Under torchrun,
             deepspeed or accelerate launch, as many as these started.
-        offload_optimizer: keep the optimizer's state, and take its step, on the CPU.
-        offload_params: keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
+        offload_optimizer: Keep the optimizer's state, and take its step, on the CPU.
+        offload_params: Keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
         deepspeed_config: a DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
-        own_reduction: reduce gradients and gather weights of ZeRO by erasediff's code, which overlaps and copies less;
+        own_reduction: Reduce gradients and gather weights of ZeRO by erasediff's code, which overlaps and copies less;
             false for DeepSpeed's own.
-        timeout: seconds that ranks wait for one another before the run ends with an error.
+        timeout: Seconds that ranks wait for one another before the run ends with an error.
     """
 
     launch: Literal["none", "ddp", "fsdp", "zero"] = "none"

@@ -14,7 +14,7 @@ from erasediff.planning.trace import StepFlops, Trace, activation_bytes, step_fl
 DEVICE_GB = (24, 40, 80, 141)
 """Sizes of GPUs, in 10^9 bytes: RTX 4090, A100, H100, H200."""
 RESERVE_BYTES, RESERVE_SHARE = 1_500_000_000, 0.05
-"""Of each GPU, what the driver's context and communication take, and what the allocator loses to fragmentation."""
+"""Reserve of each GPU for the driver's context, communication, and the allocator's fragmentation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """A step of ``step`` on the model called ``model``, whose images have ``resolution`` pixels along each side."""
+    """Plan of ``step`` on the model called ``model``, whose images have ``resolution`` pixels along each side."""
 
     model: str
     resolution: int
@@ -71,10 +71,10 @@ def overview(
     """Plan ``step`` on ``network``.
 
     Args:
-        network: on the meta device, in the dtype of ``step.precision``, with what is trained requiring gradients.
-        step: the passes and the state of a step; ``workflows.plan`` derives them from a configuration.
-        ranks: numbers of processes to plan for.
-        buckets: carries DeepSpeed's buffer sizes where they are not its defaults.
+        network: Network on the meta device, in the dtype of ``step.precision``; trained parameters require gradients.
+        step: The passes and the state of a step; ``workflows.plan`` derives them from a configuration.
+        ranks: Numbers of processes to plan for.
+        buckets: Layout with the buffer sizes, if they are not DeepSpeed's defaults.
     """
     traced = trace(
         network,
@@ -113,5 +113,5 @@ def layouts(ranks: Sequence[int], buckets: Layout) -> Iterator[Layout]:
 
 
 def smallest_device(peak: int) -> int | None:
-    """The smallest of ``DEVICE_GB`` with room for ``peak`` bytes and the reserve."""
+    """Smallest of ``DEVICE_GB`` with room for ``peak`` bytes and the reserve."""
     return next((size for size in DEVICE_GB if peak + RESERVE_BYTES <= size * 1e9 * (1 - RESERVE_SHARE)), None)

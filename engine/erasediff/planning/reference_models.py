@@ -21,10 +21,10 @@ from erasediff.models.load import open_checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """A denoiser on the meta device, and the inputs of its forward.
+    """Denoiser on the meta device, and the inputs of its forward pass.
 
     Attributes:
-        name: What the user called it.
+        name: Name that the user gave.
         module: The denoiser.
         resolution: Height and width in pixels of the images it is planned for, by default the longer side of those that
             the model was trained for.
@@ -38,7 +38,7 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, adapters aside."""
+        """Dtype of the weights, without adapters."""
         return next(self.module.parameters()).dtype
 
     def inputs(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Network:
 
 
 def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = torch.float32) -> Network:
-    """The denoiser that ``source`` stands for, its parameters on the meta device; no weight is read.
+    """Build the denoiser of ``source`` on the meta device, without reading weights.
 
     Args:
         source: A name among the families' ``reference_configs``; a diffusers folder, .safetensors file or hub id; or

@@ -18,14 +18,14 @@ class Cluster:
     """Nodes of H100 SXM GPUs. Rates per GPU and second; a share is what is reached of the rate.
 
     Attributes:
-        gpus_per_node: joined by NVLink.
-        peak_flops: bfloat16, dense; ``flops_share`` is reached over forward and backward passes. The more of it, the
+        gpus_per_node: Number of GPUs joined by NVLink.
+        peak_flops: Dense bfloat16; ``flops_share`` is reached over forward and backward passes. The more of it, the
             less there is for the second gradient's reduction to hide behind.
         memory_bytes: HBM3.
-        nvlink_bytes: each way, among the GPUs of a node.
-        network_bytes: each way, InfiniBand NDR, one adapter of 400 Gb/s for each GPU.
-        latency_seconds: of each stage of an all-reduce of a few numbers between nodes.
-        overlap: share of the backward passes' time that can hide the gradients' reduction.
+        nvlink_bytes: Bytes per second each way, among the GPUs of a node.
+        network_bytes: Bytes per second each way, InfiniBand NDR, one adapter of 400 Gb/s for each GPU.
+        latency_seconds: Latency of each stage of an all-reduce of a few numbers between nodes.
+        overlap: Share of the backward passes' time that can hide the gradients' reduction.
     """
 
     gpus_per_node: int = 8
@@ -46,12 +46,12 @@ class ScaledStep:
     """Seconds of one step under ZeRO 2 with bfloat16 weights and gradients, by cause.
 
     Attributes:
-        ranks: processes.
-        samples: of all ranks.
-        compute: all passes.
-        reduction: reduce-scatters of gradients, of which ``exposed`` is not hidden behind backward passes.
-        gather: all-gather of the updated weights.
-        scalars: all-reduce of the Gram values.
+        ranks: Number of processes.
+        samples: Samples of all ranks.
+        compute: All passes.
+        reduction: Reduce-scatters of gradients, of which ``exposed`` is not hidden behind backward passes.
+        gather: All-gather of the updated weights.
+        scalars: All-reduce of the Gram values.
         update: Gram values and the constrained update, on this rank's shard.
     """
 

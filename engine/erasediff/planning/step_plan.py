@@ -19,7 +19,7 @@ PRECISION_ALIASES: dict[str, Precision] = {"float32": "fp32", "autocast": "bf16-
 
 
 def parse_precision(text: str) -> Precision:
-    """The precision that ``text`` names, aliases included. UserError for any other word."""
+    """Parse a precision, aliases included. UserError for any other word."""
     names: dict[str, Precision] = {"fp32": "fp32", "bf16-mixed": "bf16-mixed", "bf16-true": "bf16-true"}
     names |= PRECISION_ALIASES
     if text not in names:
@@ -28,7 +28,7 @@ def parse_precision(text: str) -> Precision:
 
 
 def run_precision(config: Config) -> Precision:
-    """The precision of a run: bf16-true where the weights are stored in bfloat16."""
+    """Precision of a run: bf16-true where the weights are stored in bfloat16."""
     if "bf16-true" in (config.precision, config.text_to_image.weights) or config.text_to_image.weights == "bfloat16":
         return "bf16-true"
     return "fp32" if config.precision in ("float32", "fp32") else "bf16-mixed"
@@ -45,12 +45,12 @@ class Pass:
     """Calls of one network within a step.
 
     Attributes:
-        network: the model being trained, or its frozen copy.
-        gradient: forward and backward; otherwise forward alone, without gradients.
-        data: which batch the samples are of.
-        rows: samples in one call.
-        count: calls per step; a fraction where an inner solve is refreshed every few steps.
-        nested: the activations of another pass are kept in memory meanwhile.
+        network: The model being trained, or its frozen copy.
+        gradient: Forward and backward; otherwise forward alone, without gradients.
+        data: Batch that the samples are of.
+        rows: Samples in one call.
+        count: Calls per step; a fraction where an inner solve is refreshed every few steps.
+        nested: The activations of another pass are kept in memory meanwhile.
     """
 
     network: Literal["model", "teacher"] = "model"
@@ -71,18 +71,18 @@ class StepPlan:
     """Passes and state of one process in a step; the default is one retained and one forgotten sample.
 
     Attributes:
-        method: name of the unlearning method.
-        train: selection of weights, or "lora".
-        precision: of weights and operators.
-        batch_size: retained samples per process, and as many forgotten ones.
-        accumulation_steps: micro-batches per batch.
-        passes: all calls of networks.
+        method: Name of the unlearning method.
+        train: Selection of weights, or "lora".
+        precision: Precision of weights and operators.
+        batch_size: Retained samples per process, and as many forgotten ones.
+        accumulation_steps: Micro-batches per batch.
+        passes: All calls of networks.
         teacher: a frozen copy of the network is in memory.
-        gradients: lists of gradients that are in memory at the update, one or two.
-        moment_bytes: of both Adam moments, per trained element.
-        state_bytes: of what the method itself keeps, per trained element (inner copy, Fisher information, masks).
+        gradients: Lists of gradients that are in memory at the update, one or two.
+        moment_bytes: Bytes of both Adam moments, per trained element.
+        state_bytes: Bytes of the method's own state per trained element (inner copy, Fisher information, masks).
         averages: a running average of the trained weights is kept.
-        gradient_checkpointing: each block's activations are computed again in the backward pass.
+        gradient_checkpointing: Each block's activations are computed again in the backward pass.
     """
 
     method: str = "erasediff"
@@ -120,7 +120,7 @@ class StepPlan:
         return sum(min(self.batch_size, self.samples(gradient=True, data=data)) for data in ("retain", "forget"))
 
     def describe(self) -> str:
-        """The passes in words, with samples per step, as in "model: forward + backward of 8"."""
+        """Describe the passes in words, with samples per step, as in "model: forward + backward of 8"."""
         kinds = (
             ("model: forward + backward of", {"network": "model", "gradient": True}),
             ("model: forward of", {"network": "model", "gradient": False}),

@@ -31,14 +31,14 @@ class Trace:
     """Cost of one pass over ``batch_size`` samples. FLOPs count a multiplication and its addition as two.
 
     Attributes:
-        batch_size: samples in the pass.
-        forward_flops: of a forward pass without gradients.
-        pass_flops: forward and backward, with checkpointing's second forward where it is on.
-        forward_bytes: peak of a forward pass without gradients, beyond parameters.
-        saved_bytes: kept between forward and backward.
-        activation_bytes: peak of forward and backward beyond parameters and their gradients: what is saved for the
+        batch_size: Samples in the pass.
+        forward_flops: FLOPs of a forward pass without gradients.
+        pass_flops: FLOPs of forward and backward, with checkpointing's second forward where it is on.
+        forward_bytes: Peak of a forward pass without gradients, beyond parameters.
+        saved_bytes: Bytes kept between forward and backward.
+        activation_bytes: Peak of forward and backward beyond parameters and their gradients: what is saved for the
             backward pass, and temporaries.
-        pass_bytes: the same with the parameters' gradients as they come to be.
+        pass_bytes: The same with the parameters' gradients as they come to be.
     """
 
     batch_size: int
@@ -59,10 +59,10 @@ def trace(
     What an allocator loses to rounding and fragmentation is not counted.
 
     Args:
-        network: on any device; its weights are not read.
-        batch_size: samples in the pass.
-        autocast: dtype of the operators under autocast; None for the weights' own.
-        gradient_checkpointing: as diffusers does it: each block keeps its input and runs again.
+        network: Network on any device; its weights are not read.
+        batch_size: Samples in the pass.
+        autocast: Dtype of the operators under autocast; None for the weights' own.
+        gradient_checkpointing: As diffusers does it: each block keeps its input and runs again.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         module: Any = _fake_module(network.module)
@@ -199,11 +199,11 @@ class StepFlops:
     The update adds about 30 per trained weight, which is below a thousandth of a pass over one sample.
 
     Attributes:
-        retain: passes with gradients on retained samples.
-        forget: passes with gradients on forgotten samples, an inner solve's included.
-        teacher: forward passes of the frozen copy.
-        no_grad: forward passes of the model without gradients.
-        fine_tuning: plain fine-tuning on as many samples.
+        retain: Passes with gradients on retained samples.
+        forget: Passes with gradients on forgotten samples, an inner solve's included.
+        teacher: Forward passes of the frozen copy.
+        no_grad: Forward passes of the model without gradients.
+        fine_tuning: Plain fine-tuning on as many samples.
     """
 
     retain: int
