@@ -40,9 +40,9 @@ class Cost:
 
     Attributes:
         seconds, cpu_seconds: Of the whole process, imports and saving included.
-        training_seconds: wall-clock time of the steps alone; other work on the machine makes it longer.
-        peak_bytes: peak resident memory of the process, as Linux tells; None elsewhere.
-        artefact_bytes: what someone who has the original needs to have the result: the mask, the LoRA or the eraser
+        training_seconds: Wall-clock time of the steps alone; other work on the machine makes it longer.
+        peak_bytes: Peak resident memory of the process, on Linux; None elsewhere.
+        artefact_bytes: Size of what turns the original model into the result: the mask, the LoRA or the eraser
             where the method leaves one, otherwise the tensors that changed.
     """
 

@@ -16,7 +16,7 @@ class Row:
     Attributes:
         method: Name of the method.
         outcomes: (forgotten rate, retain accuracy) by (task, seed).
-        numbers: over all runs, by the column's key.
+        numbers: Numbers over all runs, by the column's key.
     """
 
     method: str
@@ -38,8 +38,8 @@ class Table:
 
     Attributes:
         group: Name of the group.
-        rows: base and retrained model first, then as the lines came.
-        curves: of relearning, by method: share of images in which the class is seen, by step.
+        rows: Base and retrained model first, then as the lines came.
+        curves: Relearning curves by method: share of images in which the class is seen, by step.
     """
 
     group: str

@@ -16,7 +16,7 @@ def squared_discrepancy(xx: Matrix, yy: Matrix, xy: Matrix) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3).
 
     Args:
-        xx, yy, xy: the kernel's values [N, N], [M, M] and [N, M], N and M at least 2.
+        xx, yy, xy: The kernel's values [N, N], [M, M] and [N, M], N and M at least 2.
     """
     return _mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * float(xy.mean())
 

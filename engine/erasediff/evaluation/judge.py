@@ -31,11 +31,11 @@ class Judge:
     image farther from its nearest training image than all but one in 200 training images are from theirs is NONE.
 
     Attributes:
-        machine: of scikit-learn, on pixels.
-        neighbours: the training images.
-        reach: largest distance of an image with a class from the nearest of them.
-        accuracy: share of the held-out images that are classified correctly, NONE counting as wrong.
-        rejected: share of the held-out images that are NONE.
+        machine: Support vector machine of scikit-learn, on pixels.
+        neighbours: The training images.
+        reach: Largest distance of an image with a class from the nearest of them.
+        accuracy: Share of the held-out images that are classified correctly, NONE counting as wrong.
+        rejected: Share of the held-out images that are NONE.
     """
 
     machine: SVC

@@ -127,7 +127,7 @@ def reproduces(drawn: Sequence[Tensor], training: Sequence[Tensor], index: Tenso
     The training images must differ from each other.
 
     Raises:
-        ValueError: without a view, or for views that do not go together.
+        ValueError: There is no view, or the views of both sides do not match.
     """
     if not drawn or len(drawn) != len(training):
         raise ValueError(f"give at least one view of both sides, got {len(drawn)} and {len(training)}")

@@ -20,17 +20,17 @@ class ConditionalMetrics:
     """Metrics of a class-conditional model. Shares are in [0, 1]; lists run over the classes.
 
     Attributes:
-        recognised: share of the images asked for class c that the classifier takes for class c.
-        asked: number of those images.
+        recognised: Share of the images asked for class c that the classifier takes for class c.
+        asked: Number of those images.
         forgotten_rate: ``recognised`` over the forgotten classes, 1 - UA: lower is better.
-        forgotten_bound: upper end of its 95% Wilson interval.
-        forgotten_nearest: the same share without the answer "none", so that noise cannot pass for forgetting.
-        forgotten_none: share of the images asked for a forgotten class that resemble no class at all.
-        forgotten_elsewhere: share of the images asked for a retained class that are taken for a forgotten one.
+        forgotten_bound: Upper end of its 95% Wilson interval.
+        forgotten_nearest: The same share without the answer "none", so that noise cannot pass for forgetting.
+        forgotten_none: Share of the images asked for a forgotten class that resemble no class at all.
+        forgotten_elsewhere: Share of the images asked for a retained class that are taken for a forgotten one.
         retained_mean: RA, mean of ``recognised`` over the retained classes: higher is better.
-        retained_worst: least of them.
-        discrepancy: of the images asked for retained classes from the real ones, 0 is best (``Judge.discrepancy``).
-        forget: the forgotten classes.
+        retained_worst: Least of ``recognised`` over the retained classes.
+        discrepancy: Of images of retained classes from real ones, 0 is best (``Judge.discrepancy``).
+        forget: The forgotten classes.
     """
 
     recognised: tuple[float, ...]
@@ -58,15 +58,15 @@ class UnconditionalMetrics:
     """Metrics of an unconditional model, from the classes of its images. Lists run over the classes.
 
     Attributes:
-        shares: share of all images that the classifier takes for class c.
-        none: share that resembles no class.
-        count: number of images.
-        forgotten_share: sum of ``shares`` over the forgotten classes.
-        forgotten_bound: upper end of its 95% Wilson interval.
-        forgotten_nearest: the same share without the answer "none".
+        shares: Share of all images that the classifier takes for class c.
+        none: Share that resembles no class.
+        count: Number of images.
+        forgotten_share: Sum of ``shares`` over the forgotten classes.
+        forgotten_bound: Upper end of its 95% Wilson interval.
+        forgotten_nearest: The same share without the answer "none".
         proportions: ``shares`` of the retained classes, scaled to sum to one (0 for the forgotten).
-        discrepancy: of the images without a forgotten class from the real retained ones, 0 is best.
-        forget: the forgotten classes.
+        discrepancy: Of the images without a forgotten class from the real retained ones, 0 is best.
+        forget: The forgotten classes.
     """
 
     shares: tuple[float, ...]

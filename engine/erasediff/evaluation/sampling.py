@@ -33,18 +33,18 @@ def sample_images(
     change it: two models sampled with one seed are compared image by image.
 
     Args:
-        model: set to evaluation mode meanwhile.
+        model: Model, in evaluation mode during sampling.
         class_labels: int64 [N], the class of each image; None for an unconditional model.
         count: N, needed without labels.
         guidance_scale: w of classifier-free guidance, u + w (c - u); 1 is the conditional prediction, 0 the null
             label's.
-        num_inference_steps: of the sampler.
-        seed: of the initial noise.
-        batch_size: images at once.
-        progress: called after each batch with the number of images in it.
+        num_inference_steps: Steps of the sampler.
+        seed: Seed of the initial noise.
+        batch_size: Images per call.
+        progress: Called after each batch with the number of images in it.
 
     Raises:
-        ValueError: where labels and model, or labels and count, do not go together.
+        ValueError: Labels do not fit the model, or the count.
     """
     if (class_labels is None) != (model.num_classes is None):
         raise ValueError("class_labels are needed by a conditional model, and by no other")

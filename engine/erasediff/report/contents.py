@@ -16,13 +16,13 @@ class Column:
     """One model of the comparison.
 
     Attributes:
-        title: as in "EraseDiff".
-        summary: what was done to it, in a few words.
-        metrics: of one kind in all columns.
+        title: Title, as in "EraseDiff".
+        summary: What was done to it, in a few words.
+        metrics: Metrics, of one kind in all columns.
         images: [N, C, H, W] in [-1, 1], from the same seed in all columns.
         rows: int64 [N], the row of the picture that each image belongs to: the class asked for, or the class of an
             unconditional image (no class: negative).
-        records: of each step, as in metrics.jsonl; empty where the report shows no curve.
+        records: Records of each step, as in metrics.jsonl; empty where the report shows no curve.
     """
 
     title: str
@@ -38,12 +38,12 @@ class Contents:
     """Contents of one report.
 
     Attributes:
-        columns: the base, the unlearned model, and then the controls.
-        class_names: by class number.
-        judge_accuracy: of the classifier on held-out real images, in [0, 1].
-        command: that repeats the run.
-        settings: the run's configuration, as YAML.
-        versions: of libraries, by name.
+        columns: The base, the unlearned model, and then the controls.
+        class_names: Names by class number.
+        judge_accuracy: Accuracy of the classifier on held-out real images, in [0, 1].
+        command: Command that repeats the run.
+        settings: The run's configuration, as YAML.
+        versions: Versions of libraries, by name.
     """
 
     columns: Sequence[Column]

@@ -61,7 +61,7 @@ class Checkpoint:
         """Write the ``state`` of one process atomically, replacing an older checkpoint of the step.
 
         Raises:
-            UserError: for what the disk refuses.
+            UserError: The disk refuses.
         """
         with atomic_directory(self.path, replace=True) as folder:
             self._write_manifest(folder, {STATE: state.save(folder / STATE)})
@@ -72,7 +72,7 @@ class Checkpoint:
         Every rank calls it at the same time. All ranks see one file system.
 
         Raises:
-            UserError: the same on each rank, if one of them could not write.
+            UserError: The same on each rank, if one of them could not write.
         """
         partial = Path(peers.broadcast_object(str(temporary_sibling(self.path))))
         try:
@@ -91,7 +91,7 @@ class Checkpoint:
         """Read the state of one process, with tensors on ``device``.
 
         Raises:
-            UserError: if a checksum does not match.
+            UserError: A checksum does not match.
         """
         if not self._matches(self._checksums()):
             raise self._damaged()
@@ -102,7 +102,7 @@ class Checkpoint:
         """Open the state of any layout for reading within the block. A collective: ranks share the checksums.
 
         Raises:
-            UserError: the same on each rank, if a checksum does not match.
+            UserError: The same on each rank, if a checksum does not match.
         """
         checksums = self._checksums()
         names = sorted(checksums)
@@ -188,7 +188,7 @@ class Snapshot(Protocol):
     """Saves and restores the state of a run; every rank has one.
 
     Attributes:
-        in_background: whether a captured state may be written by another thread, while the run goes on.
+        in_background: A captured state may be written by another thread while the run goes on.
     """
 
     in_background: ClassVar[bool]

@@ -15,7 +15,7 @@ class CheckpointWriter:
     thread is left after it.
 
     Args:
-        background: whether to use a thread; otherwise ``start`` runs the write itself. Ranks that agree on each write
+        background: Use a thread; otherwise ``start`` runs the write itself. Ranks that agree on each write
             need that, since they must all do so at the same point of the run.
     """
 

@@ -178,7 +178,7 @@ def set_up_device(config: Config) -> torch.device:
     """Set up the device of ``config``: CPU threads, process group, operators. See ``thread_scope``.
 
     Raises:
-        UserError: for a device that this machine or the operators do not have, and for operators forced to a backend
+        UserError: For a device that this machine or the operators do not have, and for operators forced to a backend
             that cannot serve it.
     """
     if config.threads is not None:

@@ -33,7 +33,7 @@ class RunFolder:
         """Begin a run at ``path``.
 
         Raises:
-            UserError: if something is there already.
+            UserError: Something is there already.
         """
         cls.check_free(path)
         atomic_write(path / CONFIG, config.to_yaml())
@@ -44,7 +44,7 @@ class RunFolder:
         """Check that ``path`` is empty, after removing the unfinished files of killed processes.
 
         Raises:
-            UserError: if it is not.
+            UserError: The folder is not empty.
         """
         remove_leftovers(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -55,13 +55,13 @@ class RunFolder:
         """Continue the run at ``path``.
 
         Args:
-            path: of the run.
-            config: its configuration, of which only the sections ``run`` and ``distributed`` may have changed, since a
+            path: Folder of the run.
+            config: Its configuration, of which only the sections ``run`` and ``distributed`` may have changed, since a
                 resumed run ends where the uninterrupted one would have.
-            start: the checkpoint to continue from; None for the newest or, without any, the beginning.
+            start: The checkpoint to continue from; None for the newest or, without any, the beginning.
 
         Raises:
-            UserError: if there is no run, or ``config`` changes its results.
+            UserError: There is no run, or ``config`` changes its results.
         """
         changed = [name for name in differences(cls.read_config(path), config) if not name.startswith(FREE)]
         if changed:
@@ -82,7 +82,7 @@ class RunFolder:
         """Read the configuration of the run at ``path``.
 
         Raises:
-            UserError: if there is no run.
+            UserError: There is no run.
         """
         return load_config(_config_file(path))
 
@@ -113,9 +113,9 @@ class RunPlace:
     """Path of a new run, or of the run to resume.
 
     Attributes:
-        path: of the run's folder.
-        resuming: whether to continue the run at ``path``.
-        checkpoint: to continue from; None for the newest.
+        path: Folder of the run.
+        resuming: Continue the run at ``path``.
+        checkpoint: Checkpoint to continue from; None for the newest.
     """
 
     path: Path
@@ -127,11 +127,11 @@ class RunPlace:
         """Resolve ``--out`` and ``--resume``.
 
         Args:
-            out: the run's folder; None where ``resume`` names it.
+            out: The run's folder; None if ``resume`` names it.
             resume: None for a new run, "latest" to continue the run at ``out``, or the path of a run or a checkpoint.
 
         Raises:
-            UserError: where they name no run, none that exists, or two.
+            UserError: They name no run, none that exists, or two.
         """
         if resume is None or resume == LATEST:
             if out is None:
@@ -151,7 +151,7 @@ class RunPlace:
         """Configuration file of the run to resume; None for a new run.
 
         Raises:
-            UserError: if there is no such run.
+            UserError: There is no such run.
         """
         return _config_file(self.path) if self.resuming else None
 

@@ -40,19 +40,19 @@ def condition_losses(
     conditions see the same noisy images, so that losses differ by the condition alone; timesteps are evenly spread.
 
     Args:
-        model: the network.
+        model: The network.
         batch: ``"sample"`` [B, C, h, w] and its condition.
-        conditions: for each entry of the batch's condition that is replaced, a tensor [n, ...].
-        process: noise schedule and prediction type.
-        denoiser: how the network is called.
-        draws: timesteps and noises per image.
-        seed: of the noises.
+        conditions: For each entry of the batch's condition that is replaced, a tensor [n, ...].
+        process: Noise schedule and prediction type.
+        denoiser: How the network is called.
+        draws: Timesteps and noises per image.
+        seed: Seed of the noises.
 
     Returns:
         float32 [n].
 
     Raises:
-        ValueError: for fewer than one draw, conditions of unequal lengths, and a batch as in ``with_sample_ids``.
+        ValueError: For fewer than one draw, conditions of unequal lengths, and a batch as in ``with_sample_ids``.
     """
     lengths = {len(tensor) for tensor in conditions.values()}
     if draws < 1 or len(lengths) != 1:

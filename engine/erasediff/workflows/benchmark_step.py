@@ -28,15 +28,15 @@ class Contender:
     """Cost per step of one method.
 
     Attributes:
-        samples: per step.
-        seconds: median over the turns; ``first_quartile`` and ``third_quartile`` are their spread.
-        flops: of the network in one step as it runs, gradient checkpointing's second forward included; what custom
+        samples: Samples per step.
+        seconds: Median over the turns; ``first_quartile`` and ``third_quartile`` are their spread.
+        flops: FLOPs of the network in one step as it runs, checkpointing's second forward included; what custom
             attention kernels do is not seen.
-        flops_utilisation: flops per second, as a share of the matrix product's in the same turns.
-        peak_bytes: weights, this contender's own optimizer state, and the transient peak of a step; None where the
+        flops_utilisation: FLOPs per second, as a share of the matrix product's in the same turns.
+        peak_bytes: Weights, this contender's own optimizer state, and the transient peak of a step; None where the
             system does not tell.
         update_share: Gram values, multiplier and update, as a share of the step's time; None for fine-tuning.
-        times_fine_tuning: median over turns of the ratio to fine-tuning's time.
+        times_fine_tuning: Median over turns of the ratio to fine-tuning's time.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Bench:
     """Benchmark of all contenders on one machine.
 
     Attributes:
-        passes: network passes of an EraseDiff step, as ``erasediff plan`` counts them.
-        matmul_flops_per_second: the fastest turn's, of a square product in ``precision``.
+        passes: Network passes of an EraseDiff step, as ``erasediff plan`` counts them.
+        matmul_flops_per_second: FLOP/s of a square product in ``precision``.
     """
 
     device: str

@@ -86,8 +86,8 @@ def check_settings(config: Config, names: Collection[str] | None = None) -> None
     """Raise UserError for a given setting of ``unlearn`` or of a method that the method does not read.
 
     Args:
-        config: as the user wrote it, before any default is filled in.
-        names: dotted names of the settings that were given; by default those of ``given_settings``.
+        config: As the user wrote it, before any default is filled in.
+        names: Dotted names of the settings that were given; by default those of ``given_settings``.
     """
     spec = METHOD_SPECS[config.unlearn.method]
     keys, sections = spec.reads(config), {spec.section, *spec.sections}
@@ -134,16 +134,16 @@ class UnlearningModel:
     """Model of an unlearning job, in pixel or latent space.
 
     Attributes:
-        network: the network that is trained.
-        process: noise schedule and prediction type.
-        predict: how the network is called.
-        save: writes the model to a path.
-        relabel: the target that asks for the anchor's condition, given a frozen copy of the network on demand.
-        saved_as: name of the model in the run's folder.
-        weights: of a network that has none in memory yet, by name.
-        optimizer_options: further keywords of ``ConstrainedAdamW``.
-        encode_prompts: see ``BuildContext``.
-        latent_shape: see ``BuildContext``.
+        network: The network that is trained.
+        process: Noise schedule and prediction type.
+        predict: How the network is called.
+        save: Writes the model to a path.
+        relabel: Relabelling target, given a frozen copy of the network on demand.
+        saved_as: Name of the model in the run's folder.
+        weights: Lazy weights by name, of a network that is still empty.
+        optimizer_options: Further keywords of ``ConstrainedAdamW``.
+        encode_prompts: See ``BuildContext``.
+        latent_shape: See ``BuildContext``.
     """
 
     network: nn.Module

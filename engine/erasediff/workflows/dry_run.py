@@ -20,15 +20,15 @@ class DryRun:
     """Cost of a run, measured on a few steps.
 
     Attributes:
-        method: name of the method.
-        device: of the network.
-        passes: network passes per step, as ``erasediff plan`` counts them; empty among several processes.
-        parameters, parameters_trained: numbers of elements.
-        steps: of the whole run.
-        state_bytes: weights and optimizer state.
-        peak_bytes: peak of the process on a CPU, of the allocator on a GPU.
-        seconds_per_step: mean of the trial steps after the first.
-        seconds: of the whole run.
+        method: Name of the method.
+        device: Device of the network.
+        passes: Network passes per step, as ``erasediff plan`` counts them; empty among several processes.
+        parameters, parameters_trained: Numbers of elements.
+        steps: Steps of the whole run.
+        state_bytes: Bytes of weights and optimizer state.
+        peak_bytes: Peak of the process on a CPU, of the allocator on a GPU.
+        seconds_per_step: Mean of the trial steps after the first.
+        seconds: Seconds of the whole run.
     """
 
     method: str

@@ -42,7 +42,7 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     """Forget and retain images. Those of prompts are sampled now, unless the cache has them.
 
     Raises:
-        UserError: as ``listed_images``.
+        UserError: As ``listed_images``.
     """
     settings = config.images
     forget, retain = listed_images(settings)
@@ -54,7 +54,7 @@ def listed_images(settings: ImagesConfig) -> Partition:
     """List the images that exist before any are sampled for prompts. None is opened.
 
     Raises:
-        UserError: for images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a
+        UserError: For images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a
             set that comes out empty.
     """
     read = partial(
@@ -139,9 +139,9 @@ def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[
     the block the denoiser is empty again.
 
     Args:
-        config: for the LoRA.
-        model: opened with ``empty``.
-        load_denoiser: gives it its denoiser.
+        config: Configuration, for its LoRA.
+        model: Model opened with ``empty``.
+        load_denoiser: Loads the denoiser of ``model``.
     """
     empty_denoiser = model.denoiser
     try:
@@ -160,13 +160,13 @@ def latent_batches(
     """Batches (retain, forget) of this rank, after the main rank has computed what the cache lacks.
 
     Args:
-        config: the sections ``images`` and ``unlearn``.
-        model: opened with ``empty``; its denoiser is empty again afterwards.
-        console: for progress bars.
-        load_denoiser: see ``prompt_sampler``.
+        config: The sections ``images`` and ``unlearn``.
+        model: Model opened with ``empty``; its denoiser is empty again afterwards.
+        console: Console for progress bars.
+        load_denoiser: See ``prompt_sampler``.
 
     Raises:
-        UserError: for the images' mistakes, a size that the model does not have, and sets that share an image.
+        UserError: For the images' mistakes, a size that the model does not have, and sets that share an image.
     """
     hyper = config.unlearn
     batches = partial(
@@ -216,7 +216,7 @@ def buckets_of(config: Config, model: LatentModel) -> Buckets:
     """Sizes that images are resized and cropped to.
 
     Raises:
-        UserError: for a size that the model does not have, and a step between sizes that is too large.
+        UserError: For a size that the model does not have, and a step between sizes that is too large.
     """
     height, width = image_size(config, model)
     step = config.images.bucket_step
@@ -244,7 +244,7 @@ def rehearsal_batches(config: Config, model: LatentModel) -> tuple[Batches, Batc
     Encoding takes its share of the peak memory, so it is rehearsed too.
 
     Raises:
-        UserError: as ``latent_batches``, for what can be told without opening an image.
+        UserError: As ``latent_batches``, for what can be told without opening an image.
     """
     listed_images(config.images)
     buckets_of(config, model)

@@ -35,13 +35,13 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
     """Load the text-to-image model in ``source``, and merge the LoRA of ``config`` into it if there is one.
 
     Args:
-        config: the section ``text_to_image`` says how to load it.
-        source: see ``load_text_to_image``.
-        device: where its weights go.
-        empty: leave the denoiser on the meta device; ``read_denoiser`` reads its weights, and merges the LoRA.
+        config: Configuration; its section ``text_to_image`` applies.
+        source: See ``load_text_to_image``.
+        device: Device of the weights.
+        empty: Leave the denoiser on the meta device; ``read_denoiser`` reads its weights, and merges the LoRA.
 
     Raises:
-        UserError: for a checkpoint or a LoRA that is missing, damaged, or not for the other.
+        UserError: For a checkpoint or a LoRA that is missing, damaged, or not for the other.
     """
     settings = config.text_to_image
     model = load_text_to_image(

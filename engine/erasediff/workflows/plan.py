@@ -20,12 +20,12 @@ def plan(config: Config, source: str, *, ranks: Sequence[int] = (1, 8, 64)) -> O
     """Plan the run that `erasediff unlearn` makes of ``config`` on the model ``source``.
 
     Args:
-        config: as read; defaults of the kind of model are filled in as in a run.
-        source: see ``planning.network_of``.
-        ranks: numbers of processes to plan for, each with the batch of one of ``config.distributed.processes``.
+        config: Configuration as read; defaults of the kind of model are filled in as in a run.
+        source: See ``planning.network_of``.
+        ranks: Numbers of processes to plan for, each with the batch of one of ``config.distributed.processes``.
 
     Raises:
-        UserError: for a source, a selection of weights or settings that no run can have.
+        UserError: For a source, a selection of weights or settings that no run can have.
     """
     check_settings(config)
     network = network_of(source, _resolution(config), dtypes(run_precision(config))[0])

@@ -100,10 +100,10 @@ def step_plan(config: Config) -> StepPlan:
     """Plan of the step that ``config.unlearn`` describes, for one of ``config.distributed.processes``.
 
     Args:
-        config: with every default of the kind of model filled in, as a run has it.
+        config: Configuration with every default of the kind of model filled in, as a run has it.
 
     Raises:
-        UserError: for a method without steps, and for settings that the method refuses.
+        UserError: For a method without steps, and for settings that the method refuses.
     """
     if METHOD_SPECS[config.unlearn.method].build is None:
         raise UserError(f"{config.unlearn.method} takes no optimizer steps to plan; choose another --method.")

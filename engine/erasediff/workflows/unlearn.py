@@ -26,13 +26,13 @@ def unlearning_job(
     """Build the unlearning job of ``config``.
 
     Args:
-        config: as the user wrote it: defaults of the kind of model are filled in here.
-        console: for progress bars.
-        place: where it is going to run; None builds a job to be measured, which writes nothing.
-        given: see ``check_settings``.
+        config: Configuration as the user wrote it: defaults of the kind of model are filled in here.
+        console: Console for progress bars.
+        place: Folder to run in; None builds a job to be measured, which writes nothing.
+        given: See ``check_settings``.
 
     Raises:
-        UserError: as ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
+        UserError: As ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
             kind of model does not read.
     """
     check_settings(config)

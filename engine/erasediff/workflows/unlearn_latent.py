@@ -44,12 +44,12 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     denoiser's weights are read.
 
     Args:
-        config: settings that are not set take the defaults of text-to-image models.
-        console: for progress bars and notes.
-        rehearse: build a run to be measured instead, on noise, and write nothing.
+        config: Settings that are not set take the defaults of text-to-image models.
+        console: Console for progress bars and notes.
+        rehearse: Build a run to be measured instead, on noise, and write nothing.
 
     Raises:
-        UserError: for every mistake in checkpoint, images and settings, before anything is written but caches.
+        UserError: For every mistake in checkpoint, images and settings, before anything is written but caches.
     """
     config = with_latent_defaults(config)
     source = _checked(config)
