@@ -109,7 +109,7 @@ NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 
 def sd() -> StableDiffusionPipeline:
-    """As SD 1.x: OpenAI's text encoder, PNDM, epsilon."""
+    """Nano SD 1.x: OpenAI's text encoder, PNDM, epsilon."""
     return StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_clip_config(32)),
@@ -123,7 +123,7 @@ def sd() -> StableDiffusionPipeline:
 
 
 def sd_v_prediction() -> StableDiffusionPipeline:
-    """As SD 2.x: OpenCLIP's text encoder, linear projections around attention, DDIM, v_prediction."""
+    """Nano SD 2.x: OpenCLIP's text encoder, linear projections around attention, DDIM, v_prediction."""
     scheduler = DDIMScheduler(**NOISE, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False)
     return StableDiffusionPipeline(
         vae=_vae(),
@@ -219,7 +219,7 @@ NANO: dict[str, Callable[[], Any]] = {
     "flux": flux,
 }
 FAMILY_EXAMPLES = list(NANO)
-"""What tests of every family are run with: a new family adds its model to ``NANO`` alone."""
+"""Models for the tests of every family: a new family adds its model to ``NANO`` alone."""
 
 
 def save(name: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:

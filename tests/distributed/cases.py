@@ -1,4 +1,4 @@
-"""What the processes of a group do in the tests of gradients: unlearning with the nano Stable Diffusion's denoiser."""
+"""Jobs of the processes in the tests of gradients: unlearning with the nano Stable Diffusion's denoiser."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def train(steps: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_after(steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint would hold of this process after ``steps`` steps, copied."""
+    """Copy of the state of this process after ``steps`` steps, as in a checkpoint."""
     method = unlearner(**options)
     reports = take_steps(method, range(steps))
     shards = [(s.name, s.start, {key: value.clone() for key, value in s.tensors.items()}) for s in method.shards()]

@@ -1,4 +1,4 @@
-"""What the processes of a group do in the tests of checkpoints."""
+"""Jobs of the processes in the tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def go_on(run: str, first: int, last: int, options: dict[str, Any]) -> list[dict
 
 
 def restore_error(run: str, step: int, options: dict[str, Any]) -> str:
-    """What a rank is told that restores a checkpoint."""
+    """Error of a rank that restores a checkpoint."""
     peers()
     method = unlearner(**options)
     try:
@@ -51,7 +51,7 @@ def restore_error(run: str, step: int, options: dict[str, Any]) -> str:
 
 
 def save_where_one_rank_cannot(run: str, step: int, options: dict[str, Any]) -> str:
-    """What a rank is told where the last one's disk is full."""
+    """Error of a rank while the disk of the last one is full."""
     method, mine = unlearner(**options), peers()
     snapshot = snapshot_of(method, method.model, shared=True)
     import erasediff.training.checkpoint as module

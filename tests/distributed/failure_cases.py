@@ -85,7 +85,7 @@ def troubled(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def functions(method: EraseDiff) -> dict[str, Any]:
-    """What a step replaces for its time: attributes of the engine and its optimizer, and ``functional.linear``."""
+    """Functions that a step replaces temporarily, of the engine and its optimizer, and ``functional.linear``."""
     found: dict[str, Any] = {"linear": torch.nn.functional.linear}
     engine: Any = method.model
     for owner in (engine, getattr(engine, "optimizer", None)):

@@ -58,7 +58,7 @@ def communicated(autocast: torch.dtype | None, max_live_parameters: int) -> dict
 
 
 def alone(options: dict[str, Any]) -> str:
-    """What the last rank is told that fails in a step of its own, while the others wait for it to try again."""
+    """Error of the last rank, which fails alone in a step, while the others wait for it to try again."""
     method = unlearner(**options)
     world = World.current()
     method.step(*batches(0, world))

@@ -62,7 +62,7 @@ class Group:
             self.processes.append(process)
 
     def run(self, file: Path, function: str, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
-        """What ``function(*arguments)`` of the module ``file`` returns on each rank."""
+        """Results of ``function(*arguments)`` of the module ``file`` on each rank."""
         for pipe in self.pipes:
             pipe.send((file, function, arguments))
         answers: dict[int, tuple[bool, Any]] = {}

@@ -75,7 +75,7 @@ def method_of(name: str, options: dict[str, Any]) -> Any:
 
 
 def train_all(steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Of each method, the reports of ``steps`` steps and on the first process the weights after them."""
+    """Reports of ``steps`` steps of each method and, on the first process, the weights after them."""
     found = {}
     for name in METHODS:
         method = method_of(name, options)

@@ -1,4 +1,4 @@
-"""Where the processes of a test compute: on a GPU each where there are enough of them, all on the CPU elsewhere.
+"""Devices of the processes of a test: a GPU each if there are enough of them, otherwise the CPU.
 
 With SHARE_GPUS=1 the groups of ``harness`` share what GPUs there are, by gloo: slow, but all of a step but NCCL.
 
@@ -13,17 +13,17 @@ import os
 import torch
 
 GPUS = torch.cuda.device_count()
-"""Of this machine, as CUDA_VISIBLE_DEVICES has them. Counting starts no CUDA context in the tests' own process."""
+"""GPUs of this machine, as in CUDA_VISIBLE_DEVICES. Counting starts no CUDA context in the tests' own process."""
 SHARED = os.environ.get("SHARE_GPUS") == "1"
 
 
 def on_gpus(processes: int, gpus: int = GPUS, *, shared: bool = SHARED) -> bool:
-    """Whether ``processes`` that compute together have a GPU each; NCCL has no place for two of them on one."""
+    """Return true if ``processes`` that compute together have a GPU each; NCCL has no place for two of them on one."""
     return gpus >= processes or (shared and gpus > 0)
 
 
 def environment(processes: int, gpus: int = GPUS) -> dict[str, str]:
-    """What ``processes`` that compute together are to find in their environment before they import torch.
+    """Environment of ``processes`` that compute together, set before they import torch.
 
     On the CPU nothing finds a GPU: not torch, FSDP's default mesh, DeepSpeed's accelerator or Accelerate.
     """

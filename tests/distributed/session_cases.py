@@ -1,4 +1,4 @@
-"""What the processes of a group do in the tests of text-to-image sessions."""
+"""Jobs of the processes in the tests of text-to-image runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 def bytes_in(parameters: Iterable[nn.Parameter]) -> int:
-    """Of those that have storage of their own, partitions aside."""
+    """Bytes of the parameters that have storage of their own, without partitions."""
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.is_meta)
 
 
@@ -106,7 +106,7 @@ def _shapes(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def refusals(configurations: list[str]) -> list[str]:
-    """What is said of each of these DeepSpeed configurations of a person's own."""
+    """Error message for each of these DeepSpeed configurations of the user."""
     peers()
     said = []
     for path in configurations:

@@ -28,7 +28,7 @@ COMMANDS = {
     "fsdp2.py": (2, TORCHRUN),
     "diffusers_text_to_image.py": (1, [sys.executable]),
 }
-"""Of each example, its number of processes and what starts it."""
+"""Number of processes and launcher of each example."""
 
 
 @pytest.fixture(scope="session")

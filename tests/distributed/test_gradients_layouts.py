@@ -19,7 +19,7 @@ from torch import Tensor
 CASES = Path(__file__).with_name("cases.py")
 STEPS = 6
 TOLERANCE = 1e-6
-"""Of losses, norms and weights, as |difference| / |value|: the order in which ranks are summed differs.
+"""Tolerance of losses, norms and weights, as |difference| / |value|: the order in which ranks are summed differs.
 
 lambda is a difference, a / |g|^2 - <r,g> / |g|^2. Its Gram values are summed in fp64, over ranks too, but of gradients
 in fp32: their rounding moves lambda by up to |r| / |g| times as much, however small lambda is. With a relabelled target

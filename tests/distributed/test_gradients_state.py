@@ -1,4 +1,4 @@
-"""What belongs to sharded gradients: state that goes on in another layout, precision, adapters, bad steps, memory."""
+"""Sharded gradients: state restored in another layout, precision, adapters, failed steps, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes agree on, and that a process that fails ends the test rather than hanging it."""
+"""Agreement of processes, and failures that end a test instead of hanging it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def bytes_of_tensors() -> int:
 
 
 def gathered_in_a_step(options: dict[str, Any]) -> float:
-    """How many times a step hands all weights of the model to gathers, once DeepSpeed knows the order of modules."""
+    """Number of times that a step gathers all weights of the model, once DeepSpeed knows the order of modules."""
     method = unlearner(**options)
     world, total = World.current(), sum(parameter.ds_numel for parameter in method.model.parameters())
     for step in range(3):

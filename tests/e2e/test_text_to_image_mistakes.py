@@ -1,4 +1,4 @@
-"""What a mistake with a text-to-image checkpoint or its images is told: one sentence, code 2, and nothing written."""
+"""User errors with a text-to-image checkpoint or its images: one sentence, exit code 2, and nothing written."""
 
 from __future__ import annotations
 

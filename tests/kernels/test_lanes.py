@@ -1,4 +1,4 @@
-"""When `tools/lanes.py` runs a lane, and when it may say that one passed."""
+"""Lanes of `tools/lanes.py`: the conditions of running one and of reporting that it passed."""
 
 import importlib.util
 import json

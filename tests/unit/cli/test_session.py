@@ -1,4 +1,4 @@
-"""How many processes ``--launch`` starts."""
+"""Number of processes that ``--launch`` starts."""
 
 import sys
 

@@ -14,7 +14,7 @@ from erasediff.parallel.control_plane import ControlPlane
 
 
 def test_an_error_that_speaks_of_connections_keeps_its_traceback() -> None:
-    """As a failed download does: only a process that is gone makes an error another rank's."""
+    """Errors such as a failed download: only a lost process makes an error another rank's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Settings: defaults, files, flags, and what a mistake is told."""
+"""Settings: defaults, files, flags, and errors."""
 
 from pathlib import Path
 from typing import Any

@@ -76,7 +76,7 @@ def cached(images: list[CaptionedImage], cache: Callable[[], LatentCache]) -> Ca
 
 
 def numbers_in(batch: dict[str, Tensor]) -> list[int]:
-    """Which images of ``folder`` a batch holds, by the lengths of their captions."""
+    """Images of ``folder`` in a batch, by the lengths of their captions."""
     return [int(length) - 1 for length in batch["encoder_hidden_states"].flatten()]
 
 

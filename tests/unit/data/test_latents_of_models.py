@@ -1,4 +1,4 @@
-"""From prompts and a folder to unlearning steps, for every family, by way of the cache and without the encoders."""
+"""Latent batches of every family: from prompts and a folder to unlearning steps, through the cache."""
 
 from collections.abc import Callable
 from pathlib import Path

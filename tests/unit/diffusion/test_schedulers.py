@@ -45,7 +45,7 @@ REFUSED = {
     ),
     "PiflowScheduler",
 }
-"""Of other processes: discrete, variance-exploding, consistency and flow-map models, and other conventions of time."""
+"""Schedulers of discrete, variance-exploding, consistency and flow-map models, or with other conventions of time."""
 MULTISTEP = {
     *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
     "UniPCMultistepScheduler",

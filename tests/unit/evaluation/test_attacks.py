@@ -1,4 +1,4 @@
-"""Attacks on a text-to-image model: a word's own vector changes nothing, and what is to fall falls."""
+"""Attacks on a text-to-image model: a word's own vector changes nothing, and attacks find what minimises the loss."""
 
 from __future__ import annotations
 

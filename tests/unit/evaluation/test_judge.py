@@ -1,4 +1,4 @@
-"""The judge knows real digits, and does not see digits in noise."""
+"""The classifier recognises real digits, and rejects noise."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ def test_losses_are_those_of_each_image_by_itself(prediction_type: str) -> None:
 
 
 def test_one_kernel_gives_the_losses_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many launches as draws, and what the kernel says of each image by itself."""
+    """One launch per draw, and the same losses as for each image by itself."""
     used, sample, calls = process("epsilon"), images(5), []
 
     def counted(*args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The goals that a demo is held to."""
+"""Targets of the metrics of a demo."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Whole or not at all: what stays behind when writing is cut short."""
+"""Atomic writes: the files that remain after an interrupted write."""
 
 import errno
 import os

@@ -146,7 +146,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 
 
 def test_a_pool_that_was_not_kept_is_sampled_again(make_model: Callable[[], nn.Module], process: Process) -> None:
-    """What happens where the number of processes changes: only the frozen model's weights and Philox are needed."""
+    """Restart with another number of processes: only the frozen model's weights and Philox are needed."""
     method = esd(make_model(), process)
     for _ in range(12):
         method.step()

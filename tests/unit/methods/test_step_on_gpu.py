@@ -1,4 +1,4 @@
-"""What only a GPU can show of a step: that the host never waits for it, and that it is the CPU's step."""
+"""Steps on a GPU: the host never waits for the device, and the result is that of the CPU."""
 
 import copy
 

@@ -71,7 +71,7 @@ def test_frozen_parameters_stay(model, process, make_batch):
 
 
 def test_a_retain_teacher_keeps_the_weights_until_something_is_to_be_forgotten(model, process, make_batch):
-    """Where the model is its teacher's equal, r is zero: the step is eta g under the norm barrier, and no drift."""
+    """r is zero while the model equals its teacher: the step is eta g under the norm barrier, and no drift."""
     retain, forget = make_batch(1), make_batch(2, seed=1)
     _, g, _ = gradients_at(model, process, retain, forget, UniformNoise())
     before = flat(model.parameters())

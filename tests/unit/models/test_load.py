@@ -1,4 +1,4 @@
-"""What cannot be loaded is refused in one sentence that says what to do, before any weight is read."""
+"""Loading refuses unusable sources in one sentence that says what to do, before any weight is read."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_files_of_peft(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "prefix"), [("sd", "unet"), ("flux", "transformer")])
 def test_files_of_diffusers_with_metadata(kind: str, family: str, prefix: str, tmp_path: Path) -> None:
-    """As ``save_lora_weights(unet_lora_adapter_metadata=...)`` writes them."""
+    """Files written by ``save_lora_weights(unet_lora_adapter_metadata=...)``."""
     expected = saved_by_peft(tmp_path, **KINDS[kind])
     tensors = {
         key.replace("base_model.model", prefix): value

@@ -1,4 +1,4 @@
-"""A frozen copy costs what is trained, and stays what the network was."""
+"""Frozen teacher: it takes the memory of the trained weights only, and does not change."""
 
 import torch
 from torch import nn

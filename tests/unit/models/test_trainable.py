@@ -1,4 +1,4 @@
-"""The literature's subsets of weights, counted at full size, and what is said of a selection of nothing."""
+"""The literature's subsets of weights, counted at full size, and errors for empty selections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which device a rank computes on, before anything is asked of it."""
+"""Device of a rank, before anything runs on it."""
 
 import pytest
 import torch

@@ -79,7 +79,7 @@ def test_an_adapter_to_be_planned_takes_no_memory(config: Path, monkeypatch: pyt
 
 
 def test_sd15_forward_costs_what_was_published() -> None:
-    """Of SD 1.5's UNet at 512 pixels, 0.8 TFLOP (402 G multiply-adds) are widely reported."""
+    """SD 1.5's UNet at 512 pixels takes 0.8 TFLOP (402 G multiply-adds), as widely reported."""
     network = network_of("sd15", dtype=torch.bfloat16)
     assert trace(network, batch_size=1).forward_flops == pytest.approx(2 * 402e9, rel=0.01)
 

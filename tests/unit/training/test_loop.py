@@ -179,7 +179,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(
 def test_a_checkpoint_that_cannot_be_written_is_the_error_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_step: int
 ) -> None:
-    """Whether it fails within the loop or while its end waits for it."""
+    """Failures within the loop, or while its end waits for the write."""
     session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
     stepped = [threading.Event() for _ in range(STEPS + 1)]
     session.method.after_step = lambda step: stepped[step].set()

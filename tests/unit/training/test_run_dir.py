@@ -1,4 +1,4 @@
-"""Run folders: what may be resumed, what is kept, and what damage is told."""
+"""Run folders: resuming, kept checkpoints, and errors for damage."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where nobody says what to draw instead, it is the retained caption that the model explains forgotten images by."""
+"""Default anchor: the retained caption under which the model denoises the forgotten images best."""
 
 import json
 from collections.abc import Callable

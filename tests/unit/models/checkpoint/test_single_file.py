@@ -168,7 +168,7 @@ PARAMETERS = {
     ("sdxl", "unet"): 2_567_463_684,
     ("sdxl", "text_encoder_2"): 694_659_840,
 }
-"""As published with the models."""
+"""Values published with the models."""
 
 
 def full_size(layout: str, component: str) -> nn.Module:
