@@ -13,6 +13,6 @@ ClassNumber = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A group of settings that refuses keys it does not know."""
+    """Base class of configuration sections; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -241,9 +241,9 @@ class TextToImageConfig(Section):
     Attributes:
         config: Diffusers folder for a single file of unknown architecture: see ``load_text_to_image``.
         prediction_type: Prediction type of a single file that does not record it.
-        lora: a LoRA that is merged into the model first.
+        lora: A LoRA that is merged into the model first.
         weights: Dtype of the weights in memory; bfloat16 with stochastic rounding is that of precision bf16-true.
-        train: a selection of ``models.trainable.select``, or "lora".
+        train: A selection of ``models.trainable.select``, or "lora".
         lora_rank: Rank of the LoRA to train.
         lora_alpha: Alpha of the LoRA to train; None is the rank.
         lora_targets: The selection of layers that the LoRA adapts.
@@ -275,7 +275,7 @@ class OutputConfig(Section):
     """Format of an unlearned text-to-image model.
 
     Attributes:
-        layout: a diffusers folder, or one file in the family's original layout.
+        layout: A diffusers folder, or one file in the family's original layout.
         dtype: Dtype of the tensors in the file; None keeps that of each stored tensor.
         max_shard_bytes: Size of a file, beyond which weights are split.
         lora_keys: Naming of the tensors in a LoRA's file.
@@ -299,7 +299,7 @@ class DistributedConfig(Section):
             deepspeed or accelerate launch, as many as these started.
         offload_optimizer: Keep the optimizer's state, and take its step, on the CPU.
         offload_params: Keep parameters on the CPU while they are not used (ZeRO 3 and FSDP).
-        deepspeed_config: a DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
+        deepspeed_config: A DeepSpeed configuration file; what it omits or sets to "auto" follows the other settings.
         own_reduction: Reduce gradients and gather weights of ZeRO by erasediff's code, which overlaps and copies less;
             false for DeepSpeed's own.
         timeout: Seconds that ranks wait for one another before the run ends with an error.

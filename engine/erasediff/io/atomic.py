@@ -101,7 +101,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A hidden name beside ``path``, on the same file system and of no other process."""
+    """Unique hidden path beside ``path``, on the same file system."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 

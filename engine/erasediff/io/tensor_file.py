@@ -112,7 +112,7 @@ def _stored(handle: Any, name: str) -> StoredTensor:
 
 
 class ByteSink(Protocol):
-    """Anything that bytes can be written to in order, such as a file open for writing."""
+    """Destination of bytes, such as a file open for writing."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 

@@ -77,11 +77,11 @@ class StepPlan:
         batch_size: Retained samples per process, and as many forgotten ones.
         accumulation_steps: Micro-batches per batch.
         passes: All calls of networks.
-        teacher: a frozen copy of the network is in memory.
+        teacher: A frozen copy of the network is in memory.
         gradients: Lists of gradients that are in memory at the update, one or two.
         moment_bytes: Bytes of both Adam moments, per trained element.
         state_bytes: Bytes of the method's own state per trained element (inner copy, Fisher information, masks).
-        averages: a running average of the trained weights is kept.
+        averages: A running average of the trained weights is kept.
         gradient_checkpointing: Each block's activations are computed again in the backward pass.
     """
 

@@ -136,7 +136,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gc.unfreeze()
 
     def begin_backward(self) -> None:
-        """From now on there may be garbage to tell from what is alive."""
+        """Start collecting garbage whenever the live bytes approach a peak, for the backward pass."""
         self._collect_at, self._collect_all_at = int(MARGIN * self.peak), int(MARGIN * self.peak_with_gradients)
 
     def note_gradient(self, parameter: Tensor) -> None:

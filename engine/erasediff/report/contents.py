@@ -13,7 +13,7 @@ from erasediff.evaluation import ConditionalMetrics, UnconditionalMetrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One model of the comparison.
+    """Column of the report: one model.
 
     Attributes:
         title: Title, as in "EraseDiff".

@@ -71,7 +71,7 @@ class _Stored:
     drawn: Tensor
 
     def at(self, chosen: Tensor) -> Patches:
-        """The patches of numbers ``chosen`` int64 [N], counted through the images."""
+        """Patches by their indices ``chosen`` int64 [N] in all images."""
         image = chosen // self.x.shape[1]
         return Patches(
             x=self.x.flatten(0, 1)[chosen].float(),
@@ -106,7 +106,7 @@ class ActivationCache:
     pooled: int = 1
 
     def with_crossed(self) -> ActivationCache:
-        """A cache of both kinds of shards, each beside its own."""
+        """Cache of plain and crossed shards, those of the same images side by side."""
         both = sorted((*self.shards, *self.crossed), key=lambda shard: shard.name.partition("-")[2])
         return ActivationCache(tuple(both), pooled=2 * self.pooled)
 
@@ -162,13 +162,13 @@ class ActivationCache:
         return epochs * sum(sum(map(self.shard_patches, pool)) // batch_size for pool in self._pools())
 
     def _pools(self) -> list[range]:
-        """Neighbours, in which concepts take turns."""
+        """Ranges of neighbouring shards, among which concepts take turns."""
         count = len(self.shards)
         return [range(first, min(first + self.pooled, count)) for first in range(0, count, self.pooled)]
 
 
 def shuffled(count: int, seed: int, epoch: int, stream: int) -> Tensor:
-    """A permutation of 0 .. count - 1 addressed by (seed, epoch, stream)."""
+    """Permutation of 0 .. count - 1 addressed by (seed, epoch, stream)."""
     ids = (torch.arange(count) << 20) | stream
     return philox_bits(ids, noise_key(seed, epoch, "cpu"), int(NoiseRole.ORDER), 1)[:, 0].argsort(stable=True)
 
@@ -303,7 +303,7 @@ PROMPT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_proj
 
 
 def _rolled(kwargs: Mapping[str, Any], rows: int, shift: int) -> dict[str, Any]:
-    """The keywords of a call of the network, with the prompts of the last ``rows`` rows rolled by ``shift``."""
+    """Keyword arguments of a call of the network, with the prompts of the last ``rows`` rows rolled by ``shift``."""
     changed = dict(kwargs)
     for name, value in kwargs.items():
         if isinstance(value, dict):

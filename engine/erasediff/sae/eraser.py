@@ -29,7 +29,7 @@ Intervention = Literal["published", "steer", "replace", "move"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """The detection and the intervention of a ``ConceptEraser`` for its E erased concepts, on one device.
+    """Detection and intervention of a ``ConceptEraser`` for its E erased concepts, on one device.
 
     Attributes:
         autoencoder: On the same device.

@@ -15,7 +15,7 @@ ATTENTION_BLOCK = re.compile(r"(.*\.)?attentions\.\d+|(single_)?transformer_bloc
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
-    """The denoising network of a diffusers pipeline; a network is its own."""
+    """Denoising network of a diffusers pipeline, or the network itself."""
     if isinstance(pipeline, nn.Module):
         return pipeline
     for name in ("unet", "transformer"):
@@ -26,7 +26,7 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 
 
 def block_of(network: nn.Module, name: str) -> nn.Module:
-    """The block called ``name``. UserError for a network without it, with the attention blocks that it has."""
+    """Find the block ``name``. UserError if the network lacks it, with the names of its attention blocks."""
     try:
         return network.get_submodule(name)
     except AttributeError:
@@ -67,5 +67,5 @@ def as_patches(x: Tensor) -> Tensor:
 
 
 def as_before(patches: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``as_patches``."""
+    """Reshape patches to the block's output: the inverse of ``as_patches``."""
     return patches.transpose(1, 2).reshape(like.shape) if like.dim() == 4 else patches

@@ -16,7 +16,7 @@ from erasediff.parallel.world import World
 
 
 class StopRequest:
-    """The signal that asked for a stop, or None."""
+    """Request to stop: the number of the signal, or None."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None

@@ -191,7 +191,7 @@ def _recorded(stand_in: Config, config: Config) -> StepPlan:
 
 
 def _state_bytes(method: Any) -> int:
-    """Bytes per trained element of what the method keeps beside the weight, the moments and the average."""
+    """Bytes per trained element of the method's state besides weight, moments and average."""
     solver = getattr(method, "tuned", method)
     state = next(iter(solver.optimizer.state.values()))
     tensors = next(solver.shards()).tensors
