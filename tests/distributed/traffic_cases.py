@@ -65,7 +65,7 @@ def collectives_in_a_step(options: dict[str, Any]) -> set[str]:
 
 
 def averaged_by(numel: int, options: dict[str, Any]) -> tuple[list[int], list[dict[str, float]], dict[str, Tensor]]:
-    """Of three steps in which up to ``numel`` elements are averaged together, if it is more than one gradient: how many
+    """Three steps in which up to ``numel`` elements are averaged together, if it is more than one gradient: how many
     were each time, the reports, and on the first process the weights.
     """
     method = unlearner(**options)
@@ -90,7 +90,7 @@ class Collectives(TorchDispatchMode):
 
 
 def hooks_in_a_step(options: dict[str, Any]) -> dict[str, Any]:
-    """How often modules were called in the fourth step, by a hook of the user's and by DeepSpeed's before each, and
+    """Calls of modules in the fourth step, counted by a hook of the user's and by DeepSpeed's before each, and
     whether the hooks are as before it.
     """
     method = unlearner(**options)
