@@ -54,7 +54,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def many(backend: Backend) -> int:
-    """Number of tiny tensors in a list: thousands, or as many as Triton's interpreter can go through in a second."""
+    """How many tiny tensors a list has: thousands, or as many as Triton's interpreter can go through in a second."""
     return 100 if backend.name == "triton" and backend.device == "cpu" else 3000
 
 

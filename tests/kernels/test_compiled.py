@@ -151,7 +151,7 @@ def test_broken_extension_is_an_error_and_a_missing_one_is_not(tmp_path: Path) -
 
 
 def test_extension_built_from_other_sources_is_an_error() -> None:
-    """Update of the Python files alone: the library lacks an operator of the table."""
+    """As after an update of the Python files alone: an operator of the table that the library does not have."""
     code = """
 import erasediff_kernels
 from erasediff_kernels._library import OPS

@@ -1,4 +1,4 @@
-"""Lanes of `tools/lanes.py`: the conditions of running one and of reporting that it passed."""
+"""When `tools/lanes.py` runs a lane, and when it may say that one passed."""
 
 import importlib.util
 import json

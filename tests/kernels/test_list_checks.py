@@ -103,7 +103,7 @@ def test_the_checks_agree(op: str, reverse: bool, changes: list[tuple[str, int, 
 
 
 def test_the_stride_of_a_dimension_of_one_does_not_matter(device: str) -> None:
-    """Layout of channels_last weights of 1x1 convolutions, whose copies may have other strides."""
+    """As channels_last weights of 1x1 convolutions, whose copies may have other strides."""
     results = []
     for change in (lambda t: t, stride_of_ones):
         torch.manual_seed(0)

@@ -141,7 +141,7 @@ def test_nothing_changes_when_not_finite(device: str) -> None:
 
 
 def test_unaligned_views(device: str) -> None:
-    """Slices of larger buffers, whose addresses are odd: the same bits."""
+    """As slices of larger buffers, whose addresses are odd: the same bits."""
     problem, other = Problem(device, [1000]), Problem(device, [1000])
     for name in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_absmaxes", "exp_avg_sq_absmaxes", "retain", "forget"):
         tensor = getattr(problem, name)[0]

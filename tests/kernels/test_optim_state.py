@@ -178,7 +178,7 @@ def test_a_pending_constraint_makes_step_the_constrained_step(make: Any) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @KINDS
 def test_parameters_that_move_to_the_host_after_the_optimizer_was_made_are_counted_too(make: Any) -> None:
-    """DeepSpeed's offloading of an optimizer: its groups then hold partitions on the host."""
+    """As DeepSpeed offloads an optimizer: its groups then hold partitions on the host."""
     results = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

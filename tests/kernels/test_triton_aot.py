@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation as in `make kernels-aot`, for a few kernels and one GPU generation."""
+"""What `make kernels-aot` checks, for a few kernels and one GPU generation."""
 
 import dataclasses
 import os

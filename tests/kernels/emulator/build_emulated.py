@@ -70,7 +70,7 @@ def digest_of(*contents: bytes, flags: Sequence[str]) -> str:
 
 
 def cached(cache: Path, digest: str, suffix: str, command: Sequence[str]) -> Path:
-    """Output of the compiler for `command`, as `digest`.`digest of the file``suffix` in the cache."""
+    """What the compiler makes of `command`, as `digest`.`digest of the file``suffix` in the cache."""
     for found in cache.glob(f"{digest}.*{suffix}"):
         if found.name == f"{digest}.{hashlib.sha256(found.read_bytes()).hexdigest()}{suffix}":
             return found
