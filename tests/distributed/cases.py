@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from erasediff import Cosine, EraseDiff, Fixed, Gap, InnerSolve, Norm, Process, Relabel
+from erasediff.methods.barriers import StepValues
 from erasediff.models.lora import add as add_lora
 from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.full_weights import averaged_weights, full_weights
@@ -158,14 +159,14 @@ def train(steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """The reports of ``steps`` steps, |r| / |g| in each, and on the first process weights and averages after them."""
     method = unlearner(**options)
     grams: list[Tensor] = []
-    reduced = method._reduced
+    values = method._values
 
-    def noted(gram: Tensor, losses: list[Tensor]) -> tuple[Tensor, ...]:
-        found = reduced(gram, losses)
-        grams.append(found[0])
-        return found
+    def recorded(*arguments: Any, **losses: Tensor | None) -> StepValues:
+        result = values(*arguments, **losses)
+        grams.append(result.gram)
+        return result
 
-    method._reduced = noted  # type: ignore[method-assign]
+    method._values = recorded  # type: ignore[method-assign]
     reports = take_steps(method, range(steps))
     weights = dict(full_weights(method.model))
     with averaged_weights(method.gradients):
