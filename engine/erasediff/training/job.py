@@ -195,7 +195,7 @@ def set_up_device(config: Config) -> torch.device:
     try:
         backend_for(device)
     except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(f'The device "{name}" cannot be used: {error}.') from None
     join(config.distributed, device)
     return device
 
