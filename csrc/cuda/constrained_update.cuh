@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kThreads)
     constrained_update_kernel(const __grid_constant__ UpdateBatch batch, const Step<Rule>* step, const int64_t* key) {
   using T = Compute<P>;
   constexpr int kStates = Rule<T>::kStates;
-  constexpr int kWide = sizeof(P) < 4 || sizeof(M) < 4 || sizeof(G) < 4 ? 8 : 4;
+  // Two doubles are 128 bits; four would spill.
+  constexpr int kWide = sizeof(T) == 8 ? 2 : sizeof(P) < 4 || sizeof(M) < 4 || sizeof(G) < 4 ? 8 : 4;
   if (!step->finite) return;
   const Piece piece = piece_of_block(batch);
   const int t = piece.tensor;
