@@ -10,11 +10,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import preloaded_context
+from forked import Forked, erasediff
 from placing import environment, on_gpus
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,50 +33,6 @@ run: {checkpoint_every: 4, keep_checkpoints: 9, log_every: 1}
 CLI = ("-m", "erasediff.cli")
 
 
-class Forked:
-    """``erasediff`` in a process that ``harness`` forks, with what the tests use of ``subprocess.Popen``."""
-
-    def __init__(self, arguments: list[str], variables: dict[str, str], widest: int) -> None:
-        self.args = arguments
-        self._said = [Path(tempfile.mkdtemp(), name) for name in ("output", "errors")]
-        command = (arguments, variables, os.getcwd(), *map(str, self._said))
-        self._process = preloaded_context(environment(widest)).Process(target=_command, args=command, daemon=True)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        output, errors = (path.read_text() for path in self._said)
-        return output, errors
-
-
-def _command(arguments: list[str], variables: dict[str, str], folder: str, output: str, errors: str) -> None:
-    for descriptor, path in ((1, output), (2, errors)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, descriptor)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(folder)
-    sys.argv = ["erasediff", *arguments]
-    from erasediff.cli import main
-
-    main()
-
-
 def start(
     *arguments: object, launcher: tuple[str, ...] = CLI, widest: int = WIDEST, new_interpreter: bool = False
 ) -> subprocess.Popen[str] | Forked:
@@ -85,7 +40,7 @@ def start(
     asked = list(map(str, arguments))
     variables = {**os.environ, **environment(widest), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if launcher == CLI and not new_interpreter and not on_gpus(widest):
-        return Forked(asked, variables, widest)
+        return Forked(erasediff, asked, variables)
     command = [sys.executable, *launcher, *asked]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

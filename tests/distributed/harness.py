@@ -3,9 +3,8 @@
 Joining a process group takes a second: a group is kept for all tests. A rank that raises or dies fails the job with its
 own traceback, and ends its group; so does a job that takes too long. Where they compute: see ``placing``.
 
-Importing torch, diffusers and DeepSpeed takes many seconds of a core for every process. Ranks on the CPU are forked
-from one that has done so and nothing else: no thread, no process group, no device. CUDA does not survive a fork, and
-what ranks on GPUs find in their environment must be there before torch is imported: they start by themselves.
+Ranks on the CPU are forked, see ``forked``. What ranks on GPUs find in their environment must be there before torch is
+imported: they start by themselves.
 """
 
 from __future__ import annotations
@@ -18,20 +17,16 @@ import sys
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from forked import PRELOADED, preloaded_context
 from placing import GPUS, environment, on_gpus
 
 SECONDS = 120
-FOLDER = Path(__file__).parent
-PRELOADED = [file.stem for file in sorted(FOLDER.glob("*_cases.py"))]
-"""Modules of this folder that import what ranks need."""
 
 
 class RankFailed(AssertionError):
@@ -48,7 +43,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = preloaded_context(variables) if self.kind == "CPU" else multiprocessing.get_context("spawn")
+        context = preloaded_context() if self.kind == "CPU" else multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -101,17 +96,6 @@ class Group:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-
-
-def preloaded_context(variables: dict[str, str]) -> ForkServerContext:
-    """Processes that are forked from one which has imported ``PRELOADED``, with ``variables`` in its environment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    path = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with mock.patch.dict(os.environ, variables | own):
-        forkserver.ensure_running()
-    return context
 
 
 def load(file: Path) -> ModuleType:

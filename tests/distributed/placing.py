@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 import torch
+from forked import ON_CPU
 
 GPUS = torch.cuda.device_count()
 """GPUs of this machine, as in CUDA_VISIBLE_DEVICES. Counting starts no CUDA context in the tests' own process."""
@@ -30,4 +31,4 @@ def environment(processes: int, gpus: int = GPUS) -> dict[str, str]:
     if on_gpus(processes, gpus):
         # With TF32 in convolutions, parts of a batch would differ from the whole in the fourth digit.
         return {"DS_ACCELERATOR": "cuda", "NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return dict(ON_CPU)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked, erasediff
 from helpers import succeed
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -25,17 +26,11 @@ run: {checkpoint_every: 7, keep_checkpoints: 2, log_every: 1}
 SECONDS_TO_WAIT = 120
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "erasediff.cli", *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments: object) -> Forked:
+    return Forked(erasediff, list(map(str, arguments)), ENVIRONMENT)
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: Forked, run: Path, step: int) -> None:
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while not metrics.exists() or metrics.read_text().count("\n") < step:

@@ -34,6 +34,7 @@ SMALL_UNET = {
     "cross_attention_dim": 32,
     "attention_head_dim": 4,
     "norm_num_groups": 8,
+    "layers_per_block": 1,
 }
 
 FOUR_LEVELS = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
@@ -50,6 +51,14 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def network(config: Path) -> Network:
     return network_of(str(config))
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """The small network's pass of one sample, of which all weights are trained."""
+    path = tmp_path_factory.mktemp("traced") / "config.json"
+    path.write_text(json.dumps(SMALL_UNET))
+    return trace(network_of(str(path)), batch_size=1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -137,8 +146,7 @@ def test_frozen_weights_keep_no_gradient_and_cost_no_flops(network: Network) -> 
     assert memory.gradients == 2 * 4 * sum(parameter.numel() for parameter in trained)
 
 
-def test_sharding_divides_what_each_stage_says(network: Network) -> None:
-    traced = trace(network, batch_size=1)
+def test_sharding_divides_what_each_stage_says(network: Network, traced: Trace) -> None:
     elements = sum(parameter.numel() for parameter in network.module.parameters())
     for ranks in (2, 8):
         zero, one, two, three = (rank_memory(network, Layout(stage=stage, ranks=ranks), traced) for stage in range(4))  # type: ignore[arg-type]
@@ -153,8 +161,7 @@ def test_sharding_divides_what_each_stage_says(network: Network) -> None:
     assert memory.host == pytest.approx(elements * (4 + 4 + 8 + 8 + 4) / 2, rel=1e-6)
 
 
-def test_zero_3_holds_the_whole_model_where_both_limits_let_it(network: Network) -> None:
-    traced = trace(network, batch_size=1)
+def test_zero_3_holds_the_whole_model_where_both_limits_let_it(network: Network, traced: Trace) -> None:
     elements = sum(parameter.numel() for parameter in network.module.parameters())
 
     def buffers(live: int, reuse: int) -> int:
@@ -197,9 +204,8 @@ def test_a_teacher_adds_a_forward_pass_and_its_weights(network: Network) -> None
     assert partitioned.teacher == pytest.approx(whole / 2, abs=4)
 
 
-def test_state_follows_the_step(network: Network) -> None:
+def test_state_follows_the_step(network: Network, traced: Trace) -> None:
     """One gradient instead of two, 8-bit moments, an average, and 12 bytes per weight of the method's own."""
-    traced = trace(network, batch_size=1)
     elements = sum(parameter.numel() for parameter in network.module.parameters())
     step = StepPlan(gradients=1, moment_bytes=2, averages=True, state_bytes=12)
     memory = rank_memory(network, Layout(), traced, step)
@@ -239,8 +245,7 @@ def test_checkpointing_a_transformer_keeps_only_its_blocks_inputs() -> None:
     assert less.activation_bytes < 0.35 * whole.activation_bytes
 
 
-def test_scaling_is_a_roofline_of_the_counts(network: Network) -> None:
-    traced = trace(network, batch_size=1)
+def test_scaling_is_a_roofline_of_the_counts(traced: Trace) -> None:
     trained, cluster = 10**9, Cluster(latency_seconds=0.0)
     ours, plain = (
         scaled_step(traced, trained, 8, cluster, gradients=gradients, samples_per_rank=4) for gradients in (2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from rich.console import Console
 from erasediff.config import for_text_to_image, load_config
 from erasediff.errors import UserError
 from erasediff.models import stable_diffusion
+from erasediff.planning import Network, Trace
 from erasediff.planning.trace import flop_counter
 from erasediff.workflows.plan import plan
 from erasediff.workflows.record_passes import step_plan
@@ -54,6 +56,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "esd.num_inference_steps": 4,
     },
 }
+
+
+_traces: dict[tuple[object, ...], Trace] = {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing takes seconds, and most settings leave the pass that is traced as it is."""
+    overview = sys.modules["erasediff.planning.overview"]
+    trace = overview.trace
+
+    def cached(network: Network, **options: Any) -> Trace:
+        parameters = tuple((name, weight.requires_grad) for name, weight in network.module.named_parameters())
+        key = network.name, network.resolution, network.dtype, stable_diffusion.CLIP_TOKENS, parameters, str(options)
+        if key not in _traces:
+            _traces[key] = trace(network, **options)
+        return _traces[key]
+
+    monkeypatch.setattr(overview, "trace", cached)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
