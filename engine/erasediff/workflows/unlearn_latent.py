@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
+from erasediff.data.encoder_outputs import encode_prompts
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -74,6 +75,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
             process=model.process,
             predict=model.predict,
             save=partial(save_unlearned, config, model),
+            is_measured=_differs_from_source_by_training(config),
             saved_as=output_name(config),
             weights=model.denoiser_weights if model.denoiser_is_meta else None,
             optimizer_options={
@@ -120,13 +122,19 @@ def _batches(
     return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console, load_denoiser)
 
 
+def _differs_from_source_by_training(config: Config) -> bool:
+    """Return false if a LoRA is merged first, and weights are trained that it may have changed."""
+    is_lora_or_mask = config.text_to_image.train == "lora" or METHOD_SPECS[config.unlearn.method].trained is not None
+    return config.text_to_image.lora is None or is_lora_or_mask
+
+
 Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]
 """The condition tensors [N, ...] of N prompts."""
 
 
 def _cached_encoder(model: LatentModel) -> Encode:
     """``model.encode_prompts``, which needs the text encoders once for each list of prompts."""
-    return cache(lambda prompts: model.encode_prompts(list(prompts)))
+    return cache(lambda prompts: encode_prompts(model, prompts))
 
 
 def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...]]:
