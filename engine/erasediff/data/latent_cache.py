@@ -307,7 +307,10 @@ class LatentCache:
         missing = [caption for caption, key in keys.items() if key not in self.captions]
         if not missing:
             return
-        with progress_bar(console, "Encoding captions", len(missing)) as bar, self.captions.writing() as writer:
+        with (
+            progress_bar(console, "Encoding captions", len(missing)) as bar,
+            self.captions.writing(len(missing)) as writer,
+        ):
             for part in _parts(missing, batch_size):
                 rows = encode_prompts(model, part)
                 for number, caption in enumerate(part):
@@ -327,7 +330,10 @@ class LatentCache:
         if not missing:
             return
         missing.sort(key=lambda keyed: keyed[1].fit.size)
-        with progress_bar(console, "Encoding images", len(missing)) as bar, self.latents.writing() as writer:
+        with (
+            progress_bar(console, "Encoding images", len(missing)) as bar,
+            self.latents.writing(len(missing)) as writer,
+        ):
             for part, pixels in _stacked(missing, batch_size, broken):
                 tensors = {LATENT: model.encode_images(pixels)}
                 if mirror:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import Literal
@@ -108,7 +108,7 @@ def measure_update(
             )
         sources[name] = value.dtype if stored is None else stored[name]
         targets = [rounding(sources[name]) for rounding in roundings]
-        for new, old in zip(value.reshape(-1).split(CHUNK), first.reshape(-1).split(CHUNK), strict=True):
+        for new, old in zip(_chunks(value), _chunks(first), strict=True):
             changed += int((new != old).count_nonzero())
             update += _squared_norm(new.float() - old.float())
             before += _squared_norm(old.float())
@@ -197,6 +197,11 @@ class _Sums:
 def _lost_and_changed(saved: Tensor, new: Tensor, old: Tensor) -> tuple[float, int]:
     read = saved.to(new.dtype)
     return _squared_norm(read.float() - new.float()), int((read != old).count_nonzero())
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[begin : begin + CHUNK] for begin in range(0, flat.numel(), CHUNK))
 
 
 def _squared_norm(values: Tensor) -> float:

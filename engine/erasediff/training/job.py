@@ -14,7 +14,6 @@ from torch import nn
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_write
-from erasediff.io.disk_room import check_room, check_writable
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Solver
 from erasediff.models.trainable import frozen_copy
@@ -27,6 +26,7 @@ from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
+from erasediff.training.run_size import check_storage
 from erasediff_kernels import ConstrainedAdamW, backend_for
 
 SKIPPED_LIMIT = 10
@@ -137,9 +137,7 @@ class TrainingJob:
 
     def check_storage(self, out: Path) -> None:
         """UserError if the folder ``out`` cannot be written, or its disk has no room for the run."""
-        if ControlPlane.current().is_main:
-            check_writable(out)
-            check_room(out, self.disk_bytes, "The model and the checkpoints of this run")
+        check_storage(out, self.disk_bytes)
 
     def _export(self, path: Path) -> WeightUpdate | None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""

@@ -19,6 +19,7 @@ from erasediff.methods import METHOD_SPECS, BuildContext, MethodSpec
 from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import LatentModel
+from erasediff.models.checkpoint.base import weighted_components
 from erasediff.models.trainable import select, train_only
 from erasediff.models.weight_update import SavedDtype, WeightUpdate, host_copy, measure_update
 from erasediff.parallel.factory import gradients_for
@@ -27,6 +28,7 @@ from erasediff.training.job import TrainingJob, parallelize, precision_of, teach
 from erasediff.training.loop import Batches
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import MODEL, SINGLE_FILE
+from erasediff.training.run_size import run_bytes
 from erasediff_kernels import ConstrainedAdamW
 
 ADAPTERS = "lora.safetensors"
@@ -49,7 +51,11 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
 
 
 def check_output(config: Config, model: LatentModel) -> None:
-    """Raise UserError for a layout or LoRA keys that the family lacks, before the work instead of after it."""
+    """Raise UserError for what would fail when the model is saved, before the work instead of after it.
+
+    That is a layout or LoRA keys that the family lacks, and a part of the checkpoint that cannot be copied.
+    """
+    model.checkpoint.check_small_files()
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
         raise UserError(
@@ -63,6 +69,21 @@ def check_output(config: Config, model: LatentModel) -> None:
         raise UserError(
             f"A LoRA of the family {model.family} has no kohya keys here: set output.lora_keys to diffusers."
         )
+
+
+def saved_bytes(config: Config, model: LatentModel) -> int:
+    """Bytes of the weights that ``save_unlearned`` writes, as they are stored or in ``output.dtype``."""
+    dtype = _dtype(config)
+    return sum(
+        tensor.cast(dtype if isinstance(dtype, torch.dtype) else None).nbytes
+        for component in weighted_components(model.checkpoint)
+        for tensor in model.checkpoint.tensors(component).values()
+    )
+
+
+def _dtype(config: Config) -> SavedDtype:
+    name = config.output.dtype
+    return name if name is None or name == "stored" else getattr(torch, name)
 
 
 def output_name(config: Config) -> str:
@@ -84,7 +105,7 @@ def save_unlearned(config: Config, model: LatentModel, path: Path) -> WeightUpda
         lora.check_trained(model.denoiser)
         lora.save(model.denoiser, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
         lora.merge(model.denoiser, torch.float32)
-    dtype: SavedDtype = settings.dtype if settings.dtype in (None, "stored") else getattr(torch, settings.dtype)
+    dtype = _dtype(config)
     update = model.measure_update(dtype).check()
     model.save(
         path,
@@ -163,6 +184,7 @@ class UnlearningModel:
         process: Noise schedule and prediction type.
         predict: How the network is called.
         save: Writes the model to a path, and returns its difference from the source if ``is_measured``.
+        saved_bytes: Size of the saved model; None for that of the network.
         is_measured: ``save`` compares the weights with the source itself, and refuses a model in which none changed.
         relabel: Relabelling target, given a frozen copy of the network on demand.
         saved_as: Name of the model in the run's folder.
@@ -177,6 +199,7 @@ class UnlearningModel:
     predict: Denoiser
     save: SaveModel
     relabel: Callable[[Callable[[], nn.Module]], Relabel]
+    saved_bytes: int | None = None
     is_measured: bool = False
     saved_as: str = MODEL
     weights: LazyWeights | None = None
@@ -197,6 +220,7 @@ def build_training_job(
         if model.is_measured
         else partial(save_measured, model.network, _original(config, model.network, parameters), model.save)
     )
+    disk_bytes = run_bytes(config, settings, model.network, parameters, model.saved_bytes)
     teacher = teacher_of(config, model.network, model.weights)
     make_optimizer = partial(
         ConstrainedAdamW,
@@ -214,6 +238,7 @@ def build_training_job(
         network=model.network,
         save=partial(finalize_and_save, method, save),
         saved_as=model.saved_as,
+        disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=method,
         rate=rate,

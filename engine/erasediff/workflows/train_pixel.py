@@ -23,6 +23,7 @@ from erasediff.parallel.init import share_of
 from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device, thread_scope
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.training.run_size import run_bytes
 from erasediff.utils.versions import library_versions
 from erasediff.workflows.build_method import save_measured
 from erasediff.workflows.load_model import check_pixel_precision
@@ -52,6 +53,7 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
         _, images = forget_retain_split(images, config.data.exclude)
     model = untrained_model(config, device)
     original = host_copy(model.unet)
+    disk_bytes = run_bytes(config, settings, model.unet, model.unet.parameters())
     trained, optimizer = parallelize(
         config,
         settings,
@@ -64,6 +66,7 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
         config=config,
         network=model.unet,
         save=partial(save_measured, model.unet, original, partial(model.save, replace=True)),
+        disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=FineTune(
             trained,

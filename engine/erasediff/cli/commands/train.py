@@ -46,4 +46,4 @@ def train(
     launch_workers(full_config, "train")
     with loading(messages):
         from erasediff.workflows.train_pixel import training_job
-    run_job(training_job(full_config), place, as_json=as_json)
+    run_job(training_job(full_config), place, as_json=as_json, out=out)

@@ -124,7 +124,7 @@ def unlearn(
     A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
     """
     place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
-    run_job(job, place, as_json=as_json)
+    run_job(job, place, as_json=as_json, out=out)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]
