@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -167,7 +167,7 @@ class Entry:
     text: str
     latent: str
     caption: str
-    path: str
+    path: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
