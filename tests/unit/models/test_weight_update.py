@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from helpers import folder_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -172,6 +173,9 @@ def test_only_what_changed_is_saved_wider(nano_folder: Folder, tmp_path: Path, l
         model.save(tmp_path / "out", max_shard_size=50_000)
         before, after, changed = folder_weights(source), folder_weights(tmp_path / "out"), f"unet.{TRAINED}"
         assert torch.equal(after[changed], value)
+        # diffusers reads files of several dtypes.
+        read = UNet2DConditionModel.from_pretrained(tmp_path / "out/unet")
+        assert torch.equal(read.get_parameter(TRAINED), value)
     assert_same_but(after, before, changed)
 
 
