@@ -197,7 +197,7 @@ def write_images(folder: Path, caption: str, size: int, count: int) -> None:
 
 
 def run(command: list[str], cache: str) -> tuple[dict[str, Any], int, float]:
-    """What the command printed, the most memory that it held in bytes, and its seconds."""
+    """Output of the command, its peak memory in bytes, and its seconds."""
     begun = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "ERASEDIFF_CACHE": cache}) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""What a whole EraseDiff step on the demo's model costs beside plain fine-tuning on the same number of samples.
+"""Cost of a whole EraseDiff step on the demo's model beside plain fine-tuning on the same number of samples.
 
 ``python benchmarks/whole_step.py [--threads N]``. All contenders take a step in turn, so that they share whatever the
 machine does meanwhile; the ratio is the median over turns.

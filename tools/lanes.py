@@ -88,7 +88,7 @@ def package_version(name: str) -> str:
 
 
 def compiler_version(name: str) -> str:
-    """What the compiler that the lane would call says of itself."""
+    """Version of the compiler that the lane would call, in its own words."""
     found = shutil.which(os.environ.get("CXX", name) if name == "c++" else name)
     if found is None:
         return "missing"

@@ -82,7 +82,7 @@ class NanoTask:
         return {"quality": self.quality} | (attacks if method in ATTACKED else {})
 
     def quality(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
-        """What the judge sees in the images of every garment, and their distances from the real test images."""
+        """Classes of the images of every garment, and their distances from the real test images."""
         counts = torch.full((len(CLASSES),), self.per_class)
         counts[self.label] = self.forgotten
         labels = torch.arange(len(CLASSES)).repeat_interleave(counts)

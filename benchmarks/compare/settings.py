@@ -1,4 +1,4 @@
-"""What each method is run with on the nano model, and how that was chosen: always on the sneaker, with seed 0."""
+"""Settings of each method on the nano model, and how they were chosen: always on the sneaker, with seed 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from measure import CACHE, GUIDANCE_SCALE, INFERENCE_STEPS
 Settings = Mapping[str, Any]
 
 ANCHORS = {"sneaker": "ankle boot", "ankle boot": "sneaker", "sandal": "sneaker", "dress": "coat", "trousers": "dress"}
-"""What is drawn instead: a garment like it. For others, the next in the list of classes."""
+"""Class that is drawn instead: a garment like it. For others, the next in the list of classes."""
 
 
 def anchor_class(garment: str) -> str:

@@ -36,7 +36,7 @@ CANDIDATES = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learning:
-    """How the images are learned by heart: ``share`` of every batch is them, on average."""
+    """Memorisation of the images: ``share`` of every batch is them, on average."""
 
     steps: int = 1500
     batch_size: int = 64

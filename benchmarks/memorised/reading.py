@@ -1,4 +1,4 @@
-"""What a checkpoint gives away of the memorised images, and what else it can still draw."""
+"""Extraction of memorised images from a checkpoint, and the images that it can still draw besides."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 
 SIZE = 32
 """Images are laid in the middle of a black square of this side, so that a VAE can halve it."""
@@ -49,7 +49,7 @@ class Clothes:
 
 
 def prompt(label: int, template: int = 0) -> str:
-    """What an image of the class is called: "a photo of a sneaker"."""
+    """Caption of an image of the class: "a photo of a sneaker"."""
     return TEMPLATES[template % len(TEMPLATES)].format(PHRASES[CLASSES[label]])
 
 

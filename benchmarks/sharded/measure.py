@@ -1,4 +1,4 @@
-"""What one rank measures: ``measure.py NAME OPTIONS_AS_JSON OUT``, started by ``ranks.run_ranks``."""
+"""Measurement of one rank: ``measure.py NAME OPTIONS_AS_JSON OUT``, started by ``ranks.run_ranks``."""
 
 from __future__ import annotations
 

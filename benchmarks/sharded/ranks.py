@@ -25,7 +25,7 @@ Both cost time, and leave a step's own memory to a process's peak.
 def run_ranks(
     measurement: str, ranks: int, *, device: str = "cpu", bare: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """What ``measure.MEASUREMENTS[measurement](**options)`` returns on each of ``ranks`` processes.
+    """Results of ``measure.MEASUREMENTS[measurement](**options)`` on each of ``ranks`` processes.
 
     device:    "cpu", with gloo, or "cuda", with NCCL and a GPU for each
     bare:      with ``BARE_MEMORY``

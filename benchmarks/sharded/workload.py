@@ -1,4 +1,4 @@
-"""What is measured sharded: a denoiser like Stable Diffusion's, and two ways to take a step with DeepSpeed."""
+"""Sharded workload: a denoiser like Stable Diffusion's, and two ways to take a step with DeepSpeed."""
 
 from __future__ import annotations
 

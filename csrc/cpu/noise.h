@@ -11,7 +11,7 @@
 
 namespace erasediff::cpu {
 
-// Where the noise of each sample begins: the streams of (sample_ids, key, role).
+// Streams of the noise of each sample, addressed by (sample_ids, key, role).
 struct Streams {
   const int64_t* sample_ids = nullptr;
   const int64_t* key = nullptr;

@@ -81,7 +81,7 @@ inline double read_value(const Flat& flat, int64_t index) {
   return *load(flat, index, 1, &buffer);
 }
 
-// Where the values of a tensor that is only written are to be put before `store`.
+// Buffer for the values of a tensor that is only written, to be filled before `store`.
 template <class T>
 ERASEDIFF_FN T* target(const Flat& flat, int64_t first, T* buffer) {
   return flat.dtype == kDtype<T> ? flat.at<T>(first) : buffer;

@@ -103,7 +103,7 @@ const T* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
-// How many elements a thread takes at a time: 16 bytes, and whole blocks of Philox.
+// Elements that a thread takes at a time: 16 bytes, and whole blocks of Philox.
 template <class Stored>
 constexpr int kWide = sizeof(Stored) < 4 ? 8 : 4;
 

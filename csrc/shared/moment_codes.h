@@ -13,7 +13,7 @@ ERASEDIFF_FN uint32_t larger_bits(uint32_t a, uint32_t b) { return a > b ? a : b
 
 ERASEDIFF_FN uint32_t magnitude_bits(float value) { return bits_of(value) & 0x7fffffffu; }
 
-// What values are multiplied with before a root; 0 where the reciprocal would overflow.
+// Factor of values before a root; 0 where the reciprocal would overflow.
 ERASEDIFF_FN float inverse_of(float absmax) { return absmax < 1.17549435e-38f ? 0.0f : 1.0f / absmax; }
 
 // At most 1, also for what NaN or infinity among the values left.

@@ -1,4 +1,4 @@
-// What the element functors need to be the same code on the host and on the GPU.
+// Macros and intrinsics by which the element functors are the same code on the host and on the GPU.
 #pragma once
 
 #include <cmath>

@@ -27,7 +27,7 @@ ERASEDIFF_FN Bits<T> activation_bits(T x) {
   return x > T(0) ? bits_of(x) : Bits<T>(0);
 }
 
-// What is stored for an activation: the value itself, without a rounding.
+// Bits that are stored for an activation: those of the value itself, without a rounding.
 template <class Stored>
 ERASEDIFF_FN Stored activation(Stored x) {
   return widen<float>(x) <= 0.0f ? Stored{} : x;

@@ -1,4 +1,4 @@
-"""What `make kernels-aot` checks, for a few kernels and one GPU generation."""
+"""The checks of `make kernels-aot`, for a few kernels and one GPU generation."""
 
 import dataclasses
 import os

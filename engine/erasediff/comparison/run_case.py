@@ -55,7 +55,14 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Case of a comparison: ``settings`` are dotted names, as for ``--set``; ``method`` None is the base model."""
+    """Case of a comparison.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the method; None for the base model.
+        seed: Seed of the run.
+        settings: Settings by their dotted names, as for ``--set``.
+    """
 
     task: str
     method: str | None

@@ -1,10 +1,10 @@
 """Configuration of all commands, typed and validated: a YAML file overridden by flags."""
 
+from erasediff.config.distributed_config import DistributedConfig, check_offload, check_shares
 from erasediff.config.parsing import differences, for_text_to_image, given_settings, load_config, parse_assignments
-from erasediff.config.schema import (
-    Config,
+from erasediff.config.schema import Config
+from erasediff.config.sections import (
     DataConfig,
-    DistributedConfig,
     EvaluateConfig,
     ImagesConfig,
     ModelConfig,
@@ -13,10 +13,8 @@ from erasediff.config.schema import (
     SampleConfig,
     TextToImageConfig,
     TrainConfig,
-    UnlearnConfig,
-    check_offload,
-    check_shares,
 )
+from erasediff.config.unlearn_config import UnlearnConfig
 
 __all__ = [
     "Config",

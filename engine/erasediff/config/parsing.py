@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 
 from erasediff.config.fields import Section
 from erasediff.config.method_index import import_methods, method_index
-from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, SectionT, default_eta
+from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, SectionT
+from erasediff.config.unlearn_config import default_eta
 from erasediff.errors import UserError
 
 

@@ -47,7 +47,13 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class ClassDataset:
-    """A labelled data set; ``test`` is held out of every training, that of the classifier included."""
+    """Labelled data set.
+
+    Attributes:
+        train: Images to train on.
+        test: Images held out of every training, that of the classifier included.
+        class_names: Names of the classes 0, 1, ...
+    """
 
     train: Images
     test: Images

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics.pairwise import rbf_kernel
-from sklearn.neighbors import NearestNeighbors
-from sklearn.svm import SVC
 from torch import Tensor
 
 from erasediff.data import ClassDataset
 from erasediff.evaluation.distances import squared_discrepancy
+
+if TYPE_CHECKING:
+    # Half a second to import, of which ranks that train need nothing.
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.svm import SVC
 
 NONE = -1
 """Class of an image that resembles no real one."""
@@ -47,6 +50,9 @@ class Judge:
     @classmethod
     def fit(cls, dataset: ClassDataset) -> Judge:
         """Fit a classifier to ``dataset``; deterministic, a fraction of a second for the digits."""
+        from sklearn.neighbors import NearestNeighbors
+        from sklearn.svm import SVC
+
         train, labels = _pixels(dataset.train.sample), dataset.train.class_labels.cpu().numpy()
         machine = SVC(C=REGULARISATION, gamma=GAMMA).fit(train, labels)
         neighbours = NearestNeighbors(n_neighbors=1).fit(train)
@@ -85,6 +91,8 @@ class Judge:
         The unbiased estimate (Gretton et al. 2012, eq. 3) in the classifier's own kernel: what the Kernel Inception
         Distance is to Inception's features. At least two images on each side, or nan.
         """
+        from sklearn.metrics.pairwise import rbf_kernel
+
         x, y = _pixels(sample), _pixels(reference)
         if min(len(x), len(y)) < 2:
             return float("nan")

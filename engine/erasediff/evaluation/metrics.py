@@ -100,9 +100,14 @@ def evaluation_labels(num_classes: int, forget: tuple[int, ...], *, per_class: i
 def conditional_metrics(
     judge: Judge, sample: Tensor, class_labels: Tensor, real: Images, forget: tuple[int, ...]
 ) -> ConditionalMetrics:
-    """Metrics of images [N, C, H, W] that were asked for ``class_labels`` [N], each class at least once.
+    """Compute the metrics of a class-conditional model's images.
 
-    ``real`` are training images; those of the retained classes are what the samples are compared with.
+    Args:
+        judge: Classifier.
+        sample: Images [N, C, H, W] in [-1, 1].
+        class_labels: int64 [N], the class that each image was asked for; each class at least once.
+        real: Training images, of which those of retained classes are what the samples are compared with.
+        forget: Forgotten classes.
     """
     class_labels = class_labels.cpu()
     num_classes = int(real.class_labels.max()) + 1
@@ -127,7 +132,7 @@ def conditional_metrics(
 
 
 def unconditional_metrics(judge: Judge, sample: Tensor, real: Images, forget: tuple[int, ...]) -> UnconditionalMetrics:
-    """Metrics of images [N, C, H, W] of an unconditional model; ``real`` as for ``conditional_metrics``."""
+    """Compute the metrics of an unconditional model's images ``sample`` [N, C, H, W], as ``conditional_metrics``."""
     num_classes = int(real.class_labels.max()) + 1
     retained = [c for c in range(num_classes) if c not in forget]
     answers = judge.classify(sample)

@@ -249,7 +249,7 @@ def _trained(
     assigned = assign_latents(measure_features(autoencoder, cache, concepts))
     supervision = Supervision(
         assigned=assigned.to(device),
-        whole=settings.detection == "image",
+        per_image=settings.detection == "image",
         weight=settings.weight,
         decorrelation=settings.decorrelation,
         sparsity=settings.sparsity,

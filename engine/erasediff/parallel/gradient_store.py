@@ -16,10 +16,12 @@ from erasediff_kernels import Constraint
 class Shard(NamedTuple):
     """One process's part of one trained parameter: elements ``start``, ``start`` + 1, ... of the flattened one.
 
-    name:    the parameter's, without prefixes of DDP, an engine or torch.compile
-    tensors: "weight", the fp32 master where there is one, and the optimizer's and averages' elements of it
-             ("exp_avg", "exp_avg_sq", "ema", ...). Views into what is trained: writing to them is loading. Flat, or in
-             the parameter's shape where the whole parameter is here and not contiguous: copy with ``view_as``.
+    Attributes:
+        name: Name of the parameter, without prefixes of DDP, an engine or torch.compile.
+        start: Index of the first element.
+        tensors: "weight", the fp32 master where there is one, and the optimizer's and averages' elements of it
+            ("exp_avg", "exp_avg_sq", "ema", ...). Views into what is trained: writing to them is loading. Flat, or in
+            the parameter's shape where the whole parameter is here and not contiguous: copy with ``view_as``.
     """
 
     name: str

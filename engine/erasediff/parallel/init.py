@@ -16,14 +16,23 @@ from erasediff.parallel.control_plane import ControlPlane
 
 
 class Share(TypedDict):
-    """This rank's part of every batch, as keywords of the batches."""
+    """Part of every batch that this rank takes, as keywords of the batches.
+
+    Attributes:
+        rank: Rank of this process.
+        world_size: Number of ranks.
+    """
 
     rank: int
     world_size: int
 
 
 def check_launch(settings: DistributedConfig) -> None:
-    """UserError where a launcher and the configuration disagree on whether there are several processes."""
+    """Check that a launcher and the configuration agree on the number of processes.
+
+    Raises:
+        UserError: Several processes were started for ``launch: none``, or one for another launch mode.
+    """
     size = ControlPlane.current().size
     if settings.launch == "none" and size > 1:
         raise UserError(f"{size} processes were started: say with --launch ddp, fsdp or zero how they share the work.")
@@ -32,8 +41,18 @@ def check_launch(settings: DistributedConfig) -> None:
 
 
 def local_device(name: str, launch: str) -> str:
-    """The device of this rank, where ``name`` leaves the choice and a launcher makes it. UserError for one GPU for
-    several ranks."""
+    """Choose the device of this rank.
+
+    Args:
+        name: Device of the configuration: "auto", "cpu", "cuda" or "cuda:N".
+        launch: Launch mode; with "none", ``name`` is kept.
+
+    Returns:
+        Name of a device, with the number of this rank's own GPU.
+
+    Raises:
+        UserError: Several ranks would share a GPU.
+    """
     if launch == "none":
         return name
     if name.startswith("cuda:"):
@@ -50,7 +69,12 @@ def local_device(name: str, launch: str) -> str:
 
 
 def join(settings: DistributedConfig, device: torch.device) -> None:
-    """Initialise ``torch.distributed`` among the ranks, with the time limit of ``settings``; again is no harm."""
+    """Initialise ``torch.distributed`` among the ranks; a second call does nothing.
+
+    Args:
+        settings: Launch mode, and the seconds that ranks wait for one another.
+        device: Device of this rank: NCCL reduces what is on a GPU, gloo what is on the CPU.
+    """
     peers = ControlPlane.current()
     if settings.launch == "none" or peers.store is None or dist.is_initialized():
         return
@@ -70,7 +94,15 @@ def join(settings: DistributedConfig, device: torch.device) -> None:
 
 
 def share_of(batch_size: int, setting: str) -> Share:
-    """This rank's part of a batch of ``batch_size``. UserError for a batch that cannot be cut evenly."""
+    """Part of a batch that this rank takes.
+
+    Args:
+        batch_size: Samples of the global batch.
+        setting: Dotted name of the setting that it comes from, for the error.
+
+    Raises:
+        UserError: The ranks cannot share the batch evenly.
+    """
     peers = ControlPlane.current()
     check_shares(batch_size, setting, peers.size)
     return Share(rank=peers.rank, world_size=peers.size)

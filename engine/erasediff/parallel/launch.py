@@ -19,10 +19,19 @@ HOST = "127.0.0.1"
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``erasediff`` with ``arguments`` in ``processes`` ranks; returns the exit code.
+    """Run ``erasediff`` in one process per rank on this machine.
 
-    Signals go on to all ranks. The first rank to fail ends the others, and its exit code is the run's. UserError for
-    one that a signal has killed, which could not tell its own end.
+    Signals go on to all ranks. The first rank to fail ends the others.
+
+    Args:
+        arguments: Command line of every rank.
+        processes: Number of ranks.
+
+    Returns:
+        Exit code of the first rank that failed, or 0.
+
+    Raises:
+        UserError: A rank was killed by a signal, so that it could not report its own end.
     """
     elastic.logger.setLevel("CRITICAL")
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -65,7 +74,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _signals_passed_on(ranks: PContext) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the ranks, which are in sessions of their own, and not this process."""
+    """Forward Ctrl-C and SIGTERM to the ranks, which are in sessions of their own, instead of ending this process."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in ranks.pids().values():

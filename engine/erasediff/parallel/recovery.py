@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from erasediff.parallel.world import World
 
 RETRY_SECONDS = 60.0
-"""How long a rank that failed waits for the others to fail as well."""
+"""Seconds that a rank which failed waits for the others to fail as well."""
 
 _attempts = 0
 """Retries of this process so far: the same number on each rank, or they are not at the same step."""

@@ -14,11 +14,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place among those of torch's default process group; alone by default.
+    """Rank and size of torch's default process group; one process by default.
 
-    rank, size: among all processes
-    local_rank: among those of this machine
-    device:     what this process computes on
+    Attributes:
+        rank: Rank among all processes.
+        size: Number of all processes.
+        local_rank: Rank among the processes of this machine.
+        device: Device that this process computes on.
     """
 
     rank: int = 0

@@ -19,7 +19,13 @@ RESERVE_BYTES, RESERVE_SHARE = 1_500_000_000, 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """``device_gb`` is the smallest of ``DEVICE_GB`` that the step fits; None where none does."""
+    """Memory of one layout.
+
+    Attributes:
+        layout: Launch mode, stage and number of ranks.
+        memory: Bytes of each rank.
+        device_gb: Smallest of ``DEVICE_GB`` that the step fits, in 10^9 bytes; None where none does.
+    """
 
     layout: Layout
     memory: RankMemory
@@ -28,7 +34,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """Plan of ``step`` on the model called ``model``, whose images have ``resolution`` pixels along each side."""
+    """Plan of a step of one model, by layout.
+
+    Attributes:
+        model: Name of the model.
+        resolution: Pixels along each side of an image.
+        step: Passes and batch of the step.
+        parameters: Parameters of the denoiser.
+        parameters_trained: Parameters that are trained.
+        traced: Activations of a traced pass.
+        flops: FLOPs of the step.
+        rows: Memory of each layout.
+    """
 
     model: str
     resolution: int

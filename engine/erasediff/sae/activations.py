@@ -32,14 +32,14 @@ class Patches:
         timestep: int64 [N].
         drawn: int64 [N], the concept that the patch's image was drawn of: another than the prompt's if they are
             crossed.
-        whole: float32 [N, d], the mean over the patches of the patch's image at that timestep.
+        image_mean: float32 [N, d], the mean over the patches of the patch's image at that timestep.
     """
 
     x: Tensor
     concept: Tensor
     timestep: Tensor
     drawn: Tensor
-    whole: Tensor
+    image_mean: Tensor
 
     def to(self, device: torch.device) -> Patches:
         return Patches(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -78,7 +78,7 @@ class _Stored:
             concept=self.concept[image],
             timestep=self.timestep[image],
             drawn=self.drawn[image],
-            whole=self.mean[image],
+            image_mean=self.mean[image],
         )
 
     @cached_property

@@ -341,8 +341,10 @@ class EditReport:
     def __init__(self) -> None:
         self.counts: Tensor | None = None
 
-    def add(self, found: Tensor, far: Tensor) -> None:
-        counts = torch.stack([found.new_full((), found.numel(), dtype=torch.int64), found.sum(), (found & far).sum()])
+    def add(self, edited: Tensor, far: Tensor) -> None:
+        """Count the masks ``edited`` and ``far``, bool [patches], of one call."""
+        total = edited.new_full((), edited.numel(), dtype=torch.int64)
+        counts = torch.stack([total, edited.sum(), (edited & far).sum()])
         self.counts = counts if self.counts is None else self.counts + counts
 
     @property

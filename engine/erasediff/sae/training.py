@@ -29,15 +29,15 @@ class Supervision:
 
     Attributes:
         assigned: int64 [concepts], the latent of each concept.
-        whole: Supervise the latent of the mean over an image's patches, for detection per image: most patches of most
-            concepts are alike, so that to be right in each is another task than to be right on average.
+        per_image: Supervise the latent of the mean over an image's patches, for detection per image: most patches of
+            most concepts are alike, so that to be right in each is another task than to be right on average.
         weight: beta, of the supervised terms.
         decorrelation: eta, of the mean squared correlation between the activations of two concepts' latents.
         sparsity: lambda_1, of the mean L1 norm of the code.
     """
 
     assigned: Tensor
-    whole: bool = False
+    per_image: bool = False
     weight: float = 0.1
     decorrelation: float = 0.1
     sparsity: float = 1e-5
@@ -45,7 +45,7 @@ class Supervision:
     def loss(self, autoencoder: SparseAutoencoder, batch: Patches, values: Tensor) -> Tensor:
         """Weighted sum of attribution, decorrelation and sparsity; ``values`` [N, k] are those of the batch's code."""
         rows = autoencoder.W_enc[self.assigned]
-        x = batch.whole if self.whole else batch.x
+        x = batch.image_mean if self.per_image else batch.x
         logits = (x - autoencoder.b_dec) @ rows.T + autoencoder.b_enc[self.assigned]
         numbers = torch.arange(len(self.assigned), device=logits.device)
         labels = (batch.concept[:, None] == numbers).to(logits.dtype)

@@ -21,7 +21,7 @@ from erasediff.io.state_file import HostState, load_state, open_state, save_stat
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.unwrap import named
-from erasediff.training.resharding import Fragments, from_full_checkpoint, opened, to_shards
+from erasediff.training.resharding import Fragments, from_full_checkpoint, open_fragments, to_shards
 from erasediff.utils.finite import first_not_finite
 
 PREFIX = "checkpoint-"
@@ -114,7 +114,7 @@ class Checkpoint:
         if self.is_whole:
             yield from_full_checkpoint(self.path, self.path / STATE)
             return
-        with opened(self.path, [self.path / name for name in names]) as fragments:
+        with open_fragments(self.path, [self.path / name for name in names]) as fragments:
             yield fragments
 
     def random_state(self, peers: ControlPlane) -> Any | None:

@@ -84,7 +84,7 @@ def _filled(shard: Shard) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def opened(path: Path, files: Iterable[Path]) -> Iterator[Fragments]:
+def open_fragments(path: Path, files: Iterable[Path]) -> Iterator[Fragments]:
     """Open the fragments in ``files``: names and sizes are read now, tensors on demand."""
     pieces: defaultdict[tuple[str, str], list[Piece]] = defaultdict(list)
     scalars: dict[str, Tensor] = {}

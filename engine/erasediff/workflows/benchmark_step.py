@@ -72,28 +72,28 @@ class Bench:
     contenders: tuple[Contender, ...]
 
 
-def bench(session: TrainingJob, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
-    """Benchmark a step of ``session``, a job, against plain fine-tuning in turns. The job is of no use afterwards.
+def bench(job: TrainingJob, *, turns: int, progress: Callable[[], object] = lambda: None) -> Bench:
+    """Benchmark a step of ``job`` against plain fine-tuning in turns. The job is of no use afterwards.
 
     Both train the same weights on the same samples: EraseDiff half of them as retained and half as forgotten,
     fine-tuning all of them in one batch, with torch's AdamW (fused where it can be). The first turns warm up.
     UserError unless the job's method is EraseDiff, and for several processes.
     """
-    method = session.method
-    if not isinstance(method, EraseDiff) or session.forget is None:
+    method = job.method
+    if not isinstance(method, EraseDiff) or job.forget is None:
         raise UserError("bench measures --method erasediff beside fine-tuning: omit --method.")
     if method.gradients.world.size > 1:
         raise UserError("bench measures one process: omit --launch. benchmarks/sharded/ measures several.")
-    device, forget = method.device, session.forget
-    parameters = list(session.network.parameters())
+    device, forget = method.device, job.forget
+    parameters = list(job.network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    precision = precision_of(session.config) or trained[0].dtype
+    precision = precision_of(job.config) or trained[0].dtype
     plain = _fine_tuning(method, trained)
     steps: dict[str, Callable[[int], object]] = {
-        "erasediff": lambda turn: method.step(session.retain.at(turn), forget.at(turn)),
-        "fine-tuning": lambda turn: plain.step(_joined(session.retain.at(turn), forget.at(turn))),
+        "erasediff": lambda turn: method.step(job.retain.at(turn), forget.at(turn)),
+        "fine-tuning": lambda turn: plain.step(_joined(job.retain.at(turn), forget.at(turn))),
     }
-    samples = len(session.retain.at(0)["sample"]) + len(forget.at(0)["sample"])
+    samples = len(job.retain.at(0)["sample"]) + len(forget.at(0)["sample"])
     states = {"erasediff": method.optimizer, "fine-tuning": plain.optimizer}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[int]] = {name: [] for name in steps}
@@ -126,7 +126,7 @@ def bench(session: TrainingJob, *, turns: int, progress: Callable[[], object] = 
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         threads=torch.get_num_threads(),
         precision=str(precision).removeprefix("torch."),
-        passes=step_plan(session.config).describe(),
+        passes=step_plan(job.config).describe(),
         parameters=sum(parameter.numel() for parameter in parameters),
         parameters_trained=sum(parameter.numel() for parameter in trained),
         turns=turns,

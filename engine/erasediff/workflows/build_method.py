@@ -128,17 +128,18 @@ def save_measured(network: nn.Module, original: LazyWeights, save: SaveModel, pa
     return save(path) or update
 
 
-def check_settings(config: Config, names: Collection[str] | None = None) -> None:
+def check_settings(config: Config, given: Collection[str] = ()) -> None:
     """Raise UserError for a given setting of ``unlearn`` or of a method that the method does not read.
 
     Args:
         config: As the user wrote it, before any default is filled in.
-        names: Dotted names of the settings that were given; by default those of ``given_settings``.
+        given: Dotted names of settings that were given besides ``given_settings``: flags of a resumed run, whose
+            configuration lists every setting.
     """
     spec = METHOD_SPECS[config.unlearn.method]
     keys, sections = spec.reads(config), {spec.section, *spec.sections}
     owners = {other.section: other.name for other in METHOD_SPECS.values() if other.config is not None}
-    for name in given_settings(config) if names is None else names:
+    for name in (*given_settings(config), *given):
         section, _, key = name.partition(".")
         if (section in owners and section not in sections) or (section == "unlearn" and key not in keys):
             owner = f", a setting of {owners[section]}" if section in owners else ""

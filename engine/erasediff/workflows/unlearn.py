@@ -22,7 +22,7 @@ from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 
 def unlearning_job(
-    config: Config, console: Console, place: RunPlace | None, given: Collection[str] | None = None
+    config: Config, console: Console, place: RunPlace | None, given: Collection[str] = ()
 ) -> TrainingJob | StandaloneJob:
     """Build the unlearning job of ``config``.
 
@@ -36,8 +36,7 @@ def unlearning_job(
         UserError: As ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
             kind of model does not read.
     """
-    check_settings(config)
-    check_settings(config, given or ())
+    check_settings(config, given)
     check_single_process(config)
     spec = METHOD_SPECS[config.unlearn.method]
     if spec.run is not None:

@@ -70,7 +70,7 @@ def digest_of(*contents: bytes, flags: Sequence[str]) -> str:
 
 
 def cached(cache: Path, digest: str, suffix: str, command: Sequence[str]) -> Path:
-    """What the compiler makes of `command`, as `digest`.`digest of the file``suffix` in the cache."""
+    """Compile `command`, unless the cache has its output as `digest`.`digest of the file``suffix`."""
     for found in cache.glob(f"{digest}.*{suffix}"):
         if found.name == f"{digest}.{hashlib.sha256(found.read_bytes()).hexdigest()}{suffix}":
             return found

@@ -108,7 +108,7 @@ def test_small_mathematics() -> None:
 
 def test_supervision_of_images_reads_their_means_and_leaves_out_what_is_neither() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, whole = torch.randn(2, 5, 4, generator=generator)
+    x, image_mean = torch.randn(2, 5, 4, generator=generator)
     autoencoder, assigned = SparseAutoencoder(4, 8, 2), torch.tensor([3, 6])
 
     def loss(of_images: bool, drawn: list[int]) -> float:
@@ -117,9 +117,9 @@ def test_supervision_of_images_reads_their_means_and_leaves_out_what_is_neither(
             concept=torch.tensor([0, 1, 0, 1, 1]),
             timestep=torch.zeros(5),
             drawn=torch.tensor(drawn),
-            whole=whole,
+            image_mean=image_mean,
         )
-        supervision = Supervision(assigned=assigned, whole=of_images, weight=1.0, decorrelation=0.0, sparsity=0.0)
+        supervision = Supervision(assigned=assigned, per_image=of_images, weight=1.0, decorrelation=0.0, sparsity=0.0)
         return supervision.loss(autoencoder, batch, torch.zeros(5, 2)).item()
 
     def expected(of: Tensor, rows: list[list[int]]) -> float:
@@ -132,17 +132,17 @@ def test_supervision_of_images_reads_their_means_and_leaves_out_what_is_neither(
             total -= count / 2 * (right[: len(own)].mean() + right[len(own) :].mean()).item()
         return total / 10
 
-    assert loss(True, [0, 1, 0, 1, 1]) == pytest.approx(expected(whole, [[1, 3, 4], [0, 2]]), rel=1e-4)
+    assert loss(True, [0, 1, 0, 1, 1]) == pytest.approx(expected(image_mean, [[1, 3, 4], [0, 2]]), rel=1e-4)
     assert loss(False, [0, 1, 0, 1, 1]) == pytest.approx(expected(x, [[1, 3, 4], [0, 2]]), rel=1e-4)
     # The last image was drawn of concept 0 and is under concept 1's prompt now.
-    assert loss(True, [0, 1, 0, 1, 0]) == pytest.approx(expected(whole, [[1, 3], [0, 2]]), rel=1e-4)
+    assert loss(True, [0, 1, 0, 1, 0]) == pytest.approx(expected(image_mean, [[1, 3], [0, 2]]), rel=1e-4)
 
 
 def test_patches_come_with_the_mean_of_their_image(planted: ActivationCache) -> None:
     images, patches = planted.images(0), planted.read(0)
     assert torch.equal(patches.x, images.x.float().reshape(-1, 16))
     means = images.x.mean(dim=2, dtype=torch.float32)
-    assert torch.equal(patches.whole, means[:, :, None].expand_as(images.x).reshape(-1, 16))
-    pairs = {(*x, *mean) for x, mean in zip(patches.x.tolist(), patches.whole.tolist(), strict=True)}
+    assert torch.equal(patches.image_mean, means[:, :, None].expand_as(images.x).reshape(-1, 16))
+    pairs = {(*x, *mean) for x, mean in zip(patches.x.tolist(), patches.image_mean.tolist(), strict=True)}
     for batch in ActivationCache(planted.shards[:1]).batches(64, 0, 1):
-        assert {(*x, *mean) for x, mean in zip(batch.x.tolist(), batch.whole.tolist(), strict=True)} <= pairs
+        assert {(*x, *mean) for x, mean in zip(batch.x.tolist(), batch.image_mean.tolist(), strict=True)} <= pairs

@@ -101,9 +101,9 @@ def assert_same(a: TrainingJob, b: TrainingJob) -> None:
 
 @pytest.fixture
 def uninterrupted(tmp_path: Path) -> TrainingJob:
-    session = TrainingJob(RunFolder.create(tmp_path / "whole", Config()))
-    session.go()
-    return session
+    job = TrainingJob(RunFolder.create(tmp_path / "whole", Config()))
+    job.go()
+    return job
 
 
 class Killed(BaseException):
@@ -124,10 +124,10 @@ def test_the_batches_of_the_next_step_are_loaded_while_a_step_runs(tmp_path: Pat
             loaded[step].set()
             return super().at(step)
 
-    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Recording())
+    job = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Recording())
     overlapped = []
-    session.method.after_step = lambda step: overlapped.append(step == STEPS or loaded[step].wait(SECONDS_TO_WAIT))
-    session.go()
+    job.method.after_step = lambda step: overlapped.append(step == STEPS or loaded[step].wait(SECONDS_TO_WAIT))
+    job.go()
     assert overlapped == [True] * STEPS
     assert not background_threads()
 
@@ -140,21 +140,21 @@ def test_an_error_of_batches_ends_the_run_with_its_own_type(tmp_path: Path, erro
                 raise error
             return super().at(step)
 
-    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Broken())
+    job = TrainingJob(RunFolder.create(tmp_path / "run", Config()), retain=Broken())
     with pytest.raises(type(error)) as caught:
-        session.go()
+        job.go()
     assert caught.value is error
-    assert session.method.iteration == 5
+    assert job.method.iteration == 5
     assert not background_threads()
-    assert [path.name for path in session.run.path.glob("*checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in job.run.path.glob("*checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: TrainingJob
 ) -> None:
-    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
+    job = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
     stepped = [threading.Event() for _ in range(STEPS + 1)]
-    session.method.after_step = lambda step: stepped[step].set()
+    job.method.after_step = lambda step: stepped[step].set()
     overlapped = []
 
     def slow(folder: Path, path: Path) -> None:
@@ -165,12 +165,12 @@ def test_steps_go_on_while_a_checkpoint_is_written(
         publish(folder, path)
 
     monkeypatch.setattr("erasediff.io.atomic.publish", slow)
-    session.go()
+    job.go()
     assert overlapped == [True]
     assert not background_threads()
-    assert_same(session, uninterrupted)
+    assert_same(job, uninterrupted)
     for step in (12, STEPS):
-        ours, theirs = (job.run.path / f"checkpoint-{step}" for job in (session, uninterrupted))
+        ours, theirs = (each.run.path / f"checkpoint-{step}" for each in (job, uninterrupted))
         assert (ours / "state.safetensors").read_bytes() == (theirs / "state.safetensors").read_bytes()
         assert (ours / "manifest.json").read_bytes() == (theirs / "manifest.json").read_bytes()
 
@@ -180,9 +180,9 @@ def test_a_checkpoint_that_cannot_be_written_is_the_error_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_step: int
 ) -> None:
     """Failures within the loop, or while its end waits for the write."""
-    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
+    job = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
     stepped = [threading.Event() for _ in range(STEPS + 1)]
-    session.method.after_step = lambda step: stepped[step].set()
+    job.method.after_step = lambda step: stepped[step].set()
 
     def full(folder: Path, path: Path) -> None:
         if path.name == ("checkpoint-4" if last_step == 6 else "checkpoint-13"):
@@ -192,8 +192,8 @@ def test_a_checkpoint_that_cannot_be_written_is_the_error_of_the_run(
 
     monkeypatch.setattr("erasediff.io.atomic.publish", full)
     with pytest.raises(UserError, match=r"The disk is full: .*checkpoint-(4|13) was not written.*--resume latest"):
-        session.go()
-    left = sorted(path.name for path in session.run.path.glob("*checkpoint-*"))
+        job.go()
+    left = sorted(path.name for path in job.run.path.glob("*checkpoint-*"))
     assert left == ([] if last_step == 6 else ["checkpoint-12", "checkpoint-8"])
 
 
@@ -293,23 +293,23 @@ def test_the_device_is_read_only_when_something_is_logged(tmp_path: Path, monkey
             return _original(tensor, *args)
 
         monkeypatch.setattr(Tensor, name, counted)
-    session = TrainingJob(
+    job = TrainingJob(
         RunFolder.create(tmp_path / "run", Config()), RunConfig(checkpoint_every=100, log_every=5, keep_checkpoints=1)
     )
-    session.method.optimizer = torch.optim.SGD(session.method.model.parameters(), lr=0.1)  # type: ignore[assignment]
-    session.go()
+    job.method.optimizer = torch.optim.SGD(job.method.model.parameters(), lr=0.1)  # type: ignore[assignment]
+    job.go()
     assert reads == ["tolist"] * 3
 
 
 def test_running_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
-    session = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
+    job = TrainingJob(RunFolder.create(tmp_path / "run", Config()))
 
     def run_out(iteration: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    session.method.after_step = run_out
+    job.method.after_step = run_out
     with pytest.raises(UserError, match="accumulation_steps"):
-        session.go()
+        job.go()
 
 
 def test_learning_rates() -> None:

@@ -7,7 +7,7 @@ from erasediff.cli import options
 from erasediff.cli.output import loading, messages
 from erasediff.cli.session import launch_workers, resolve_run, run_job
 from erasediff.config.method_index import barrier_names, method_index
-from erasediff.config.schema import or_list
+from erasediff.config.unlearn_config import or_list
 
 if TYPE_CHECKING:
     from erasediff.training.job import StandaloneJob, TrainingJob

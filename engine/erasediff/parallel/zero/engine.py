@@ -139,7 +139,7 @@ def without_shared_memory_op() -> Iterator[None]:
 
 
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """What cuts one whole parameter as ZeRO-3 under ``config`` does, with the first process's values.
+    """Function that partitions one parameter as ZeRO-3 under ``config`` does, with the first process's values.
 
     Every process must call it for the same parameters in the same order; the parameter's own storage is freed.
     """

@@ -14,7 +14,7 @@ from erasediff.parallel.world import World
 from erasediff.parallel.zero.engine import gathered, partitioner
 
 UNIT_ELEMENTS = 50_000_000
-"""What a frozen model gathers at once: as much as DeepSpeed prefetches by default."""
+"""Elements that a frozen model gathers at once: as many as DeepSpeed prefetches by default."""
 
 
 def partitioned_module(

@@ -21,13 +21,17 @@ MAX_OPEN_BUCKETS = MAX_INFLIGHT_BUCKETS + 5
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters that are reduced together.
+    """Parameters whose gradients are reduced together.
 
-    flat, start: where this process's part of their mean is to be
-    sizes:       elements of each process's part
-    buffer:      this process's gradients as they come in, each process's part after the other's; at least sum(sizes)
-    missing:     those of ``members`` whose gradients have not come in since ``buffer`` is there
-    is_written:  whether the mean of some gradients is in its place already
+    Attributes:
+        flat: Index of the flat gradient that takes this process's part of the mean.
+        start: Offset of that part in the flat gradient.
+        sizes: Elements of each process's part.
+        members: Indices of the parameters.
+        buffer: Gradients of this process as they come in, one process's part after the other's; at least
+            sum(sizes) elements.
+        missing: Members whose gradients have not come in since ``buffer`` was allocated.
+        is_written: The mean of earlier gradients is in the flat gradient already, to be added to.
     """
 
     flat: int
@@ -40,8 +44,14 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Of a parameter: ``length`` elements from ``offset`` on, of its bucket or of each process's part of it."""
+class BucketSlice:
+    """Elements of a parameter in its bucket, or in each process's part of it.
+
+    Attributes:
+        bucket: Bucket of the parameter.
+        offset: First element.
+        length: Number of elements.
+    """
 
     bucket: Bucket
     offset: int
@@ -53,12 +63,14 @@ class GradientScatter(ABC):
 
     Each gradient is read once, to its bucket, and the bucket's mean over processes is written to where it stays.
 
-    bucket_numel:  the most elements of whole gradients that are reduced together, if it is more than one parameter
-    dtype, device: of what is sent
-    group:         processes; each must see the gradients in the same order
-
     NCCL reduces. Between CPUs each process sends every other its part and adds up what it gets, which takes a fifth
     of the time of gloo's reduce-scatter.
+
+    Args:
+        bucket_numel: Most elements of gradients that are reduced together, of more than one parameter.
+        dtype: Dtype of what is sent.
+        device: Device of what is sent.
+        group: Processes; each must see the gradients in the same order. None for the default group.
     """
 
     def __init__(
@@ -72,7 +84,7 @@ class GradientScatter(ABC):
         self.processes = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self._buckets: list[Bucket] = []
-        self._places: list[Place] = []
+        self._places: list[BucketSlice] = []
         self._free: dict[int, list[Tensor]] = {}
         """Buffers by their length: of full buckets, and of what is received for one."""
         self._under_way: deque[tuple[int, Tensor, Callable[[], None]]] = deque()
@@ -87,20 +99,20 @@ class GradientScatter(ABC):
         return self.device.type == "cpu"
 
     def add_buffers(self, memory: Tensor) -> None:
-        """Flat and of ``dtype``, for as many buffers as fit in. More are allocated where more buckets are open."""
+        """Lend ``memory``, flat and of ``dtype``, for as many buffers as fit; more are allocated if more are open."""
         if self.processes > 1 and self.full:
             for buffer in torch.split(memory, self.full):
                 self._give_back(buffer)
 
     def begin(self, flats: Sequence[Tensor]) -> None:
-        """A new gradient, to be written to ``flats``, one dimension each, whatever they hold."""
+        """Begin a new gradient, to be written to the one-dimensional ``flats``, whatever they hold."""
         self._flats = flats
         for bucket in self._buckets:
             bucket.is_written = False
 
     @torch.no_grad()
     def add(self, index: int, gradient: Tensor) -> None:
-        """This process's whole gradient of parameter ``index``; added to what came in since ``begin``."""
+        """Add this process's whole ``gradient`` of parameter ``index`` to what came in since ``begin``."""
         bucket = self._places[index].bucket
         if self.processes == 1:
             part = self._part(bucket).view(gradient.shape)
@@ -122,10 +134,7 @@ class GradientScatter(ABC):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """No gradient is to come in any more, until the next ``begin``: zeros for parameters that none has come in for.
-
-        The flat gradients are whole after ``wait``.
-        """
+        """End the gradient: parameters that none has come in for have zeros. It is complete after ``wait``."""
         for bucket in self._buckets:
             if bucket.buffer is not None:
                 self._send(bucket)
@@ -151,7 +160,7 @@ class GradientScatter(ABC):
             bucket.buffer, bucket.missing, bucket.is_written = None, set(), False
 
     @abstractmethod
-    def _room(self, buffer: Tensor, place: Place) -> Tensor:
+    def _room(self, buffer: Tensor, place: BucketSlice) -> Tensor:
         """View of what a parameter has of its bucket's buffer."""
 
     @abstractmethod
@@ -236,13 +245,13 @@ class PerParameterReduceScatter(GradientScatter):
             if not self._buckets or self._buckets[-1].sizes[0] + length > limit:
                 self._buckets.append(Bucket(0, start, [0] * self.processes))
             bucket = self._buckets[-1]
-            self._places.append(Place(bucket, bucket.sizes[0], length))
+            self._places.append(BucketSlice(bucket, bucket.sizes[0], length))
             bucket.members.append(index)
             bucket.sizes = [bucket.sizes[0] + length] * self.processes
             start += length
         self._fit()
 
-    def _room(self, buffer: Tensor, place: Place) -> Tensor:
+    def _room(self, buffer: Tensor, place: BucketSlice) -> Tensor:
         length = place.bucket.sizes[0]
         rows = buffer[: self.processes * length].view(self.processes, length)
         return rows.narrow(1, place.offset, place.length)
@@ -293,7 +302,7 @@ class FlatReduceScatter(GradientScatter):
             # A bucket may all be of one range, whose process gets as much from each.
             self.full //= self.processes
         limit = self.full if self.processes > 1 else 0
-        found: dict[int, Place] = {}
+        found: dict[int, BucketSlice] = {}
         self._gaps: list[tuple[int, int, int]] = []
         for flat, length in enumerate(ranges):
             end, begin = 0, self.rank * length
@@ -306,7 +315,7 @@ class FlatReduceScatter(GradientScatter):
                     last = Bucket(flat, min(max(at - begin, 0), length), [0] * self.processes)
                     self._buckets.append(last)
                 assert last is not None
-                found[index] = Place(last, sum(last.sizes), numel)
+                found[index] = BucketSlice(last, sum(last.sizes), numel)
                 last.members.append(index)
                 end = at + numel
                 for process in range(at // length, -(-end // length)):
@@ -323,7 +332,7 @@ class FlatReduceScatter(GradientScatter):
             first, last = (min(max(position - self.rank * length, 0), length) for position in (start, end))
             flats[flat][first:last].zero_()
 
-    def _room(self, buffer: Tensor, place: Place) -> Tensor:
+    def _room(self, buffer: Tensor, place: BucketSlice) -> Tensor:
         return buffer.narrow(0, place.offset, place.length)
 
     def _write(self, gradient: Tensor, room: Tensor) -> None:
