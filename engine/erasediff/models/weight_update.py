@@ -57,8 +57,8 @@ class WeightUpdate:
         """
         if self.changed == 0:
             raise RunFailedError(
-                "No weight of the model changed, so it was not saved: raise the learning rate or the number of steps, or "
-                "give another target or anchor."
+                "No weight of the model changed, so it was not saved: raise the learning rate or the number of steps, "
+                "or give another target or anchor."
             )
         if self.saved == 0:
             raise RunFailedError(

@@ -29,8 +29,8 @@ def train(
 ) -> None:
     """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model.
 
-    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step in
-    ten was skipped as not finite, or no weight changed.
+    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
+    in ten was skipped as not finite, or no weight changed.
     """
     place, full_config = resolve_run(
         out,

@@ -123,8 +123,8 @@ def unlearn(
 
     A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
 
-    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step in
-    ten was skipped as not finite, or no weight changed.
+    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
+    in ten was skipped as not finite, or no weight changed.
     """
     place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
     run_job(job, place, as_json=as_json, out=out)
