@@ -1,6 +1,7 @@
 """Exceptions that end a command without a traceback. No heavy imports: the command line needs them for ``--help``."""
 
 from pathlib import Path
+from typing import ClassVar
 
 
 class UserError(Exception):
@@ -9,6 +10,17 @@ class UserError(Exception):
     The command line prints the sentence without a traceback and exits with code 2. Code that finds a programming
     error raises ``ValueError`` or ``TypeError`` instead.
     """
+
+    exit_code: ClassVar[int] = 2
+
+
+class RunFailedError(Exception):
+    """A run that came to its end without a result: it diverged, or changed no weight. No model is written.
+
+    The message is one sentence as ``UserError``'s; the command line exits with code 3. Checkpoints stay for diagnosis.
+    """
+
+    exit_code: ClassVar[int] = 3
 
 
 class Interrupted(Exception):

@@ -76,6 +76,16 @@ def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path
         torch.testing.assert_close(weight, one[name], rtol=0, atol=2e-5)
 
 
+def test_ranks_that_diverge_end_with_one_sentence_and_no_model(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    diverging = ("--lr", 1e30, "--launch", "ddp", "--processes", 2)
+    output, errors = run(*unlearn(home), "--out", out, *diverging, code=3)
+    assert output == ""
+    assert errors.count("Error: 11 of 12 steps were skipped") == 1
+    assert (out / "checkpoint-12").is_dir()
+    assert not (out / "model").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAUNCHERS))
 def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: str) -> None:

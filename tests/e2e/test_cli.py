@@ -77,7 +77,8 @@ def test_unlearning_keeps_the_format_of_the_model(run: Run, here: Path) -> None:
     [
         ("--method", "finetune"),
         ("--method", "neggrad"),
-        ("--barrier", "gap"),
+        # With a relabelled target the gap is closed before the first step here, and nothing would change.
+        ("--barrier", "gap", "--target", "uniform"),
         ("--barrier", "fixed", "--eta", "1"),
         ("--barrier", "cosine"),
         ("--target", "gaussian"),

@@ -20,7 +20,7 @@ threads: 1
 model: {block_out_channels: [8, 8], layers_per_block: 1}
 train: {steps: 60, batch_size: 16}
 unlearn:
-  {forget: [3], steps: 40, batch_size: 8, barrier: gap, target: relabel, inner_steps: 2, inner_refresh_every: 3}
+  {forget: [3], steps: 40, batch_size: 8, barrier: gap, target: uniform, inner_steps: 2, inner_refresh_every: 3}
 run: {checkpoint_every: 7, keep_checkpoints: 2, log_every: 1}
 """
 SECONDS_TO_WAIT = 120

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,13 +41,15 @@ def home(nano_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint ``sd``, broken ones, images with and without faults, and what else is easily mixed up."""
     home = tmp_path_factory.mktemp("home")
     (home / "nano.yaml").write_text(SETTINGS)
-    for name in ("sd", "no-vae", "wider", "contradicting", "pickled"):
+    for name in ("sd", "no-vae", "wider", "contradicting", "pickled", "no-extractor", "dangling"):
         shutil.copytree(nano_folder("sd"), home / name)
     shutil.rmtree(home / "no-vae/vae")
     edited(home / "wider/unet/config.json", cross_attention_dim=48)
     edited(
         home / "contradicting/scheduler/scheduler_config.json", prediction_type="epsilon", rescale_betas_zero_snr=True
     )
+    edited(home / "no-extractor/model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    (home / "dangling/tokenizer/notes.txt").symlink_to("absent")
     weights = home / "pickled/unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     (home / "flux").symlink_to(nano_folder("flux"))
@@ -99,6 +102,14 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         (("unlearn", "--model", "nothing", "--out", "out", *CATS), "has no model_index.json"),
         (("unlearn", "--model", "sd/unet", "--out", "out", *CATS), "one component of a model"),
         (("unlearn", "--model", "no-vae", "--out", "out", *CATS), "no-vae/vae"),
+        (("unlearn", "--model", "no-extractor", "--out", "out", *CATS), "no folder no-extractor/feature_extractor"),
+        (("unlearn", "--model", "no-extractor", *CATS, "--dry-run"), "no folder no-extractor/feature_extractor"),
+        (("unlearn", "--model", "dangling", "--out", "out", *CATS), "dangling/tokenizer/notes.txt is a link to a file"),
+        (
+            ("unlearn", "--model", "sd", "--out", "model.ckpt/run", *CATS),
+            "Cannot write model.ckpt/run: not a directory",
+        ),
+        (("unlearn", "--model", "sd", "--out", "model.ckpt/run", *CATS, "--dry-run"), "Cannot write model.ckpt/run"),
         (("unlearn", "--model", "wider", "--out", "out", *CATS), "does not fit its configuration"),
         (("unlearn", "--model", "contradicting", "--out", "out", *CATS), "contradicts its network"),
         (("unlearn", "--model", "pickled", "--out", "out", *CATS), "convert them"),
@@ -149,6 +160,18 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert said in sentence
     assert sentence.count("\n") == 0
     assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_a_disk_without_room_is_told_before_anything_is_encoded(
+    capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch, dry_run: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    code, sentence = told(capsys, *SD, *CATS, *dry_run)
+    assert code == 2
+    assert "The model and the checkpoints of this run need about" in sentence
+    assert not (here / "out").exists()
+    assert not (here / "cache").exists()
 
 
 def test_an_image_that_ends_too_soon_is_named(capsys: pytest.CaptureFixture[str], here: Path) -> None:

@@ -19,7 +19,7 @@ from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
 from erasediff.cli.worker import is_rank, run_as_rank
-from erasediff.errors import Interrupted, UserError
+from erasediff.errors import Interrupted, RunFailedError, UserError
 
 app = typer.Typer(
     help="Remove the influence of chosen data from diffusion models, and keep the rest.",
@@ -34,20 +34,24 @@ app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 invalid user input, 130 stopped by Ctrl-C (128 + the signal)."""
+    """Run the command line.
+
+    Exit codes: 0 done, 2 invalid user input, 3 a run that diverged or changed no weight (no model is written), 130
+    stopped by Ctrl-C (128 + the signal).
+    """
     # It warns that torchvision is missing, for image processors that no command uses.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     if is_rank():
         run_as_rank(_exit_code)
     try:
         sys.exit(_exit_code())
-    except UserError as error:
+    except (UserError, RunFailedError) as error:
         print_error(str(error))
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _exit_code() -> int:
-    """Run the command that the arguments name. UserError for invalid user input."""
+    """Run the command that the arguments name. UserError for invalid user input, RunFailedError as the run."""
     try:
         app()
     except SystemExit as ended:

@@ -71,8 +71,13 @@ def _gpu_count(device: str) -> int:
     return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
-def run_job(job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool) -> None:
-    """Run ``job`` at ``place`` and print its result; without a place, measure trial steps and print the plan."""
+def run_job(
+    job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool, out: Path | None = None
+) -> None:
+    """Run ``job`` at ``place`` and print its result.
+
+    Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``.
+    """
     from erasediff.training.job import StandaloneJob
 
     if isinstance(job, StandaloneJob):
@@ -82,6 +87,8 @@ def run_job(job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json
     if place is None:
         from erasediff.workflows.dry_run import dry_run
 
+        if out is not None:
+            job.check_storage(out)
         with messages.status("Measuring trial steps"):
             measured = dry_run(job)
         emit(asdict(measured), as_json=as_json)

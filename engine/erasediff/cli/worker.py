@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from rich.console import Console
 
 from erasediff.cli.output import print_error
-from erasediff.errors import UserError
+from erasediff.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from erasediff.parallel.control_plane import ControlPlane, PeerError
@@ -115,9 +115,9 @@ def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, 
 
     try:
         return command()
-    except UserError as error:
-        peers.fail(2, str(error))
-        return _pass_on(PeerError(peers.rank, 2, str(error)), peers)
+    except (UserError, RunFailedError) as error:
+        peers.fail(error.exit_code, str(error))
+        return _pass_on(PeerError(peers.rank, error.exit_code, str(error)), peers)
     except PeerError as failure:
         return _pass_on(failure, peers)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)

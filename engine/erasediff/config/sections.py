@@ -201,12 +201,14 @@ class OutputConfig(Section):
 
     Attributes:
         layout: A diffusers folder, or one file in the family's original layout.
-        dtype: Dtype of the tensors in the file; None keeps that of each stored tensor.
+        dtype: Dtype of the tensors in the file. "stored" is that of each tensor in the source. So is None, unless
+            trained weights s as saved miss the change from w_0 to w, by |w - s|^2 > 0.01 |w - w_0|^2: what changed then
+            takes the narrowest of bfloat16 and float32 that keeps it.
         max_shard_bytes: Size of a file, beyond which weights are split.
         lora_keys: Naming of the tensors in a LoRA's file.
     """
 
     layout: Literal["diffusers", "single-file"] = "diffusers"
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["stored", "float32", "float16", "bfloat16"] | None = None
     max_shard_bytes: Count = 10_000_000_000
     lora_keys: Literal["diffusers", "kohya"] = "diffusers"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from erasediff.data.encoder_outputs import check_embeddings, check_latents, encode_prompts
 from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.preprocessing import BrokenImage, Buckets, Fit, Size, fitted, open_picture, picture_size, to_pixels
 from erasediff.data.tensor_store import ShardStore
@@ -158,6 +159,7 @@ class Entry:
         text: its caption.
         latent: key of its latents.
         caption: key of its caption's embeddings.
+        path: of its file, to name it.
     """
 
     digest: str
@@ -165,6 +167,7 @@ class Entry:
     text: str
     latent: str
     caption: str
+    path: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +206,17 @@ class CachedImages:
 
         Returns:
             ``"sample"`` [C, h, w], the latent, and the condition tensors.
+
+        Raises:
+            UserError: for a latent or an embedding that is not finite, which earlier versions kept in the cache.
         """
         latents = self.latents.row(entry.latent)
         condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
         caption = self.captions.row(self.null_caption if dropped else entry.caption)
-        return {"sample": latents[MIRRORED if flipped else LATENT], **caption, **condition}
+        sample = latents[MIRRORED if flipped else LATENT]
+        check_latents({"sample": sample[None]}, [entry.path])
+        check_embeddings({name: tensor[None] for name, tensor in caption.items()}, ["" if dropped else entry.text])
+        return {"sample": sample, **caption, **condition}
 
     @property
     def buckets(self) -> Tensor:
@@ -254,7 +263,8 @@ class LatentCache:
             batch_size: images, or captions, encoded at once.
 
         Raises:
-            UserError: for no images, a broken one unless skipped, one that cannot be read, and a full disk.
+            UserError: for no images, a broken one unless skipped, one that cannot be read, latents or embeddings that
+                are not finite, and a full disk.
         """
         broken = BrokenImagePolicy(console, skip=skip_broken)
         records = survey(images, buckets, broken, console)
@@ -278,7 +288,14 @@ class LatentCache:
             self._fill_captions(captions, model, batch_size, console)
             self._fill_latents(dict(keyed), model, mirror, batch_size, broken, console)
         entries = tuple(
-            Entry(item.digest, item.fit.size, item.image.caption, key, captions[item.image.caption])
+            Entry(
+                item.digest,
+                item.fit.size,
+                item.image.caption,
+                key,
+                captions[item.image.caption],
+                str(item.image.path),
+            )
             for key, item in keyed
             if key in self.latents
         )
@@ -290,9 +307,12 @@ class LatentCache:
         missing = [caption for caption, key in keys.items() if key not in self.captions]
         if not missing:
             return
-        with progress_bar(console, "Encoding captions", len(missing)) as bar, self.captions.writing() as writer:
+        with (
+            progress_bar(console, "Encoding captions", len(missing)) as bar,
+            self.captions.writing(len(missing)) as writer,
+        ):
             for part in _parts(missing, batch_size):
-                rows = model.encode_prompts(part)
+                rows = encode_prompts(model, part)
                 for number, caption in enumerate(part):
                     writer.add(keys[caption], {name: tensor[number] for name, tensor in rows.items()})
                 bar.advance(len(part))
@@ -310,11 +330,15 @@ class LatentCache:
         if not missing:
             return
         missing.sort(key=lambda keyed: keyed[1].fit.size)
-        with progress_bar(console, "Encoding images", len(missing)) as bar, self.latents.writing() as writer:
+        with (
+            progress_bar(console, "Encoding images", len(missing)) as bar,
+            self.latents.writing(len(missing)) as writer,
+        ):
             for part, pixels in _stacked(missing, batch_size, broken):
                 tensors = {LATENT: model.encode_images(pixels)}
                 if mirror:
                     tensors[MIRRORED] = model.encode_images(pixels.flip(-1))
+                check_latents(tensors, [item.image.path for _, item in part])
                 for number, (key, item) in enumerate(part):
                     cut = item.fit
                     condition = model.size_condition(item.original, (cut.top, cut.left), cut.size, 1)

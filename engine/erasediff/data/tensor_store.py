@@ -19,6 +19,7 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file
+from erasediff.io.disk_room import check_room
 
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
@@ -56,9 +57,9 @@ class ShardStore:
         return {name: tensor[number] for name, tensor in self._tensors(shard).items()}
 
     @contextmanager
-    def writing(self) -> Iterator[ShardWriter]:
-        """A writer; what it was given is on the disk when the block ends, however it ends."""
-        writer = ShardWriter(self)
+    def writing(self, rows: int | None = None) -> Iterator[ShardWriter]:
+        """A writer, of ``rows`` rows if that is known; what it was given is on the disk however the block ends."""
+        writer = ShardWriter(self, rows)
         try:
             yield writer
         finally:
@@ -75,17 +76,25 @@ class ShardStore:
 
 
 class ShardWriter:
-    """Buffer of rows, written out before much work could be lost."""
+    """Buffer of rows, written out before much work could be lost.
 
-    def __init__(self, store: ShardStore) -> None:
+    The first row is refused if the disk has no room for ``rows`` of its size: ``UserError``.
+    """
+
+    def __init__(self, store: ShardStore, rows: int | None = None) -> None:
         self._store = store
+        self._rows = rows
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
         self._since = time.monotonic()
 
     def add(self, key: str, row: Row) -> None:
         self._pending[key] = {name: tensor.detach().cpu() for name, tensor in row.items()}
-        self._bytes += sum(tensor.nbytes for tensor in row.values())
+        size = sum(tensor.nbytes for tensor in row.values())
+        if self._rows is not None:
+            check_room(self._store.folder, self._rows * size, f"{self._rows:,} encoded images or captions")
+            self._rows = None
+        self._bytes += size
         if self._bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 

@@ -57,17 +57,22 @@ class StoredTensor:
             return self
         return StoredTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
-    def updated(self, current: Tensor) -> StoredTensor:
-        """Update with a trained value: ``current`` in this dtype, or this tensor if ``current`` still equals it.
+    def updated(self, current: Tensor, dtype: torch.dtype | None = None) -> StoredTensor:
+        """Update with a trained value: ``current``, or this tensor if ``current`` still equals it in its own dtype.
 
         Training in another dtype than the stored one therefore changes no bit of what was not trained.
+
+        Args:
+            current: Trained value, rounded once, to ``dtype``.
+            dtype: Floating dtype of the result; None for this tensor's. Integers keep theirs.
         """
+        target = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
         def load() -> Tensor:
             stored, value = self.load(), current.detach().cpu()
-            return stored if torch.equal(stored.to(value.dtype), value) else value.to(stored.dtype)
+            return (stored if torch.equal(stored.to(value.dtype), value) else value).to(target)
 
-        return StoredTensor(self.dtype, self.shape, load)
+        return StoredTensor(target, self.shape, load)
 
     def reshaped(self, *shape: int) -> StoredTensor:
         return StoredTensor(self.dtype, shape, lambda: self.load().reshape(shape))
@@ -82,10 +87,10 @@ class StoredTensor:
 
     @staticmethod
     def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
-        """Concatenate parts along the first dimension: the inverse of ``part``."""
-        first = parts[0]
-        shape = (first.shape[0] * len(parts), *first.shape[1:])
-        return StoredTensor(first.dtype, shape, lambda: torch.cat([part.load() for part in parts]))
+        """Concatenate parts along the first dimension, in the widest of their dtypes: the inverse of ``part``."""
+        widest = max(parts, key=lambda part: part.dtype.itemsize)
+        shape = (widest.shape[0] * len(parts), *widest.shape[1:])
+        return StoredTensor(widest.dtype, shape, lambda: torch.cat([part.load().to(widest.dtype) for part in parts]))
 
 
 @dataclass(frozen=True, slots=True)

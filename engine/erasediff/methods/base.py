@@ -135,6 +135,11 @@ class Solver(ABC):
         """Steps taken so far."""
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @property
+    def updates(self) -> int:
+        """Steps so far that were to change weights, ``skipped`` ones included."""
+        return self.iteration
+
     @abstractmethod
     def step(self, retain: Batch, forget: Batch) -> StepReport:
         """Take one step.

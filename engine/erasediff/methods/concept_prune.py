@@ -73,6 +73,10 @@ class HeldMask(Solver):
         if masks is not None:
             self._hold({name.removesuffix(".weight"): mask for name, mask in masks.items()})
 
+    @property
+    def updates(self) -> int:
+        return self.tuned.updates
+
     def step(self, retain: Batch, forget: Batch) -> StepReport:
         """Take one observation, or one step of ``tuned``."""
         report = StepReport()
@@ -81,6 +85,7 @@ class HeldMask(Solver):
         else:
             self._observe()
         self.iteration = self.observed + self.tuned.iteration
+        self.skipped = self.tuned.skipped
         return report
 
     def _observe(self) -> None:
@@ -121,6 +126,7 @@ class HeldMask(Solver):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tuned.load_state_dict(state["tuned"])
+        self.skipped = self.tuned.skipped
         self.observed = int(state["looked"])
         self.iteration = self.observed + self.tuned.iteration
         self.norms = InputNorms(state["seen"]["squares"], state["seen"]["counts"])

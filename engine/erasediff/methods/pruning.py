@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from erasediff.config import Config
 from erasediff.config.fields import Count, NonNegative, Positive, Section, Share
 from erasediff.diffusion.batch import Batch
-from erasediff.errors import UserError
+from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.methods import erasediff, esd
 from erasediff.methods.activation_stats import (
@@ -286,13 +286,17 @@ def encoded_prompts(config: Config) -> list[list[str]]:
 
 
 def finalize(method: Solver, path: Path) -> None:
-    """Make the masks part of the model, and write them and the neurons that they are about beside it."""
+    """Make the masks part of the model, and write them and the neurons that they are about beside it.
+
+    Raises:
+        RunFailedError: No weight was pruned; nothing is written.
+    """
     assert isinstance(method, PrunedESD | PrunedEraseDiff | HeldMask)
     solver = method.tuned if isinstance(method, HeldMask) else method
     if all(bool((mask.score > 0).all()) for _, _, mask in weight_masks(solver.model)):
-        raise UserError(
-            "No weight was pruned: raise pruning.share, the learning rate or the number of steps, or lower "
-            "pruning.sparsity_weight."
+        raise RunFailedError(
+            "No weight was pruned, so the model was not saved: raise pruning.share, the learning rate or the number of "
+            "steps, or lower pruning.sparsity_weight."
         )
     neurons = concept_neurons(solver, method.observations(NEURON_OBSERVATIONS))
     atomic_write(path.with_name(NEURONS), json.dumps(neurons, indent=1) + "\n")

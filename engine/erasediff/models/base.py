@@ -27,6 +27,8 @@ from erasediff.models.checkpoint.components import (
 from erasediff.models.checkpoint.save import STABILITY_AI, modelspec, save_folder, save_single_file
 from erasediff.models.family import ModelFamily, vae_scale
 from erasediff.models.pipeline import POSTERIOR_NOISE, sample_images
+from erasediff.models.weight_update import SavedDtype, WeightUpdate, measure_update
+from erasediff.utils.finite import finite_weight
 from erasediff_kernels import philox_noise
 
 Layout = Literal["diffusers", "single-file"]
@@ -309,9 +311,10 @@ class LatentModel(ModelFamily):
 
     def _stored_encoders(self) -> Iterator[tuple[str, Tensor]]:
         for component in ("vae", *self.encoder_names):
+            owner = f"{component} of {self.checkpoint.path}"
             stored = self.checkpoint.tensors(component)
             for name, tensor in sorted(((canonical_name(n), t) for n, t in stored.items()), key=lambda item: item[0]):
-                yield f"{component}.{name}", tensor.load()
+                yield f"{component}.{name}", finite_weight(tensor.load(), owner, name)
 
     def denoiser_hash(self) -> str:
         """SHA-256 over the denoiser's weights as they are now."""
@@ -321,25 +324,35 @@ class LatentModel(ModelFamily):
             self.denoiser_component, ((name, weights[name]() if name in weights else tensor) for name, tensor in named)
         )
 
+    def measure_update(self, dtype: SavedDtype = None) -> WeightUpdate:
+        """Compare the denoiser with the checkpoint, and choose the dtypes to save it in: see ``weight_update``."""
+        stored = {canonical_name(n): t.dtype for n, t in self.checkpoint.tensors(self.denoiser_component).items()}
+        dtypes = {name: stored[canonical_name(name)] for name in self.denoiser_weights}
+        return measure_update(self.denoiser_weights, self.denoiser.state_dict(), dtypes, dtype)
+
     def save(
         self,
         path: Path,
         *,
         layout: Layout = "diffusers",
-        dtype: torch.dtype | None = None,
+        dtype: SavedDtype = None,
         max_shard_size: int = 10_000_000_000,
         replace: bool = False,
+        update: WeightUpdate | None = None,
     ) -> None:
         """Write the whole checkpoint, atomically: a diffusers folder, or one file in the original layout (sd, sdxl).
 
         Args:
             path: The folder or file.
             layout: "diffusers" or "single-file".
-            dtype: None keeps each tensor's stored dtype; every tensor that was not trained then has the input's bits.
+            dtype: None or "stored": every tensor that did not change has the input's bits, and those that did have its
+                dtype, or for None a wider one where that would lose more than 1% of the change.
             max_shard_size: In bytes, for the folder.
             replace: Take the place of a ``path`` that exists.
+            update: What ``measure_update`` returned for ``dtype``; None measures now.
 
         Raises:
+            RunFailedError: A weight is not finite, or becomes so in ``dtype``.
             UserError: The family lacks the layout, ``path`` exists and is not to be replaced, or the disk refuses.
         """
         if path.resolve() == self.checkpoint.path.resolve():
@@ -351,30 +364,20 @@ class LatentModel(ModelFamily):
             prediction_type=self.process.prediction_type,
             size=self.default_size,
         )
-        trained = {self.denoiser_component: self.denoiser.state_dict()}
+        update = update or self.measure_update(dtype)
+        common: dict[str, Any] = {
+            "trained": {self.denoiser_component: self.denoiser.state_dict()},
+            "metadata": metadata,
+            "dtype": dtype if isinstance(dtype, torch.dtype) else None,
+            "trained_dtypes": update.dtypes,
+            "replace": replace,
+        }
         if layout == "diffusers":
-            save_folder(
-                self.checkpoint,
-                path,
-                trained=trained,
-                metadata=metadata,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                replace=replace,
-            )
+            save_folder(self.checkpoint, path, max_shard_size=max_shard_size, **common)
             return
         if self.original_layout is None:
             raise UserError(f"A {self.family} model has no single-file layout here: save it as a diffusers folder.")
-        save_single_file(
-            self.checkpoint,
-            path,
-            layout=self.original_layout,
-            trained=trained,
-            metadata=metadata,
-            dtype=dtype,
-            markers=self._markers(),
-            replace=replace,
-        )
+        save_single_file(self.checkpoint, path, layout=self.original_layout, markers=self._markers(), **common)
 
     @property
     @abstractmethod

@@ -14,15 +14,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from erasediff.errors import UserError
+from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_file
-from erasediff.io.tensor_file import StoredTensor, write_tensor_file
+from erasediff.io.tensor_file import StoredTensor, TensorFile, write_tensor_file
 from erasediff.models.checkpoint.base import PICKLES
 from erasediff.models.family import ModelFamily, family_named
 from erasediff.models.lora_file import PEFT_PREFIX, Adapter, adapter_tensors, read_adapters
+from erasediff.utils.finite import finite_weight, first_not_finite
 
 Keys = Literal["diffusers", "kohya"]
 ADAPTER = "default"
+HALVES = ("lora_A", "lora_B")
 
 
 def add(
@@ -58,12 +60,35 @@ def add(
         return _initialised(module)
 
 
-def merge(module: nn.Module) -> None:
-    """Add the adapters to the weights and remove them: ``module`` has its own layers and names again."""
+def merge(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Add the adapters to the weights and remove them: ``module`` has its own layers and names again.
+
+    Args:
+        module: The denoiser, with adapters.
+        dtype: Dtype of the adapted layers from then on, in which the sum is formed; None for their own. Layers of
+            another dtype move to the host for it, one by one.
+    """
     for name, layer in list(_adapters(module)):
+        if dtype is not None and layer.get_base_layer().weight.dtype != dtype:
+            layer.to("cpu").get_base_layer().to(dtype)
         layer.merge(safe_merge=True)
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, layer.get_base_layer())
+
+
+def check_trained(module: nn.Module) -> None:
+    """RunFailedError for adapters that are not finite, or that change nothing since every up-projection is still 0."""
+    halves = [
+        (f"{name}.{half}", getattr(layer, half)[ADAPTER].weight) for name, layer in _adapters(module) for half in HALVES
+    ]
+    if (broken := first_not_finite(halves)) is not None:
+        raise RunFailedError(
+            f"The LoRA diverged, since {broken} is not finite, and was not saved: lower the learning rate."
+        )
+    if not any(bool(weight.any()) for name, weight in halves if name.endswith(".lora_B")):
+        raise RunFailedError(
+            "The LoRA is zero, as before the first step, and was not saved: take more steps, or larger ones."
+        )
 
 
 def save(module: nn.Module, path: Path, *, family: str, keys: Keys = "diffusers") -> None:
@@ -111,12 +136,14 @@ def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
 
     Raises:
         UserError: The file is missing, damaged, a pickle, no LoRA, for another model, also for text encoders, or holds
-            anything that is not applied.
+            anything that is not finite or not applied.
     """
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code when it is opened: give a LoRA as .safetensors.")
     cls = family_named(family)
     adapters = read_adapters(path, _names_in_files(module, cls), cls.denoiser_component)
+    for key, stored in TensorFile.open(path).tensors.items():
+        finite_weight(stored.load(), f"LoRA {path}", key)
     adaptable = dict(_adaptable(module))
     for name, adapter in adapters.items():
         layer = adaptable[name]

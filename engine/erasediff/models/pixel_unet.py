@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory
+from erasediff.utils.finite import first_not_finite, weights_not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,11 @@ class PixelModel:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> PixelModel:
-        """Read a diffusers pipeline folder. UserError if it is missing, incomplete, corrupt or of another kind."""
+        """Read a diffusers pipeline folder.
+
+        Raises:
+            UserError: It is missing, incomplete, corrupt, of another kind, or has weights that are not finite.
+        """
         _check_kind(path)
         try:
             unet, info = UNet2DModel.from_pretrained(
@@ -123,7 +128,10 @@ class PixelModel:
             raise UserError(f"The model in {path} is incomplete or corrupt: {reason}") from error
         if info["missing_keys"] or info["mismatched_keys"]:
             raise UserError(f"The model in {path} is incomplete: its weights do not fill its UNet.")
-        return cls(unet.to(device), scheduler)
+        unet = unet.to(device)
+        if (name := first_not_finite(unet.state_dict().items())) is not None:
+            raise weights_not_finite(f"unet of {path}", name)
+        return cls(unet, scheduler)
 
 
 def _check_kind(path: Path) -> None:

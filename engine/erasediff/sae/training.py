@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from erasediff.errors import RunFailedError
 from erasediff.io.atomic import atomic_file
 from erasediff.sae.activations import ActivationCache, Patches
 from erasediff.sae.autoencoder import SparseAutoencoder
+from erasediff.utils.finite import first_not_finite
 from erasediff_kernels import sparse_decode
 from erasediff_kernels.ops.topk_encode import LARGEST_K
 
@@ -116,6 +118,7 @@ def train_autoencoder(
         Fraction of variance unexplained ("fvu") of the last batch and number of dead latents ("dead").
 
     Raises:
+        RunFailedError: The training diverged: a weight is not finite. No checkpoint is written of it.
         ValueError: No pool of shards has as many patches as a batch.
     """
     steps = cache.batch_count(settings.batch_size, settings.epochs)
@@ -146,10 +149,20 @@ def train_autoencoder(
         optimizer.step()
         autoencoder.normalize_decoder()
         if checkpoint is not None and (step + 1) % settings.checkpoint_every == 0:
+            _check_finite(autoencoder, step + 1)
             _store(checkpoint, autoencoder, optimizer, names, idle, step + 1)
         if progress is not None:
             progress(1)
+    _check_finite(autoencoder, steps)
     return {"fvu": fvu.item(), "dead": float((idle >= settings.dead_after).sum())}
+
+
+def _check_finite(autoencoder: SparseAutoencoder, step: int) -> None:
+    if (name := first_not_finite(autoencoder.state_dict().items())) is not None:
+        raise RunFailedError(
+            f"The autoencoder diverged within {step} steps: {name} is not finite, so it was not saved; lower "
+            "saemnesia.lr and saemnesia.supervised_lr."
+        )
 
 
 def _losses(autoencoder: SparseAutoencoder, x: Tensor, idle: Tensor, dead_after: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
@@ -21,6 +22,7 @@ from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.unwrap import named
 from erasediff.training.resharding import Fragments, from_full_checkpoint, open_fragments, to_shards
+from erasediff.utils.finite import first_not_finite
 
 PREFIX = "checkpoint-"
 STATE = "state.safetensors"
@@ -247,6 +249,9 @@ class FullState:
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if len(state["random"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([generator.cpu() for generator in state["random"]["cuda"]])
+        averages = _averages(self.method.optimizer, self.model)
+        if (name := first_not_finite(chain(self.model.state_dict().items(), averages))) is not None:
+            raise _diverged(checkpoint, name)
 
 
 class ShardedState:
@@ -279,6 +284,15 @@ class ShardedState:
     def restore(self, checkpoint: Checkpoint) -> None:
         with checkpoint.fragments(self.peers) as fragments:
             fragments.restore(self.method)
+        shards = (
+            (f"{shard.name} ({kind})", shard.tensors[kind])
+            for shard in self.method.shards()
+            for kind in ("weight", "ema")
+            if kind in shard.tensors
+        )
+        names = [name for name in self.peers.exchange(first_not_finite(shards)) if name is not None]
+        if names:
+            raise _diverged(checkpoint, names[0])
         random = checkpoint.random_state(self.peers)
         if random is not None:
             torch.set_rng_state(random["cpu"])
@@ -298,6 +312,16 @@ def snapshot_of(method: Solver, model: nn.Module, *, shared: bool) -> Snapshot:
         return FullState(method, model)
     gradients = method.gradients
     return ShardedState(method, ControlPlane.current(), replicated=gradients.replicated, device=gradients.device)
+
+
+def _averages(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if "ema" in (state := optimizer.state.get(parameter, {})):
+            yield f"{name} (ema)", state["ema"]
+
+
+def _diverged(checkpoint: Checkpoint, name: str) -> UserError:
+    return UserError(f"The checkpoint {checkpoint.path} is of a run that diverged: {name} holds NaN or infinity.")
 
 
 def _frozen(model: nn.Module) -> set[str]:

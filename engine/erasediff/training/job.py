@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
-from erasediff.errors import UserError
+from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Solver
 from erasediff.models.trainable import frozen_copy
+from erasediff.models.weight_update import WeightUpdate
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, load_full_weights_
 from erasediff.parallel.init import check_launch, join, local_device
@@ -25,7 +26,11 @@ from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
+from erasediff.training.run_size import check_storage
 from erasediff_kernels import ConstrainedAdamW, backend_for
+
+SKIPPED_LIMIT = 10
+"""A run fails if more than one in this many steps was skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,9 @@ class RunResult:
         steps_taken: Steps taken by this process.
         seconds: Wall time of these steps.
         metrics: Metrics of the last step.
+        weights_changed: Share of the network's weights that differ from those before the first step, averaged ones
+            where these are saved; None on a rank that does not write.
+        relative_update: |w - w_0| / |w_0| over the tensors that changed; None likewise.
     """
 
     run: Path
@@ -45,6 +53,8 @@ class RunResult:
     steps_taken: int
     seconds: float
     metrics: dict[str, Any]
+    weights_changed: float | None = None
+    relative_update: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,30 +65,36 @@ class TrainingJob:
         title: Title of the progress bar.
         config: Complete configuration.
         network: The model's own network; among several ranks the method trains it within a parallel wrapper.
-        save: Writes the model to a path.
+        save: Writes the model to a path, and returns how its weights differ from those before the first step.
         optimizer: Optimizer of the method.
         method: Takes the steps.
         rate: Learning-rate schedule.
         retain: Batches of retained data.
         forget: Batches of forgotten data, if the method takes them.
         saved_as: Name of the model in the run's folder.
+        disk_bytes: Estimate of the bytes that the model and all checkpoints take at most.
     """
 
     title: str
     config: Config
     network: nn.Module
-    save: Callable[[Path], None]
+    save: Callable[[Path], WeightUpdate | None]
     optimizer: ConstrainedAdamW
     method: Solver
     rate: LearningRate
     retain: Batches
     forget: Batches | None = None
     saved_as: str = MODEL
+    disk_bytes: int = 0
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
 
         torch's number of threads and random state are restored afterwards.
+
+        Raises:
+            RunFailedError: More than one in ten steps was skipped, or no weight changed; no model is written.
+            UserError: The disk has no room for the run, and as ``run_steps``.
         """
         device = next(self.network.parameters()).device
         with self.thread_scope(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -90,6 +106,7 @@ class TrainingJob:
         return thread_scope(self.config.threads)
 
     def _run(self, place: RunPlace, console: Console) -> RunResult:
+        self.check_storage(place.path)
         run = place.open(self.config)
         outcome = run_steps(
             self.method,
@@ -104,27 +121,36 @@ class TrainingJob:
             title=self.title,
             shared=self.config.distributed.launch != "none",
         )
-        self._export(run.path / self.saved_as)
+        check_steps_taken(self.method, run.path)
+        update = self._export(run.path / self.saved_as)
+        if update is not None and update.note is not None:
+            console.print(update.note, soft_wrap=True)
         return RunResult(
             run=run.path,
             model=run.path / self.saved_as,
             steps_taken=outcome.steps,
             seconds=outcome.seconds,
             metrics=outcome.last,
+            weights_changed=None if update is None else update.changed / update.weights,
+            relative_update=None if update is None else update.relative,
         )
 
-    def _export(self, path: Path) -> None:
+    def check_storage(self, out: Path) -> None:
+        """UserError if the folder ``out`` cannot be written, or its disk has no room for the run."""
+        check_storage(out, self.disk_bytes)
+
+    def _export(self, path: Path) -> WeightUpdate | None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""
         if self.config.distributed.launch == "none":
             with ema_weights(self.optimizer):
-                self.save(path)
-            return
+                return self.save(path)
         weights = gather_ema_weights(self.method.model, self.method.gradients, path.parent)
         peers = ControlPlane.current()
         with peers.main_process_first():
             if peers.is_main:
                 load_full_weights_(self.network, weights)
-                self.save(path)
+                return self.save(path)
+        return None
 
     def trial_steps(self, count: int) -> Iterator[int]:
         """Take the first ``count`` steps, yielding after each, without writing files."""
@@ -133,6 +159,20 @@ class TrainingJob:
                 self.rate.apply(self.optimizer, index)
                 self.method.step(*batches.at(index))
                 yield index
+
+
+def check_steps_taken(method: Solver, run: Path) -> None:
+    """Check that ``method`` could take its steps, those of the runs that this one continues included.
+
+    Raises:
+        RunFailedError: More than one in ``SKIPPED_LIMIT`` steps was skipped, the same on each rank.
+    """
+    skipped, steps = int(method.skipped), method.updates
+    if skipped * SKIPPED_LIMIT > steps:
+        raise RunFailedError(
+            f"{skipped} of {steps} steps were skipped since their gradients were not finite, so no model was saved: "
+            f"lower the learning rate, or use another precision; the checkpoints stay in {run}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

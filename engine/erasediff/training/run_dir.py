@@ -7,6 +7,7 @@ from pathlib import Path
 from erasediff.config import Config, differences, load_config
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
+from erasediff.io.disk_room import check_writable
 from erasediff.io.jsonl import MetricsFile
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import PREFIX, Checkpoint
@@ -156,8 +157,11 @@ class RunPlace:
         return _config_file(self.path) if self.resuming else None
 
     def check(self) -> None:
-        """Raise the ``UserError`` of ``open`` for a folder that is not empty, before long preparations."""
-        if not self.resuming and ControlPlane.current().is_main:
+        """Raise ``UserError`` for a folder that is not empty or not writable, before long preparations."""
+        if not ControlPlane.current().is_main:
+            return
+        check_writable(self.path)
+        if not self.resuming:
             RunFolder.check_free(self.path)
 
     def open(self, config: Config) -> RunFolder:

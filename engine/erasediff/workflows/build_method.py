@@ -19,16 +19,21 @@ from erasediff.methods import METHOD_SPECS, BuildContext, MethodSpec
 from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models import lora
 from erasediff.models.base import LatentModel
+from erasediff.models.checkpoint.base import weighted_components
 from erasediff.models.trainable import select, train_only
+from erasediff.models.weight_update import SavedDtype, WeightUpdate, host_copy, measure_update
 from erasediff.parallel.factory import gradients_for
 from erasediff.parallel.init import share_of
 from erasediff.training.job import TrainingJob, parallelize, precision_of, teacher_of
 from erasediff.training.loop import Batches
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import MODEL, SINGLE_FILE
+from erasediff.training.run_size import run_bytes
 from erasediff_kernels import ConstrainedAdamW
 
 ADAPTERS = "lora.safetensors"
+SaveModel = Callable[[Path], WeightUpdate | None]
+"""Writes a model to a path, and returns how its weights differ from those before the first step, where it tells."""
 
 
 def selected_weights(config: Config, network: nn.Module) -> list[str]:
@@ -46,7 +51,11 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
 
 
 def check_output(config: Config, model: LatentModel) -> None:
-    """Raise UserError for a layout or LoRA keys that the family lacks, before the work instead of after it."""
+    """Raise UserError for what would fail when the model is saved, before the work instead of after it.
+
+    That is a layout or LoRA keys that the family lacks, and a part of the checkpoint that cannot be copied.
+    """
+    model.checkpoint.check_small_files()
     settings, training_lora = config.output, config.text_to_image.train == "lora"
     if training_lora and config.text_to_image.saliency is not None:
         raise UserError(
@@ -62,24 +71,61 @@ def check_output(config: Config, model: LatentModel) -> None:
         )
 
 
+def saved_bytes(config: Config, model: LatentModel) -> int:
+    """Bytes of the weights that ``save_unlearned`` writes, as they are stored or in ``output.dtype``."""
+    dtype = _dtype(config)
+    return sum(
+        tensor.cast(dtype if isinstance(dtype, torch.dtype) else None).nbytes
+        for component in weighted_components(model.checkpoint)
+        for tensor in model.checkpoint.tensors(component).values()
+    )
+
+
+def _dtype(config: Config) -> SavedDtype:
+    name = config.output.dtype
+    return name if name is None or name == "stored" else getattr(torch, name)
+
+
 def output_name(config: Config) -> str:
     """Name of the saved model in the run's folder."""
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
-def save_unlearned(config: Config, model: LatentModel, path: Path) -> None:
-    """Write the model to ``path``; a LoRA also as a file of its own beside it, and merged into the model."""
+def save_unlearned(config: Config, model: LatentModel, path: Path) -> WeightUpdate:
+    """Write the model to ``path``; a LoRA also as a file of its own beside it, and merged into the model.
+
+    Returns:
+        The difference from the checkpoint.
+
+    Raises:
+        RunFailedError: Nothing was learned, or what was is not finite; nothing is written but a LoRA that was learned.
+    """
     settings = config.output
     if config.text_to_image.train == "lora":
+        lora.check_trained(model.denoiser)
         lora.save(model.denoiser, path.with_name(ADAPTERS), family=model.family, keys=settings.lora_keys)
-        lora.merge(model.denoiser)
+        lora.merge(model.denoiser, torch.float32)
+    dtype = _dtype(config)
+    update = model.measure_update(dtype).check()
     model.save(
         path,
         layout=settings.layout,
-        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
+        dtype=dtype,
         max_shard_size=settings.max_shard_bytes,
         replace=True,
+        update=update,
     )
+    return update
+
+
+def save_measured(network: nn.Module, original: LazyWeights, save: SaveModel, path: Path) -> WeightUpdate:
+    """Write a model with ``save``, if ``network`` differs from ``original``; return the difference that ``save`` tells.
+
+    Raises:
+        RunFailedError: No weight differs, or one is not finite; nothing is written.
+    """
+    update = measure_update(original, network.state_dict()).check()
+    return save(path) or update
 
 
 def check_settings(config: Config, given: Collection[str] = ()) -> None:
@@ -138,7 +184,9 @@ class UnlearningModel:
         network: The network that is trained.
         process: Noise schedule and prediction type.
         predict: How the network is called.
-        save: Writes the model to a path.
+        save: Writes the model to a path, and returns its difference from the source if ``is_measured``.
+        saved_bytes: Size of the saved model; None for that of the network.
+        is_measured: ``save`` compares the weights with the source itself, and refuses a model in which none changed.
         relabel: Relabelling target, given a frozen copy of the network on demand.
         saved_as: Name of the model in the run's folder.
         weights: Lazy weights by name, of a network that is still empty.
@@ -150,8 +198,10 @@ class UnlearningModel:
     network: nn.Module
     process: Process
     predict: Denoiser
-    save: Callable[[Path], None]
+    save: SaveModel
     relabel: Callable[[Callable[[], nn.Module]], Relabel]
+    saved_bytes: int | None = None
+    is_measured: bool = False
     saved_as: str = MODEL
     weights: LazyWeights | None = None
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
@@ -165,6 +215,13 @@ def build_training_job(
     """Build the job of ``config.unlearn.method`` that trains ``parameters`` of ``model``."""
     settings = config.unlearn
     rate = learning_rate(settings)
+    parameters = list(parameters)
+    save = (
+        model.save
+        if model.is_measured
+        else partial(save_measured, model.network, _original(config, model.network, parameters), model.save)
+    )
+    disk_bytes = run_bytes(config, settings, model.network, parameters, model.saved_bytes)
     teacher = teacher_of(config, model.network, model.weights)
     make_optimizer = partial(
         ConstrainedAdamW,
@@ -180,14 +237,20 @@ def build_training_job(
         title=f"Unlearning ({settings.method})",
         config=config,
         network=model.network,
-        save=partial(finalize_and_save, method, model.save),
+        save=partial(finalize_and_save, method, save),
         saved_as=model.saved_as,
+        disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=method,
         rate=rate,
         retain=retain,
         forget=forget,
     )
+
+
+def _original(config: Config, network: nn.Module, parameters: Sequence[nn.Parameter]) -> LazyWeights:
+    """Copy of the weights that training may change: ``parameters``, or all where those are the method's own."""
+    return host_copy(network, parameters if METHOD_SPECS[config.unlearn.method].trained is None else None)
 
 
 def unlearning_method(
@@ -254,9 +317,9 @@ def method_parameters(config: Config, network: nn.Module, selected: Sequence[str
     return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
 
 
-def finalize_and_save(method: Solver, save: Callable[[Path], None], path: Path) -> None:
-    """Write the method's own files beside the model's ``path``, and the model with ``save``."""
+def finalize_and_save(method: Solver, save: SaveModel, path: Path) -> WeightUpdate | None:
+    """Write the method's own files beside the model's ``path``, and the model with ``save``; return what that does."""
     finalize = METHOD_SPECS[method.name].finalize
     if finalize is not None:
         finalize(method, path)
-    save(path)
+    return save(path)

@@ -27,6 +27,7 @@ from erasediff.data import (
     read_images,
     synthesise,
 )
+from erasediff.data.encoder_outputs import check_latents, encode_prompts
 from erasediff.data.latent_cache import BrokenImagePolicy, content_ids, survey
 from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.data.prompt_images import Sampler
@@ -251,7 +252,8 @@ def rehearsal_batches(config: Config, model: LatentModel) -> tuple[Batches, Batc
     size, count = image_size(config, model), config.images.encode_batch_size
     generator = torch.Generator().manual_seed(config.seed)
     latents = model.encode_images(torch.rand(count, 3, *size, generator=generator) * 2 - 1)
-    condition = model.encode_prompts([""] * count) | model.size_condition(size, (0, 0), size, count)
+    check_latents({"latents": latents}, ["of random pixels"] * count)
+    condition = encode_prompts(model, [""] * count) | model.size_condition(size, (0, 0), size, count)
     share = config.unlearn.batch_size // share_of(config.unlearn.batch_size, "unlearn.batch_size")["world_size"]
     rows = torch.arange(share, device=model.device) % count
     batches = NoiseBatches({name: tensor[rows] for name, tensor in {"sample": latents, **condition}.items()})

@@ -18,11 +18,14 @@ from erasediff.io.atomic import storage_errors
 from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import FineTune
 from erasediff.models import PixelModel
+from erasediff.models.weight_update import host_copy
 from erasediff.parallel.init import share_of
 from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device, thread_scope
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
+from erasediff.training.run_size import run_bytes
 from erasediff.utils.versions import library_versions
+from erasediff.workflows.build_method import save_measured
 from erasediff.workflows.load_model import check_pixel_precision
 from erasediff_kernels import ConstrainedAdamW
 
@@ -49,6 +52,8 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
     if config.data.exclude:
         _, images = forget_retain_split(images, config.data.exclude)
     model = untrained_model(config, device)
+    original = host_copy(model.unet)
+    disk_bytes = run_bytes(config, settings, model.unet, model.unet.parameters())
     trained, optimizer = parallelize(
         config,
         settings,
@@ -60,7 +65,8 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
         title=title,
         config=config,
         network=model.unet,
-        save=partial(model.save, replace=True),
+        save=partial(save_measured, model.unet, original, partial(model.save, replace=True)),
+        disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=FineTune(
             trained,

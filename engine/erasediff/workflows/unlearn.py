@@ -9,6 +9,7 @@ from rich.console import Console
 
 from erasediff.config import Config
 from erasediff.errors import UserError
+from erasediff.io.disk_room import check_writable
 from erasediff.methods import METHOD_SPECS
 from erasediff.methods.spec import RunContext
 from erasediff.training.job import StandaloneJob, TrainingJob, check_single_process, set_up_device
@@ -43,7 +44,7 @@ def unlearning_job(
     if place is not None:
         place.check()
     if config.unlearn.model is not None and is_text_to_image(config.unlearn.model):
-        return text_to_image_job(config, console, rehearse=place is None)
+        return text_to_image_job(config, console, rehearse=place is None, out=None if place is None else place.path)
     refuse_text_to_image_settings(config)
     return pixel_unlearning_job(config)
 
@@ -59,6 +60,7 @@ def _standalone_job(
         raise UserError(f"The method {method} continues by itself from what is in --out: omit --resume.")
     if source is None:
         raise UserError("There is no model to unlearn from; name one with --model.")
+    check_writable(place.path)
     config = with_latent_defaults(config)
 
     def procedure(out: Path, console: Console) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
+from erasediff.data.encoder_outputs import encode_prompts
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -19,6 +20,7 @@ from erasediff.models.attention import set_attention, use_backend
 from erasediff.models.base import LatentModel
 from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
+from erasediff.training.run_size import check_storage, run_bytes
 from erasediff.workflows.anchor_selection import anchor_candidates, anchored, needs_anchor
 from erasediff.workflows.build_method import (
     NoBatches,
@@ -29,6 +31,7 @@ from erasediff.workflows.build_method import (
     needed_batches,
     output_name,
     save_unlearned,
+    saved_bytes,
     selected_weights,
 )
 from erasediff.workflows.latent_data import image_size, latent_batches, rehearsal_batches
@@ -36,7 +39,9 @@ from erasediff.workflows.load_model import load_checkpoint, read_denoiser
 
 
 @thread_scope()
-def text_to_image_job(config: Config, console: Console, *, rehearse: bool = False) -> TrainingJob:
+def text_to_image_job(
+    config: Config, console: Console, *, rehearse: bool = False, out: Path | None = None
+) -> TrainingJob:
     """Build the job that unlearns ``config.images`` from the checkpoint ``config.unlearn.model``.
 
     Text encoders and VAE are never in memory together with the denoiser, but where images of prompts are drawn. They
@@ -47,6 +52,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
         config: Settings that are not set take the defaults of text-to-image models.
         console: Console for progress bars and notes.
         rehearse: Build a run to be measured instead, on noise, and write nothing.
+        out: Folder of the run, whose disk must have room for it; None checks no disk.
 
     Raises:
         UserError: For every mistake in checkpoint, images and settings, before anything is written but caches.
@@ -57,6 +63,10 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     check_output(config, model)
     load_denoiser = partial(_load_denoiser, config, model, _choose_attention(config, model, console))
     selected = selected_weights(config, model.denoiser)
+    if out is not None:
+        trained = [] if config.text_to_image.train == "lora" else map(model.denoiser.get_parameter, selected)
+        size = run_bytes(config, config.unlearn, model.denoiser, trained, saved_bytes(config, model))
+        check_storage(out, size)
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget = _batches(config, model, console, load_denoiser, rehearse=rehearse)
     encode = _cached_encoder(model)
@@ -74,6 +84,8 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
             process=model.process,
             predict=model.predict,
             save=partial(save_unlearned, config, model),
+            saved_bytes=saved_bytes(config, model),
+            is_measured=_differs_from_source_by_training(config),
             saved_as=output_name(config),
             weights=model.denoiser_weights if model.denoiser_is_meta else None,
             optimizer_options={
@@ -120,13 +132,19 @@ def _batches(
     return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console, load_denoiser)
 
 
+def _differs_from_source_by_training(config: Config) -> bool:
+    """Return false if a LoRA is merged first, and weights are trained that it may have changed."""
+    is_lora_or_mask = config.text_to_image.train == "lora" or METHOD_SPECS[config.unlearn.method].trained is not None
+    return config.text_to_image.lora is None or is_lora_or_mask
+
+
 Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]
 """The condition tensors [N, ...] of N prompts."""
 
 
 def _cached_encoder(model: LatentModel) -> Encode:
     """``model.encode_prompts``, which needs the text encoders once for each list of prompts."""
-    return cache(lambda prompts: model.encode_prompts(list(prompts)))
+    return cache(lambda prompts: encode_prompts(model, prompts))
 
 
 def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...]]:

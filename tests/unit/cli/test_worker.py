@@ -33,6 +33,30 @@ run_as_rank(command)
     assert "another process" not in ended.stderr.lower()
 
 
+def test_a_run_that_failed_ends_every_rank_with_its_code_and_one_sentence() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    command = """
+from erasediff.cli.worker import run_as_rank
+from erasediff.errors import RunFailedError
+def command():
+    raise RunFailedError("Nothing was learned.")
+run_as_rank(command)
+"""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", command],
+            env={**os.environ, **shared, "RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, 3]
+    assert "".join(said).strip() == "Error: Nothing was learned."
+
+
 def test_a_process_is_lost_when_its_heartbeat_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.3)

@@ -1,7 +1,9 @@
 """The cache holds what the encoders say, computes nothing twice, and its batches do not depend on how it came about."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +80,50 @@ def cached(images: list[CaptionedImage], cache: Callable[[], LatentCache]) -> Ca
 def numbers_in(batch: dict[str, Tensor]) -> list[int]:
     """Images of ``folder`` in a batch, by the lengths of their captions."""
     return [int(length) - 1 for length in batch["encoder_hidden_states"].flatten()]
+
+
+class TestNotFinite:
+    """Latents and embeddings that are NaN or infinite are refused by name, and never kept."""
+
+    def test_an_image_is_named(self, images: list[CaptionedImage], cache: Callable[[], LatentCache]) -> None:
+        class Broken(CountingEncoders):
+            def encode_images(self, pixels: Tensor) -> Tensor:
+                latents = super().encode_images(pixels)
+                latents[int(self.images >= 9) :, 0, 0, 0] *= float("inf") if self.images >= 9 else 1.0
+                return latents
+
+        with pytest.raises(UserError, match=r"The latents of the image .*\d\d\.png hold NaN or infinity: the VAE"):
+            cache().fill(images, Broken(), BUCKETS, QUIET, batch_size=3)
+        assert 0 < len(cache().latents) < 12
+
+    def test_a_prompt_is_named(self, images: list[CaptionedImage], cache: Callable[[], LatentCache]) -> None:
+        class Broken(CountingEncoders):
+            def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+                values = super().encode_prompts(prompts)["encoder_hidden_states"]
+                return {"encoder_hidden_states": values.where(values != 5, float("nan"))}
+
+        with pytest.raises(UserError, match="The embeddings of the prompt 'xxxxx' hold NaN or infinity"):
+            cache().fill(images, Broken(), BUCKETS, QUIET)
+
+    def test_what_an_older_version_has_kept_is_named_when_it_is_read(
+        self, images: list[CaptionedImage], cache: Callable[[], LatentCache], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoders = CountingEncoders()
+        with monkeypatch.context() as patch:
+            patch.setattr("erasediff.data.latent_cache.check_latents", lambda latents, images: None)
+            patch.setattr(encoders, "encode_images", lambda pixels: torch.full((len(pixels), 3, 8, 8), float("nan")))
+            cached = cache().fill(images, encoders, BUCKETS, QUIET)
+        with pytest.raises(UserError, match=r"The latents of the image .*00\.png hold NaN"):
+            cached.row(cached.entries[0])
+
+    def test_a_disk_without_room_is_told_with_the_first_row(
+        self, images: list[CaptionedImage], cache: Callable[[], LatentCache], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=51))
+        with pytest.raises(UserError, match="13 encoded images or captions need about"):
+            cache().fill(images, CountingEncoders(), BUCKETS, QUIET)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+        assert len(cache().fill(images, CountingEncoders(), BUCKETS, QUIET)) == 12
 
 
 class TestCache:

@@ -8,6 +8,7 @@ import torch
 from planted import SETTINGS, trained
 from torch import Tensor
 
+from erasediff.errors import RunFailedError
 from erasediff.sae import (
     ActivationCache,
     SparseAutoencoder,
@@ -58,6 +59,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(planted: ActivationCache,
     again = trained(planted, checkpoint=state)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_a_training_that_diverges_is_no_success_and_leaves_no_checkpoint(
+    planted: ActivationCache, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.safetensors"
+    settings = dataclasses.replace(SETTINGS, lr=float("inf"), checkpoint_every=2)
+    with pytest.raises(RunFailedError, match=r"diverged within 2 steps: \w+ is not finite"):
+        train_autoencoder(SparseAutoencoder(16, 48, 6), planted, settings, checkpoint=state)
+    assert not state.exists()
 
 
 def test_dead_latents_are_revived(planted: ActivationCache) -> None:

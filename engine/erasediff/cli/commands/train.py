@@ -27,7 +27,11 @@ def train(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model."""
+    """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model.
+
+    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
+    in ten was skipped as not finite, or no weight changed.
+    """
     place, full_config = resolve_run(
         out,
         resume,
@@ -46,4 +50,4 @@ def train(
     launch_workers(full_config, "train")
     with loading(messages):
         from erasediff.workflows.train_pixel import training_job
-    run_job(training_job(full_config), place, as_json=as_json)
+    run_job(training_job(full_config), place, as_json=as_json, out=out)

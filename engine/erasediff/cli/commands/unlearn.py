@@ -122,9 +122,12 @@ def unlearn(
     """Make a model forget, and save the result in OUT/model as a diffusers folder.
 
     A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
+
+    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
+    in ten was skipped as not finite, or no weight changed.
     """
     place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
-    run_job(job, place, as_json=as_json)
+    run_job(job, place, as_json=as_json, out=out)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]

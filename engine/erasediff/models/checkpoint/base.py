@@ -55,6 +55,10 @@ class Checkpoint(Protocol):
         """Write everything of a diffusers folder but the weights into ``folder``."""
         ...
 
+    def check_small_files(self) -> None:
+        """UserError for what ``copy_small_files`` would not find or could not read."""
+        ...
+
 
 def has(checkpoint: Checkpoint, component: str) -> bool:
     """Return true if the checkpoint contains the component; an optional one may be left out, as [null, null]."""
@@ -83,6 +87,17 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
         else:
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             write_json(folder / name / file, checkpoint.config(name))
+
+
+def check_small_files(checkpoint: Checkpoint) -> None:
+    """UserError for a configuration or tokenizer that ``write_small_files`` would miss."""
+    for name in checkpoint.index:
+        if name.startswith("_") or not has(checkpoint, name):
+            continue
+        if name.startswith("tokenizer"):
+            checkpoint.tokenizer(name)
+        else:
+            checkpoint.config(name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from erasediff.diffusion.noise_schedule import is_flow_matching
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights, StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
+from erasediff.utils.finite import finite_weight
 
 LIBRARIES = ("diffusers", "transformers")
 
@@ -72,7 +73,11 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> list[int]:
 
 
 def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: torch.dtype) -> LazyWeights:
-    """Lazy weights of ``module``, an empty component, from the checkpoint, in their final shapes and dtypes."""
+    """Lazy weights of ``module``, an empty component, from the checkpoint, in their final shapes and dtypes.
+
+    Reading one raises UserError if it holds NaN or infinity.
+    """
+    owner = f"{component} of {checkpoint.path}"
     stored = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     # T5's largest layers overflow in float16, and it is written to have them in float32.
     wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
@@ -81,7 +86,7 @@ def stored_weights(checkpoint: Checkpoint, component: str, module: nn.Module, dt
         target = source.dtype
         if source.dtype.is_floating_point:
             target = torch.float32 if wide & set(name.split(".")) else dtype
-        return lambda: source.load().reshape(shape).to(target)
+        return lambda: finite_weight(source.load().reshape(shape).to(target), owner, name)
 
     return {
         name: loading(name, source, tensor.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,6 +15,8 @@ from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has,
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
 
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
+SMALL = shutil.ignore_patterns(*WEIGHTS)
+INDEX = "model_index.json"
 
 
 class DiffusersFolder:
@@ -23,9 +26,9 @@ class DiffusersFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / "model_index.json").is_file():
+        if not (path / INDEX).is_file():
             raise UserError(_no_pipeline(path))
-        self.index = read_json(path / "model_index.json")
+        self.index = read_json(path / INDEX)
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
@@ -49,10 +52,33 @@ class DiffusersFolder:
         return tokenizer_from_folder(self.index, self.path, component)
 
     def copy_small_files(self, folder: Path) -> None:
-        shutil.copy2(self.path / "model_index.json", folder)
+        shutil.copy2(self.path / INDEX, folder)
         for name in self.index:
             if not name.startswith("_") and has(self, name):
-                shutil.copytree(self.path / name, folder / name, ignore=shutil.ignore_patterns(*WEIGHTS))
+                shutil.copytree(self.path / name, folder / name, ignore=SMALL)
+
+    def check_small_files(self) -> None:
+        for name in self.index:
+            if name.startswith("_") or not has(self, name):
+                continue
+            folder = self.path / name
+            if not folder.is_dir():
+                raise UserError(
+                    f"The checkpoint is incomplete: {self.path / INDEX} names {name}, but there is no folder {folder}; "
+                    f'restore it, or leave it out by writing "{name}": [null, null] there.'
+                )
+            _check_readable(folder)
+
+
+def _check_readable(folder: Path) -> None:
+    """UserError for a file in ``folder`` that is copied when a model is saved, and cannot be read."""
+    for parent, _, files in os.walk(folder):
+        for name in {*files} - SMALL(parent, files):
+            path = Path(parent, name)
+            if not path.exists():
+                raise UserError(f"The checkpoint is incomplete: {path} is a link to a file that does not exist.")
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{path} cannot be read: give yourself the right to read it.")
 
 
 def _no_pipeline(path: Path) -> str:

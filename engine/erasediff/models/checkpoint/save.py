@@ -25,6 +25,7 @@ def save_folder(
     trained: Mapping[str, Mapping[str, Tensor]],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
+    trained_dtypes: Mapping[str, torch.dtype],
     max_shard_size: int,
     replace: bool,
 ) -> None:
@@ -38,6 +39,7 @@ def save_folder(
         trained: State dicts of the trained components, by component.
         metadata: Metadata of the trained components' files.
         dtype: Floating dtype to store; None for that of the source.
+        trained_dtypes: Dtypes of single tensors of the trained components, by name, in the place of the source's.
         max_shard_size: Largest size of a weight file, in bytes.
         replace: Replace a folder that exists.
 
@@ -45,7 +47,7 @@ def save_folder(
         UserError: ``path`` exists and ``replace`` is false, or the disk refuses.
         ValueError: A trained component has weights that the source lacks, such as a LoRA that was not merged.
     """
-    components = _components(checkpoint, trained, dtype)
+    components = _components(checkpoint, trained, dtype, trained_dtypes)
     with atomic_directory(path, replace=replace) as folder:
         checkpoint.copy_small_files(folder)
         for name, tensors in components.items():
@@ -66,6 +68,7 @@ def save_single_file(
     trained: Mapping[str, Mapping[str, Tensor]],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
+    trained_dtypes: Mapping[str, torch.dtype],
     markers: Mapping[str, StoredTensor],
     replace: bool,
 ) -> None:
@@ -78,6 +81,7 @@ def save_single_file(
         trained: State dicts of the trained components, by component.
         metadata: Metadata of the file.
         dtype: Floating dtype to store; None for that of the source.
+        trained_dtypes: Dtypes of single tensors of the trained components, by name, in the place of the source's.
         markers: Additional entries of the file.
         replace: Replace a file that exists.
 
@@ -88,7 +92,7 @@ def save_single_file(
     if path.exists() and not replace:
         raise UserError(f"{path} exists already: remove it or choose another name.")
     tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
-    for name, weights in _components(checkpoint, trained, dtype).items():
+    for name, weights in _components(checkpoint, trained, dtype, trained_dtypes).items():
         if table := LAYOUTS[layout].get(name):
             tensors |= to_original(table, weights, empty_module(checkpoint, name).config)
     with atomic_file(path) as partial:
@@ -96,24 +100,35 @@ def save_single_file(
 
 
 def _components(
-    checkpoint: Checkpoint, trained: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype | None,
+    trained_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Weights]:
+    chosen = {} if dtype is not None else {canonical_name(name): wide for name, wide in trained_dtypes.items()}
     return {
-        name: {key: tensor.cast(dtype) for key, tensor in _current(checkpoint, name, trained.get(name)).items()}
-        for name in weighted_components(checkpoint)
+        name: _current(checkpoint, name, trained.get(name), dtype, chosen) for name in weighted_components(checkpoint)
     }
 
 
-def _current(checkpoint: Checkpoint, component: str, state: Mapping[str, Tensor] | None) -> Weights:
+def _current(
+    checkpoint: Checkpoint,
+    component: str,
+    state: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None,
+    chosen: Mapping[str, torch.dtype],
+) -> Weights:
     stored = checkpoint.tensors(component)
     if state is None:
-        return stored
+        return {name: tensor.cast(dtype) for name, tensor in stored.items()}
     weights = {canonical_name(name): tensor for name, tensor in state.items()}
     if weights.keys() - {canonical_name(name) for name in stored}:
         raise ValueError(f"the {component} has other weights than it was loaded with: merge its LoRA before saving it")
     # A file may hold more than the module takes, such as buffers of older releases.
     return {
-        name: tensor.updated(weights[canonical_name(name)]) if canonical_name(name) in weights else tensor
+        name: tensor.updated(weights[key], dtype or chosen.get(key))
+        if (key := canonical_name(name)) in weights
+        else tensor.cast(dtype)
         for name, tensor in stored.items()
     }
 

@@ -10,7 +10,7 @@ import diffusers
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import write_small_files
+from erasediff.models.checkpoint.base import check_small_files, write_small_files
 from erasediff.models.checkpoint.components import MODELSPEC_PREDICTIONS, empty_module
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
 from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
@@ -103,6 +103,9 @@ class SingleFile:
 
     def copy_small_files(self, folder: Path) -> None:
         write_small_files(self, folder)
+
+    def check_small_files(self) -> None:
+        check_small_files(self)
 
 
 def _tokenizers(components: Iterable[str]) -> list[str]:
