@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
-from erasediff.io.tensor_file import LazyWeights, StoredTensor, fingerprint
+from erasediff.io.tensor_file import LazyWeights, fingerprint
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has, weighted_components
+from erasediff.models.checkpoint.changed import ChangedCheckpoint, Changes
 from erasediff.models.checkpoint.components import (
     check_component,
     fill_component,
@@ -24,6 +25,7 @@ from erasediff.models.checkpoint.components import (
     load_scheduler,
     stored_weights,
 )
+from erasediff.models.checkpoint.recorded_config import prediction_markers
 from erasediff.models.checkpoint.save import STABILITY_AI, modelspec, save_folder, save_single_file
 from erasediff.models.family import ModelFamily, vae_scale
 from erasediff.models.pipeline import POSTERIOR_NOISE, sample_images
@@ -55,7 +57,7 @@ class LatentModel(ModelFamily):
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, empty: bool = False
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint: Checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
         self.encoder_names = [
@@ -232,6 +234,12 @@ class LatentModel(ModelFamily):
         """Text encoders and VAE leave memory until they are next needed; ``hash`` stays."""
         self._encoders = None
 
+    def change_encoders(self, changes: Mapping[str, Changes]) -> None:
+        """Read text encoders with ``changes`` to their weights from now on, and save them so; ``hash`` follows."""
+        self.checkpoint = ChangedCheckpoint(self.checkpoint, changes)
+        self.release_encoders()
+        vars(self).pop("hash", None)
+
     def restore_encoders(self) -> None:
         """Load text encoders and VAE now; whatever needs them does so by itself."""
         _ = self.encoders
@@ -372,7 +380,7 @@ class LatentModel(ModelFamily):
             trained=trained,
             metadata=metadata,
             dtype=dtype,
-            markers=self._markers(),
+            markers=prediction_markers(self.scheduler.config),
             replace=replace,
         )
 
@@ -385,10 +393,6 @@ class LatentModel(ModelFamily):
     def original_layout(self) -> str | None:
         """The layout of the family's single files, of ``original_layout.LAYOUTS``; None for a family without."""
         return None
-
-    def _markers(self) -> dict[str, StoredTensor]:
-        """Entries of a single file that are no weights but tell other tools how to sample."""
-        return {}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

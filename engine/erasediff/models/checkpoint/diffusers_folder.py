@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,8 +13,15 @@ from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
+from erasediff.models.checkpoint.links import check_links, check_plain_name
+from erasediff.models.checkpoint.quantized import unscaled
 
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
+DOCUMENTS = re.compile(
+    r"(licen[cs]e|notice|copying|readme|model.?card|authors|citation|attribution|terms|use.?policy).*|.*\.(md|txt)",
+    re.IGNORECASE,
+)
+"""Names of the files beside model_index.json that say what may be done with the model, and are copied with it."""
 
 
 class DiffusersFolder:
@@ -26,6 +34,9 @@ class DiffusersFolder:
         if not (path / "model_index.json").is_file():
             raise UserError(_no_pipeline(path))
         self.index = read_json(path / "model_index.json")
+        for name in self.index:
+            check_plain_name(name, path / "model_index.json")
+        check_links(path, self._components())
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
@@ -33,12 +44,16 @@ class DiffusersFolder:
     def metadata(self) -> dict[str, str]:
         return self._component("unet" if has(self, "unet") else "transformer")[0].metadata
 
+    def header(self, component: str) -> dict[str, str]:
+        return {name: value for file in self._component(component) for name, value in file.metadata.items()}
+
     def config(self, component: str) -> dict[str, Any]:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self.path / component / name)
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
-        return {name: tensor for file in self._component(component) for name, tensor in file.tensors.items()}
+        stored = {name: tensor for file in self._component(component) for name, tensor in file.tensors.items()}
+        return unscaled(stored, self.path / component)
 
     def _component(self, component: str) -> list[TensorFile]:
         if component not in self._files:
@@ -49,10 +64,25 @@ class DiffusersFolder:
         return tokenizer_from_folder(self.index, self.path, component)
 
     def copy_small_files(self, folder: Path) -> None:
-        shutil.copy2(self.path / "model_index.json", folder)
-        for name in self.index:
-            if not name.startswith("_") and has(self, name):
-                shutil.copytree(self.path / name, folder / name, ignore=shutil.ignore_patterns(*WEIGHTS))
+        # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
+        shutil.copyfile(self.path / "model_index.json", folder / "model_index.json")
+        for path in self.path.iterdir():
+            if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path):
+                shutil.copyfile(path, folder / path.name)
+        for name in self._components():
+            for path in (self.path / name, *(self.path / name).rglob("*")):
+                target = folder / path.relative_to(self.path)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                elif not _is_weights(path):
+                    shutil.copyfile(path, target)
+
+    def _components(self) -> list[str]:
+        return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
+
+def _is_weights(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in WEIGHTS)
 
 
 def _no_pipeline(path: Path) -> str:
