@@ -170,13 +170,11 @@ def test_an_adapter_is_for_the_layer_of_exactly_its_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "tensor"),
     [
-        ("unet.to_q.lora_mid.weight", torch.zeros(2, 2, 3, 3)),
-        ("unet.to_q.hada_w1_a", torch.zeros(8, 2)),
-        ("unet.to_q.diff_b", torch.zeros(8)),
+        ("unet.to_q.oft_blocks", torch.zeros(2, 4, 4)),
+        ("unet.to_q.b1.weight", torch.zeros(8, 2)),
         ("unet.to_k.lora_B.bias", torch.zeros(8)),
         ("unet.inner.to_q.lora_magnitude_vector", torch.zeros(8)),
         ("unet.time.alpha", torch.tensor(1.0)),
-        ("conv.processor.to_q_lora.down.weight", torch.zeros(2, 8)),
     ],
 )
 def test_a_key_that_is_not_applied_is_named(key: str, tensor: Tensor, tmp_path: Path) -> None:
