@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,20 +72,26 @@ class AdapterSettings:
         name = next((name for name in ("lora_alpha", "alpha") if name in values), None)
         if name is None:
             return None
-        ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
-        recorded = ranks.get(get_pattern_key(ranks, layer), values.get("r", rank))
+        recorded = self._of_layer("rank_pattern", layer, values.get("r", rank))
         if recorded != rank:
             raise UserError(
-                f"{self.path} is damaged: its settings give {layer} the rank {recorded}, its weights {rank}."
+                f"{self.path} is damaged: its settings give {layer} the rank {recorded:g}, its weights {rank}."
             )
-        alpha = float(alphas.get(get_pattern_key(alphas, layer), values[name]))
+        alpha = self._of_layer("alpha_pattern", layer, values[name])
         return alpha * math.sqrt(rank) if values.get("use_rslora") else alpha
 
     def rank(self, layer: str) -> int | None:
         """The rank of a layer whose factors do not show it; None without settings."""
-        ranks = self.values.get("rank_pattern") or {}
-        recorded = ranks.get(get_pattern_key(ranks, layer), self.values.get("r"))
-        return None if recorded is None else int(recorded)
+        if "r" not in self.values:
+            return None
+        return int(self._of_layer("rank_pattern", layer, self.values["r"]))
+
+    def _of_layer(self, pattern: str, layer: str, default: Any) -> float:
+        values = self.values.get(pattern) or {}
+        try:
+            return float(values.get(get_pattern_key(values, layer), default))
+        except (AttributeError, TypeError, ValueError, re.error):
+            raise UserError(f"{self.path} is damaged: its settings give {layer} no number by {pattern}.") from None
 
 
 def _read(file: TensorFile, component: str) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
@@ -36,13 +39,14 @@ class DiffusersFolder:
         self.index = read_json(path / "model_index.json")
         for name in self.index:
             check_plain_name(name, path / "model_index.json")
-        check_links(path, self._components())
+        check_links(path, ["model_index.json", *self._documents(), *self._components()])
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        return self._component("unet" if has(self, "unet") else "transformer")[0].metadata
+        header = self._component("unet" if has(self, "unet") else "transformer")[0].metadata
+        return {**_license(self.path / "README.md"), **header}
 
     def header(self, component: str) -> dict[str, str]:
         return {name: value for file in self._component(component) for name, value in file.metadata.items()}
@@ -66,9 +70,8 @@ class DiffusersFolder:
     def copy_small_files(self, folder: Path) -> None:
         # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
         shutil.copyfile(self.path / "model_index.json", folder / "model_index.json")
-        for path in self.path.iterdir():
-            if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path):
-                shutil.copyfile(path, folder / path.name)
+        for name in self._documents():
+            shutil.copyfile(self.path / name, folder / name)
         for name in self._components():
             for path in (self.path / name, *(self.path / name).rglob("*")):
                 target = folder / path.relative_to(self.path)
@@ -77,8 +80,26 @@ class DiffusersFolder:
                 elif not _is_weights(path):
                     shutil.copyfile(path, target)
 
+    def _documents(self) -> list[str]:
+        return [
+            path.name
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path)
+        ]
+
     def _components(self) -> list[str]:
         return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
+
+def _license(card: Path) -> dict[str, str]:
+    """The licence that a model card begins with, as ModelSpec records it: a single file has no card beside it."""
+    try:
+        recorded = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError):
+        # A card that is no YAML at its head says nothing of the licence.
+        return {}
+    name = (recorded or {}).get("license_name") or (recorded or {}).get("license")
+    return {"modelspec.license": name} if isinstance(name, str) else {}
 
 
 def _is_weights(path: Path) -> bool:

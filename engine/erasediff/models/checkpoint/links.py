@@ -15,7 +15,7 @@ def check_plain_name(name: object, source: Path) -> None:
         raise UserError(f"{source} names {name!r}, which is no file or folder beside it: the checkpoint is damaged.")
 
 
-def check_links(root: Path, components: Iterable[str]) -> None:
+def check_links(root: Path, names: Iterable[str]) -> None:
     """Raise UserError for a link among the files of a checkpoint that leads out of it, or to a folder of its own.
 
     What a link leads to would be read as part of the model and copied into the one that is saved. The hub's cache is
@@ -23,11 +23,11 @@ def check_links(root: Path, components: Iterable[str]) -> None:
 
     Args:
         root: The checkpoint's folder.
-        components: Names of the folders in it that are read.
+        names: Of the files and folders in it that are read.
     """
     real = root.resolve()
     allowed = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
-    for path in _entries(root, components):
+    for path in _entries(root, names):
         if not path.is_symlink():
             continue
         target = path.resolve()
@@ -37,8 +37,8 @@ def check_links(root: Path, components: Iterable[str]) -> None:
             raise UserError(f"{path} is a link to a folder: put what it stands for in its place.")
 
 
-def _entries(root: Path, components: Iterable[str]) -> Iterator[Path]:
-    yield from root.iterdir()
-    for component in components:
-        for folder, folders, files in os.walk(root / component):
-            yield from (Path(folder, name) for name in (*folders, *files))
+def _entries(root: Path, names: Iterable[str]) -> Iterator[Path]:
+    for name in names:
+        yield root / name
+        for folder, folders, files in os.walk(root / name):
+            yield from (Path(folder, inner) for inner in (*folders, *files))

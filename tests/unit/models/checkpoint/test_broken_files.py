@@ -127,6 +127,7 @@ def test_links_within_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     (folder / "vae").rename(folder / "vae-ft-mse")
     (folder / "vae").symlink_to("vae-ft-mse")
     (folder / "link").symlink_to(folder)
+    (folder / "all-in-one.safetensors").symlink_to(tmp_path / "elsewhere")
     load_text_to_image(folder).save(tmp_path / "out")
     assert (tmp_path / "out" / "vae" / "config.json").is_file()
     assert not (tmp_path / "out" / "link").exists()

@@ -65,6 +65,8 @@ def test_licences_and_the_model_card(nano_folder: Folder, tmp_path: Path) -> Non
     changed = (tmp_path / "out" / "README.md").read_bytes()
     assert changed.startswith(card)
     assert changed[len(card) :].decode().strip() == "The weights of `unet` were changed by unlearning with erasediff."
+    load_text_to_image(folder).save(tmp_path / "out.safetensors", layout="single-file")
+    assert header(tmp_path / "out.safetensors")["modelspec.license"] == "openrail"
     load_text_to_image(tmp_path / "out").save(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_bytes() == changed
 
