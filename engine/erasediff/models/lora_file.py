@@ -40,6 +40,12 @@ ENDS = {
 }
 """The parts of a layer's change by the ends of their keys; the last four rows are LyCORIS's and ComfyUI's."""
 PRODUCTS = {"hada": hadamard, "lokr": kronecker}
+LOW_RANK = {number: {f"w{number}_a", f"w{number}_b"} for number in (1, 2)}
+FORMS = {
+    "hada": (LOW_RANK[1] | LOW_RANK[2], LOW_RANK[1] | LOW_RANK[2] | {"t1", "t2"}),
+    "lokr": tuple(w1 | w2 for w1 in ({"w1"}, LOW_RANK[1]) for w2 in ({"w2"}, LOW_RANK[2], LOW_RANK[2] | {"t2"})),
+}
+"""The factors that make up each product."""
 NAMED_ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
 """peft names the adapter in a model's own state dict, though not in the files that it saves."""
 Updates = dict[tuple[str, str], list[Adapter | Change]]
@@ -104,7 +110,11 @@ class _Entry:
         for kind, product in PRODUCTS.items():
             if any(part.startswith(kind) for part in self.parts):
                 yield self._product(kind, product, layer, settings)
-        if (stored := self._taken("diff")) is not None:
+        if (stored := self.parts.get("diff")) is not None:
+            # Read once to see its values, and again when it is applied: it is as large as the weight.
+            self._load("diff")
+            if not stored.shape:
+                raise UserError(f"{self.path} is damaged: a difference of {self.base} is one number.")
             yield Change(stored.load, (stored.shape[0], math.prod(stored.shape)))
         if (bias := self._load("diff_b")) is not None:
             yield Change(bias=bias)
@@ -112,7 +122,7 @@ class _Entry:
     def _adapter(self, layer: str, settings: AdapterSettings) -> Adapter:
         is_peft = ".lora_A" in self.keys.get("down", "")
         down, up, mid = (self._load(part) for part in ("down", "up", "mid"))
-        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
+        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(f"{self.path} is damaged: {self.base} lacks the other half of its adapter.")
         if mid is not None:
             # A convolution as three: 1 x 1 to the rank, k x k within it, 1 x 1 from it. The first two are one.
@@ -130,12 +140,15 @@ class _Entry:
         names = [part for part in self.parts if part.startswith(kind)]
         first = self.keys[names[0]]
         factors = {name.removeprefix(f"{kind}_"): tensor for name in names if (tensor := self._load(name)) is not None}
-        rank = next((len(factors[name]) for name in ("w1_b", "w2_b") if name in factors), None)
+        fault = UserError(f"{self.path} is damaged: the parts of {first} do not fit each other.")
+        if set(factors) not in FORMS[kind] or any(factor.ndim < 2 or not factor.numel() for factor in factors.values()):
+            raise fault
         try:
             # Shapes alone, to refuse a damaged file before anything is multiplied.
             made = product({name: tensor.to("meta") for name, tensor in factors.items()}, 1.0)
-        except (RuntimeError, KeyError):
-            raise UserError(f"{self.path} is damaged: the parts of {first} do not fit each other.") from None
+        except RuntimeError:
+            raise fault from None
+        rank = next((len(factors[name]) for name in ("w1_b", "w2_b") if name in factors), None)
         if rank is None:
             # Both factors whole: LyCORIS then takes no scale, and peft the one of its settings.
             self._taken("alpha")

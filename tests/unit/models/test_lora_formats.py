@@ -228,6 +228,7 @@ def test_full_differences_and_norms(sd: Any) -> None:
         ("lora_te2_text_model_encoder_layers_1_mlp_fc1.lora_up.weight", (2, 2), "this one has no lora_te2_"),
         (f"unet.{QUERY}.hada_w1_a", (16, 2), "the parts of .*hada_w1_a do not fit each other"),
         (f"unet.{QUERY}.lokr_w1", (4, 4), "the parts of .*lokr_w1 do not fit each other"),
+        (f"unet.{QUERY}.diff", (), "a difference of .*to_q is one number"),
         (f"unet.{BLOCK}.attn1.to_q.diff", (16, 8), "attn1.to_q is of another size"),
         (f"unet.{BLOCK}.attn1.to_q.diff_b", (16,), "adds to the bias of .*attn1.to_q, which has none"),
         ("unet.conv_in.diff_b", (8,), "bias of conv_in is of another size"),
@@ -274,4 +275,13 @@ def test_other_kinds_of_peft_are_named(nano_folder: Folder, tmp_path: Path) -> N
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "x.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "r": 2}))
     with pytest.raises(UserError, match="was trained with peft_type='OFT', which cannot be applied here"):
+        lora.merge_file(load_text_to_image(nano_folder("sd")), tmp_path / "x.safetensors")
+
+
+def test_factors_of_two_forms_at_once(nano_folder: Folder, tmp_path: Path) -> None:
+    down, up = low_rank(4, 4)
+    first = torch.ones(4, 4)
+    parts = {"w1": first, "w1_a": up, "w1_b": down, "w2": first.clone()}
+    save_file({f"unet.{QUERY}.lokr_{name}": value for name, value in parts.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="do not fit each other"):
         lora.merge_file(load_text_to_image(nano_folder("sd")), tmp_path / "x.safetensors")
