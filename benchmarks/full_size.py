@@ -82,6 +82,9 @@ class RandomCheckpoint:
         vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
         return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
+    def header(self, component: str) -> dict[str, str]:
+        return {"format": "pt"}
+
     def copy_small_files(self, folder: Path) -> None:
         write_small_files(self, folder)
 

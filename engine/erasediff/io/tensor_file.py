@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from erasediff.errors import UserError
+from erasediff.io.file_faults import fault_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,6 +75,10 @@ class StoredTensor:
 
         return StoredTensor(target, self.shape, load)
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> StoredTensor:
+        """This tensor after ``change``, in this dtype."""
+        return StoredTensor(self.dtype, self.shape, lambda: change(self.load()).to(self.dtype))
+
     def reshaped(self, *shape: int) -> StoredTensor:
         return StoredTensor(self.dtype, shape, lambda: self.load().reshape(shape))
 
@@ -103,17 +108,28 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Read the header. UserError for a missing or damaged file."""
+        """Read the header. UserError for a file that is missing or damaged, or holds a dtype that is not known here."""
         try:
             handle: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}.") from error
-        return cls(path, {name: _stored(handle, name) for name in handle.keys()}, handle.metadata() or {})  # noqa: SIM118
+            raise UserError(f"{path} cannot be read as safetensors: {_reason(path, error)}.") from error
+        return cls(path, {name: _stored(path, handle, name) for name in handle.keys()}, handle.metadata() or {})  # noqa: SIM118
 
 
-def _stored(handle: Any, name: str) -> StoredTensor:
+def _stored(path: Path, handle: Any, name: str) -> StoredTensor:
     view = handle.get_slice(name)
-    return StoredTensor(DTYPES[view.get_dtype()], tuple(view.get_shape()), lambda: handle.get_tensor(name))
+    code = view.get_dtype()
+    if code not in DTYPES:
+        raise UserError(
+            f"{path} holds {name} as {code}, which is not known here: give the weights in float32, float16 or bfloat16."
+        )
+    return StoredTensor(DTYPES[code], tuple(view.get_shape()), lambda: handle.get_tensor(name))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if "incomplete metadata" in str(error):
+        return "it is cut short; download or copy it again"
+    return fault_of(path) or " ".join(str(error).split())
 
 
 class ByteSink(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from erasediff.diffusion.batch import Batch
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
-from erasediff.io.tensor_file import LazyWeights, StoredTensor, fingerprint
+from erasediff.io.tensor_file import LazyWeights, fingerprint
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has, weighted_components
+from erasediff.models.checkpoint.changed import ChangedCheckpoint, Changes
 from erasediff.models.checkpoint.components import (
     check_component,
     fill_component,
@@ -24,8 +25,10 @@ from erasediff.models.checkpoint.components import (
     load_scheduler,
     stored_weights,
 )
+from erasediff.models.checkpoint.recorded_config import prediction_markers
 from erasediff.models.checkpoint.save import STABILITY_AI, modelspec, save_folder, save_single_file
 from erasediff.models.family import ModelFamily, vae_scale
+from erasediff.models.latent_statistics import latent_statistics
 from erasediff.models.pipeline import POSTERIOR_NOISE, sample_images
 from erasediff.models.weight_update import SavedDtype, WeightUpdate, measure_update
 from erasediff.utils.finite import finite_weight
@@ -57,7 +60,7 @@ class LatentModel(ModelFamily):
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, empty: bool = False
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint: Checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
         self.encoder_names = [
@@ -192,26 +195,15 @@ class LatentModel(ModelFamily):
 
     def _normalized(self, latents: Tensor) -> Tensor:
         """Latents of the VAE as the denoiser takes them: shifted and scaled, or standardised channel by channel."""
-        shift, scale = self._latent_statistics()
+        shift, scale = latent_statistics(self.configs["vae"], self.device)
         normalized: Tensor = (latents - shift) * scale
         return normalized
 
     def _denormalized(self, latents: Tensor) -> Tensor:
         """The inverse of ``_normalized``."""
-        shift, scale = self._latent_statistics()
+        shift, scale = latent_statistics(self.configs["vae"], self.device)
         denormalized: Tensor = latents / scale + shift
         return denormalized
-
-    def _latent_statistics(self) -> tuple[Any, Any]:
-        """(shift, scale) of latents: numbers, or [C, 1, 1] where the VAE records channels' ``latents_mean`` and std."""
-        vae = self.configs["vae"]
-        factor = vae.get("scaling_factor", 1.0)
-        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
-            return vae.get("shift_factor") or 0.0, factor
-        mean, std = (
-            torch.tensor(vae[name], device=self.device)[:, None, None] for name in ("latents_mean", "latents_std")
-        )
-        return mean, factor / std
 
     def size_condition(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
@@ -233,6 +225,12 @@ class LatentModel(ModelFamily):
     def release_encoders(self) -> None:
         """Text encoders and VAE leave memory until they are next needed; ``hash`` stays."""
         self._encoders = None
+
+    def change_encoders(self, changes: Mapping[str, Changes]) -> None:
+        """Read text encoders with ``changes`` to their weights from now on, and save them so; ``hash`` follows."""
+        self.checkpoint = ChangedCheckpoint(self.checkpoint, changes)
+        self.release_encoders()
+        vars(self).pop("hash", None)
 
     def restore_encoders(self) -> None:
         """Load text encoders and VAE now; whatever needs them does so by itself."""
@@ -302,7 +300,7 @@ class LatentModel(ModelFamily):
     @cached_property
     def hash(self) -> str:
         """SHA-256 over encoders and VAE: what a cache of latents and embeddings depends on."""
-        shift, scale = self._latent_statistics()
+        shift, scale = latent_statistics(self.configs["vae"], self.device)
         tokenizers = [(tokenizer.pad_token, tokenizer.model_max_length) for tokenizer in self.tokenizers.values()]
         # The modules' repr changes with the libraries that define them; it stays, or every cache would go cold.
         modules = [check_component(self.checkpoint, name) for name in self.encoder_names]
@@ -377,7 +375,13 @@ class LatentModel(ModelFamily):
             return
         if self.original_layout is None:
             raise UserError(f"A {self.family} model has no single-file layout here: save it as a diffusers folder.")
-        save_single_file(self.checkpoint, path, layout=self.original_layout, markers=self._markers(), **common)
+        save_single_file(
+            self.checkpoint,
+            path,
+            layout=self.original_layout,
+            markers=prediction_markers(self.scheduler.config),
+            **common,
+        )
 
     @property
     @abstractmethod
@@ -388,10 +392,6 @@ class LatentModel(ModelFamily):
     def original_layout(self) -> str | None:
         """The layout of the family's single files, of ``original_layout.LAYOUTS``; None for a family without."""
         return None
-
-    def _markers(self) -> dict[str, StoredTensor]:
-        """Entries of a single file that are no weights but tell other tools how to sample."""
-        return {}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -18,6 +18,7 @@ from erasediff.errors import UserError
 
 if TYPE_CHECKING:
     from erasediff.models.base import LatentModel
+    from erasediff.models.checkpoint.original_layout import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,11 @@ class ModelFamily(ABC):
             dtype: Of all floating-point inputs.
             device: Of all tensors.
         """
+
+    @classmethod
+    def original_place(cls, name: str, config: Any) -> Place | None:
+        """The place of a weight of the network, by its name here, in the original layout; None for one without."""
+        return None
 
     @classmethod
     def kohya_name(cls, name: str, module: nn.Module) -> str | None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.checkpoint import transformer_layouts
+from erasediff.models.checkpoint.original_layout import Place
 from erasediff.models.family import JOINT_SUBSETS
 from erasediff.models.pipeline import build_pipeline
 
@@ -76,6 +78,10 @@ class Flux(LatentModel):
         }
         zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return {**zeros, "guidance": torch.ones(batch_size, device=device) if config.guidance_embeds else None}
+
+    @classmethod
+    def original_place(cls, name: str, config: Any) -> Place | None:
+        return transformer_layouts.flux(name, config)
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         transformer, vae = self.configs["transformer"], self.configs["vae"]

@@ -14,7 +14,13 @@ from erasediff.models.checkpoint.hub import downloaded, is_hub_id
 from erasediff.models.checkpoint.single_file import SingleFile
 from erasediff.models.family import family_of_pipeline
 
-FILES = ("model_index.json", *(f"*/*.{suffix}" for suffix in ("json", "txt", "model", "safetensors")))
+FILES = (
+    "model_index.json",
+    "*.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    *(f"*/*.{suffix}" for suffix in ("json", "txt", "model", "safetensors")),
+)
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*", "*.fp32.*", "*openvino*", "*flax*")
 
 
@@ -61,6 +67,8 @@ def open_checkpoint(
         return SingleFile(path, config=config, prediction_type=prediction_type)
     if path.is_dir():
         return DiffusersFolder(path)
+    if path.suffix == ".gguf":
+        raise UserError(f"{source} is quantized (GGUF): give a diffusers folder or .safetensors, unquantized.")
     if path.exists():
         raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
     if is_hub_id(str(source)):

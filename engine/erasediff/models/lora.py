@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,15 +17,22 @@ from torch import Tensor, nn
 
 from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_file
-from erasediff.io.tensor_file import StoredTensor, TensorFile, write_tensor_file
-from erasediff.models.checkpoint.base import PICKLES
+from erasediff.io.tensor_file import StoredTensor, write_tensor_file
+from erasediff.models.checkpoint.base import PICKLES, canonical_name
+from erasediff.models.checkpoint.components import empty_module
 from erasediff.models.family import ModelFamily, family_named
-from erasediff.models.lora_file import PEFT_PREFIX, Adapter, adapter_tensors, read_adapters
-from erasediff.utils.finite import finite_weight, first_not_finite
+from erasediff.models.lora_file import Updates, read_updates
+from erasediff.models.lora_keys import names_in_files
+from erasediff.models.lora_update import Adapter, Change
+from erasediff.utils.finite import first_not_finite
+
+if TYPE_CHECKING:
+    from erasediff.models.base import LatentModel
 
 Keys = Literal["diffusers", "kohya"]
 ADAPTER = "default"
 HALVES = ("lora_A", "lora_B")
+ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
 def add(
@@ -118,17 +126,17 @@ def save(module: nn.Module, path: Path, *, family: str, keys: Keys = "diffusers"
     tensors: dict[str, StoredTensor] = {}
     for name, adapter in adapters.items():
         key = _kohya_key(name, cls, module) if keys == "kohya" else f"{cls.denoiser_component}.{name}"
-        tensors |= adapter_tensors(adapter, key, kohya=keys == "kohya")
+        tensors |= _entries(adapter, key, kohya=keys == "kohya")
     with atomic_file(path) as partial:
         write_tensor_file(partial, tensors, {"format": "pt"})
 
 
 def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
-    """Freeze ``module`` and add the adapters of a file of peft, diffusers or kohya, DoRA's included.
+    """Freeze ``module`` and add the adapters of a LoRA file, DoRA's included, to be trained on or merged.
 
     Args:
         module: The denoiser.
-        path: A .safetensors file, see ``lora_file.read_adapters``.
+        path: A .safetensors file, see ``lora_file.read_updates``.
         family: The model's ``LatentModel.family``.
 
     Returns:
@@ -136,21 +144,129 @@ def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
 
     Raises:
         UserError: The file is missing, damaged, a pickle, no LoRA, for another model, also for text encoders, or holds
-            anything that is not finite or not applied.
+            anything that is no low-rank adapter of a linear or convolutional layer, which ``merge_file`` may take.
     """
+    cls = family_named(family)
+    adapters = {}
+    for (_, name), updates in _read(path, cls, {cls.denoiser_component: module}).items():
+        match updates:
+            case [Adapter() as adapter]:
+                adapters[name] = adapter
+            case _:
+                raise UserError(f"{path} changes {name} by more than an adapter: merge it with lora.merge_file.")
+    return _add(module, adapters)
+
+
+def merge_file(model: LatentModel, path: Path) -> None:
+    """Merge a LoRA file into a model's denoiser and text encoders: all that it holds, or nothing.
+
+    Args:
+        model: With a denoiser that has its weights; text encoders are changed as they are read.
+        path: A .safetensors file, see ``lora_file.read_updates``.
+
+    Raises:
+        UserError: The file is missing, damaged, a pickle, no LoRA, for another model, or holds anything that is not
+            applied.
+    """
+    merge_into_encoders(model, path)
+    merge_into_denoiser(model, path)
+
+
+def merge_into_denoiser(model: LatentModel, path: Path) -> None:
+    """The half of ``merge_file`` that needs the denoiser's weights."""
+    updates = _of_denoiser(model, _updates_of(model, path))
+    adapters = {name: first for name, (first, *_) in updates.items() if isinstance(first, Adapter)}
+    if adapters:
+        _add(model.denoiser, adapters)
+        merge(model.denoiser)
+    with torch.no_grad():
+        for name, changes in updates.items():
+            layer: Any = model.denoiser.get_submodule(name)
+            for change in changes[1:] if name in adapters else changes:
+                change = change.change() if isinstance(change, Adapter) else change
+                layer.weight.copy_(change.applied(layer.weight))
+                if change.bias is not None:
+                    layer.bias.add_(change.bias.to(layer.bias))
+
+
+def merge_into_encoders(model: LatentModel, path: Path) -> None:
+    """The half of ``merge_file`` that does not need the denoiser's weights; all errors are seen by then."""
+    changes: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
+    for (component, name), updates in _updates_of(model, path).items():
+        if component == model.denoiser_component:
+            continue
+        own = changes.setdefault(component, {})
+        parts = [part.change() if isinstance(part, Adapter) else part for part in updates]
+        own[canonical_name(f"{name}.weight")] = functools.partial(_changed_weight, parts)
+        if any(part.bias is not None for part in parts):
+            own[canonical_name(f"{name}.bias")] = functools.partial(_changed_bias, parts)
+    if changes:
+        model.change_encoders(changes)
+
+
+def _changed_weight(changes: Iterable[Change], weight: Tensor) -> Tensor:
+    for change in changes:
+        weight = change.applied(weight)
+    return weight
+
+
+def _changed_bias(changes: Iterable[Change], bias: Tensor) -> Tensor:
+    return bias.float() + sum(change.bias.float() for change in changes if change.bias is not None)
+
+
+def _of_denoiser(model: LatentModel, updates: Updates) -> dict[str, list[Adapter | Change]]:
+    return {name: changes for (component, name), changes in updates.items() if component == model.denoiser_component}
+
+
+def _updates_of(model: LatentModel, path: Path) -> Updates:
+    encoders = {name: empty_module(model.checkpoint, name) for name in model.encoder_names}
+    return _read(path, type(model), {model.denoiser_component: model.denoiser, **encoders})
+
+
+def _read(path: Path, family: type[ModelFamily], modules: Mapping[str, nn.Module]) -> Updates:
+    """The file's changes in the shapes of the layers. UserError for those that do not fit, and as ``read_updates``."""
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code when it is opened: give a LoRA as .safetensors.")
-    cls = family_named(family)
-    adapters = read_adapters(path, _names_in_files(module, cls), cls.denoiser_component)
-    for key, stored in TensorFile.open(path).tensors.items():
-        finite_weight(stored.load(), f"LoRA {path}", key)
-    adaptable = dict(_adaptable(module))
-    for name, adapter in adapters.items():
-        layer = adaptable[name]
-        if adapter.down.shape[1:] != layer.weight.shape[1:] or adapter.up.shape[0] != layer.weight.shape[0]:
-            raise UserError(f"{path} is a LoRA for another model: its {name} is of another size than this model's.")
-        if adapter.bias is not None and layer.bias is None:
-            raise UserError(f"{path} is a LoRA for another model: it adds to the bias of {name}, which has none.")
+    updates = read_updates(path, names_in_files(modules, family), family.denoiser_component)
+    return {
+        (component, name): [_fitted(path, name, modules[component].get_submodule(name), change) for change in changes]
+        for (component, name), changes in updates.items()
+    }
+
+
+def _fitted(path: Path, name: str, layer: Any, change: Adapter | Change) -> Adapter | Change:
+    weight = layer.weight
+    if isinstance(change, Adapter):
+        inner, ones = tuple(weight.shape[1:]), (1,) * (weight.ndim - 2)
+        if not isinstance(layer, ADAPTABLE):
+            raise UserError(f"{path} cannot be applied: {name} is a {type(layer).__name__}, which has no LoRA here.")
+        # A linear layer and a 1 x 1 convolution are the same, and files may hold either.
+        fits = _squeezed(change.down.shape[1:]) == _squeezed(inner) and not _squeezed(change.up.shape[2:])
+        if fits and change.outputs == len(weight):
+            down, up = change.down.reshape(change.rank, *inner), change.up.reshape(*change.up.shape[:2], *ones)
+            change = dataclasses.replace(change, down=down, up=up)
+        else:
+            fits = False
+    else:
+        fits = change.weight is None or change.size == (len(weight), weight.numel())
+    if not fits:
+        raise UserError(f"{path} is a LoRA for another model: its {name} is of another size than this model's.")
+    if change.bias is not None and layer.bias is None:
+        raise UserError(f"{path} is a LoRA for another model: it adds to the bias of {name}, which has none.")
+    if change.bias is not None and change.bias.shape != layer.bias.shape:
+        raise UserError(f"{path} is a LoRA for another model: its bias of {name} is of another size than this model's.")
+    return change
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    """The shape without trailing ones."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
+
+
+def _add(module: nn.Module, adapters: Mapping[str, Adapter]) -> list[nn.Parameter]:
     parameters = _inject(
         module,
         {name: (adapter.rank, adapter.alpha) for name, adapter in adapters.items()},
@@ -180,17 +296,6 @@ def _extra_parameters(layer: Any) -> Iterator[nn.Parameter]:
         yield layer.lora_B[ADAPTER].bias
     if ADAPTER in layer.lora_magnitude_vector:
         yield layer.lora_magnitude_vector[ADAPTER].weight
-
-
-def _names_in_files(module: nn.Module, cls: type[ModelFamily]) -> dict[str, str]:
-    """The adaptable layers' names by each name that a file may give them."""
-    names = {}
-    for name, _ in _adaptable(module):
-        names[f"{cls.denoiser_component}.{name}"] = names[PEFT_PREFIX + name] = names[name] = name
-        names["lora_unet_" + name.replace(".", "_")] = name
-        if (original := cls.kohya_name(name, module)) is not None:
-            names["lora_unet_" + original.replace(".", "_")] = name
-    return names
 
 
 def _kohya_key(name: str, cls: type[ModelFamily], module: nn.Module) -> str:
@@ -238,8 +343,31 @@ def _initialised(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _adaptable(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, ADAPTABLE))
 
 
 def _adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
+
+
+def _entries(adapter: Adapter, key: str, *, kohya: bool) -> dict[str, StoredTensor]:
+    """The entries of one layer; diffusers' hold the scale within ``up``, since not every reader looks for it."""
+    if kohya:
+        tensors = {
+            f"{key}.lora_down.weight": adapter.down,
+            f"{key}.lora_up.weight": adapter.up,
+            f"{key}.alpha": torch.tensor(float(adapter.alpha)),
+        }
+    else:
+        tensors = {
+            f"{key}.lora_A.weight": adapter.down,
+            f"{key}.lora_B.weight": adapter.up * (adapter.alpha / adapter.rank),
+        }
+    return {
+        name: StoredTensor(value.dtype, tuple(value.shape), functools.partial(_same, value))
+        for name, value in tensors.items()
+    }
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

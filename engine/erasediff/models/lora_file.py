@@ -1,72 +1,59 @@
-"""LoRA files of peft, diffusers and kohya: each layer's adapter with the scale that its trainer used."""
+"""LoRA files of peft, diffusers, kohya, LyCORIS and ComfyUI: what each layer is changed by, at its trainer's scale."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import read_json
+from erasediff.models.lora_keys import Names
+from erasediff.models.lora_settings import AdapterSettings
+from erasediff.models.lora_update import Adapter, Change, hadamard, kronecker
 
-PEFT_PREFIX = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"
-DIFFUSERS_CONFIG = "lora_adapter_metadata"
-"""Entry of a file's metadata, JSON: the settings of ``peft.LoraConfig``, each under the component's prefix."""
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
-DOWN_UP = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_down.weight": ".lora_up.weight",
-    ".lora.down.weight": ".lora.up.weight",
-}
-"""The suffixes of one layer's two halves, in the keys of peft and diffusers, of kohya, and of diffusers before peft."""
-BIASES = (".lora_B.bias", ".lora_up.bias")
-MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
-OTHER_BASE_WEIGHTS = ("pissa", "corda", "olora", "lora_ga")
-"""Values of ``init_lora_weights`` under which peft changes the weights below the adapter too."""
-OTHER_ADAPTERS = (
-    *("layer_replication", "alora_invocation_tokens", "use_qalora", "arrow_config", "monteclora_config"),
-    *("use_bdlora", "kasa_config"),
+LORA_HALVES = (
+    {"down": ".lora_A.weight", "up": ".lora_B.weight"},
+    {"down": ".lora_down.weight", "up": ".lora_up.weight"},
+    {"down": ".lora.down.weight", "up": ".lora.up.weight"},
+    {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
+    {"down": ".down.weight", "up": ".up.weight"},
 )
-"""Settings of ``peft.LoraConfig`` under which an adapter is no constant addition to a weight."""
+"""Ends of the keys of peft and diffusers, of kohya, and of diffusers before peft; the shortest last."""
+ENDS = {
+    **{end: half for halves in LORA_HALVES for half, end in halves.items()},
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    **dict.fromkeys((".lora_B.bias", ".lora_up.bias"), "bias"),
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale"), "magnitude"),
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **dict.fromkeys((".diff", ".w_norm"), "diff"),
+    **dict.fromkeys((".diff_b", ".b_norm"), "diff_b"),
+}
+"""The parts of a layer's change by the ends of their keys; the last four rows are LyCORIS's and ComfyUI's."""
+PRODUCTS = {"hada": hadamard, "lokr": kronecker}
+LOW_RANK = {number: {f"w{number}_a", f"w{number}_b"} for number in (1, 2)}
+FORMS = {
+    "hada": (LOW_RANK[1] | LOW_RANK[2], LOW_RANK[1] | LOW_RANK[2] | {"t1", "t2"}),
+    "lokr": tuple(w1 | w2 for w1 in ({"w1"}, LOW_RANK[1]) for w2 in ({"w2"}, LOW_RANK[2], LOW_RANK[2] | {"t2"})),
+}
+"""The factors that make up each product."""
+NAMED_ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
+"""peft names the adapter in a model's own state dict, though not in the files that it saves."""
+Updates = dict[tuple[str, str], list[Adapter | Change]]
+"""Changes by component and layer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One layer's adapter: weight + alpha / rank up down, or with ``magnitude`` DoRA's, rescaled row by row.
-
-    Source: LoRA (Hu et al. 2021, eq. 3), rsLoRA (Kalajdzievski 2023: alpha / sqrt(rank), here within ``alpha``), DoRA
-    (Liu et al. 2024, eq. 5).
-
-    Attributes:
-        down: [rank, in, ...].
-        up: [out, rank, ...].
-        alpha: The scale times the rank.
-        bias: [out], of ``up``: the layer's bias gets it times the scale. None for none.
-        magnitude: [out], the norm of each row of the merged weight. None for plain LoRA.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
-def read_adapters(path: Path, layers: Mapping[str, str], component: str) -> dict[str, Adapter]:
-    """The adapters of a LoRA file, by the names of the layers that they adapt.
+def read_updates(path: Path, names: Names, component: str) -> Updates:
+    """What a LoRA file changes.
 
     A layer's scale is the file's own: its ``alpha``; else peft's settings (``lora_alpha``, ``alpha_pattern``,
     ``rank_pattern``, ``use_rslora``), which diffusers writes into the file and peft beside it; else 1, as diffusers
@@ -74,145 +61,188 @@ def read_adapters(path: Path, layers: Mapping[str, str], component: str) -> dict
 
     Args:
         path: A safetensors file.
-        layers: The layers' names by every name that a file may give them.
+        names: The layers by every name that a file may give them.
         component: "unet" or "transformer", as diffusers prefixes names and settings.
 
     Raises:
-        UserError: The file is missing, damaged or no LoRA, is for another model or also for text encoders, or holds
-            anything that is not applied.
+        UserError: The file is missing, damaged or no LoRA, is for another model or also for text encoders that
+            ``names`` lacks, or holds anything that is not applied.
     """
     file = TensorFile.open(path)
-    unused = dict(file.tensors)
-    if text := next((key for key in unused if key.startswith(TEXT_ENCODER_PREFIXES)), None):
+    components = {target.component for targets in names.values() for target in targets} | {component}
+    text = next((key for key in file.tensors if key.startswith(TEXT_ENCODER_PREFIXES)), None)
+    if text is not None and components == {component}:
         raise UserError(
             f"{path} also adapts text encoders, which are not trained here ({text}): give one for the denoiser."
         )
-    settings = _settings(file, component)
-    adapters = {}
-    for key in file.tensors:
-        suffix = next((suffix for suffix in DOWN_UP if key.endswith(suffix)), None)
-        if suffix is None:
-            continue
-        base = key.removesuffix(suffix)
-        if base not in layers:
-            raise UserError(f"{path} is a LoRA for another model: this one has no {base}.")
-        adapters[layers[base]] = _adapter(path, unused, base, suffix, layers[base], settings)
-    if not adapters and not any("lora" in key for key in unused):
-        raise UserError(f"{path} is not a LoRA: it holds no adapter.")
-    if unused:
-        raise UserError(
-            f"{path} holds {next(iter(unused))}, which cannot be applied here: merge the LoRA by the program that made "
-            "it, and give the merged model."
-        )
-    _check_kinds(path, adapters, settings)
-    return adapters
+    settings = {name: AdapterSettings.of(file, name) for name in components}
+    updates: Updates = {}
+    for entry in _entries(file):
+        if entry.base not in names:
+            if entry.parts.keys() <= {"alpha", "bias", "magnitude", "mid"}:
+                raise entry.not_applied()
+            raise UserError(f"{path} is a LoRA for another model: this one has no {entry.base}.")
+        targets = names[entry.base]
+        for update in entry.updates(targets[0].layer, settings[targets[0].component]):
+            for target in targets:
+                if target.rows is not None and update.outputs != max(t.rows.end for t in targets if t.rows):
+                    raise UserError(f"{path} is a LoRA for another model: its {entry.base} is of another size.")
+                own = update if target.rows is None else update.rows(target.rows)
+                updates.setdefault((target.component, target.layer), []).append(own)
+        if entry.parts:
+            raise entry.not_applied()
+    _check_kinds(path, updates, settings)
+    return updates
 
 
-def _adapter(
-    path: Path, unused: dict[str, StoredTensor], base: str, suffix: str, layer: str, settings: Mapping[str, Any]
-) -> Adapter:
-    """The adapter under the keys that begin with ``base``, which are taken out of ``unused``."""
-    down, up = unused.pop(base + suffix), unused.pop(base + DOWN_UP[suffix], None)
-    if up is None or len(up.shape) < 2 or len(down.shape) < 2 or up.shape[1] != down.shape[0]:
-        raise UserError(f"{path} is damaged: {base} lacks the other half of its adapter.")
-    rank = down.shape[0]
-    alpha = _alpha_from_settings(path, layer, rank, settings)
-    if stored := unused.pop(f"{base}.alpha", None):
-        if alpha is not None and not math.isclose(alpha, float(stored.load()), rel_tol=1e-6):
-            raise UserError(
-                f"{path} contradicts itself: {base}.alpha is {float(stored.load()):g}, its settings make it {alpha:g}."
-            )
-        alpha = float(stored.load())
-    bias, magnitude = (
-        next((unused.pop(base + end) for end in ends if base + end in unused), None) for ends in (BIASES, MAGNITUDES)
-    )
-    return Adapter(
-        down.load(),
-        up.load(),
-        float(rank) if alpha is None else alpha,
-        None if bias is None else _per_row(path, base, bias, up.shape[0]),
-        None if magnitude is None else _per_row(path, base, magnitude, up.shape[0], is_peft="lora_A" in suffix),
-    )
+@dataclass(slots=True)
+class _Entry:
+    """What a file holds under one name: its parts by kind, and their keys; both shrink as they are used."""
 
+    path: Path
+    base: str
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
-def _per_row(path: Path, base: str, stored: StoredTensor, rows: int, *, is_peft: bool = False) -> Tensor:
-    """[rows] of a vector with any trailing ones, and of peft's magnitude of a convolution, [1, rows, 1, 1]."""
-    shape = stored.shape[1:] if is_peft and len(stored.shape) == 4 and stored.shape[0] == 1 else stored.shape
-    if shape[0] != rows or math.prod(shape) != rows:
-        # Among them DoRA by columns, [1, in], which older files of LyCORIS hold.
-        raise UserError(
-            f"{path} cannot be applied: a vector of {base} is {list(stored.shape)}, not one value for each of its "
-            f"{rows} outputs; merge the LoRA by the program that made it."
-        )
-    return stored.load().reshape(rows)
+    def updates(self, layer: str, settings: AdapterSettings) -> Iterator[Adapter | Change]:
+        if self.parts.keys() & {"down", "up"}:
+            yield self._adapter(layer, settings)
+        for kind, product in PRODUCTS.items():
+            if any(part.startswith(kind) for part in self.parts):
+                yield self._product(kind, product, layer, settings)
+        if (stored := self.parts.get("diff")) is not None:
+            # Read once to see its values, and again when it is applied: it is as large as the weight.
+            self._load("diff")
+            if not stored.shape:
+                raise UserError(f"{self.path} is damaged: a difference of {self.base} is one number.")
+            yield Change(stored.load, (stored.shape[0], math.prod(stored.shape)))
+        if (bias := self._load("diff_b")) is not None:
+            yield Change(bias=bias)
 
+    def _adapter(self, layer: str, settings: AdapterSettings) -> Adapter:
+        is_peft = ".lora_A" in self.keys.get("down", "")
+        down, up, mid = (self._load(part) for part in ("down", "up", "mid"))
+        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
+            raise UserError(f"{self.path} is damaged: {self.base} lacks the other half of its adapter.")
+        if mid is not None:
+            # A convolution as three: 1 x 1 to the rank, k x k within it, 1 x 1 from it. The first two are one.
+            if mid.ndim != 4 or mid.shape[:2] != (len(down), len(down)) or math.prod(down.shape[2:]) != 1:
+                raise UserError(f"{self.path} is damaged: {self.base} has a middle that does not fit its adapter.")
+            down = torch.einsum("oikl,ic->ockl", mid.float(), down.float().flatten(1))
+        alpha = self._alpha(layer, len(down), settings)
+        rows = len(up)
+        bias, magnitude = self._per_row("bias", rows), self._per_row("magnitude", rows, is_peft=is_peft)
+        return Adapter(down, up, float(len(down)) if alpha is None else alpha, bias, magnitude)
 
-def _settings(file: TensorFile, component: str) -> dict[str, Any]:
-    """The file's settings of ``peft.LoraConfig``; {} where nothing records any."""
-    settings: dict[str, Any] = {}
-    if recorded := file.metadata.get(DIFFUSERS_CONFIG):
+    def _product(
+        self, kind: str, product: Callable[[Mapping[str, Tensor], float], Tensor], layer: str, settings: AdapterSettings
+    ) -> Change:
+        names = [part for part in self.parts if part.startswith(kind)]
+        first = self.keys[names[0]]
+        factors = {name.removeprefix(f"{kind}_"): tensor for name in names if (tensor := self._load(name)) is not None}
+        fault = UserError(f"{self.path} is damaged: the parts of {first} do not fit each other.")
+        if set(factors) not in FORMS[kind] or any(factor.ndim < 2 or not factor.numel() for factor in factors.values()):
+            raise fault
         try:
-            everything = dict(json.loads(recorded))
-        except (ValueError, TypeError):
-            raise UserError(f"{file.path} is damaged: its {DIFFUSERS_CONFIG} is no JSON object.") from None
-        prefix = f"{component}."
-        prefixed = {key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)}
-        settings = prefixed or ({} if any("." in key for key in everything) else everything)
-    elif any(key.startswith(PEFT_PREFIX) for key in file.tensors):
-        beside = file.path.with_name(PEFT_CONFIG)
-        if not beside.is_file():
+            # Shapes alone, to refuse a damaged file before anything is multiplied.
+            made = product({name: tensor.to("meta") for name, tensor in factors.items()}, 1.0)
+        except RuntimeError:
+            raise fault from None
+        rank = next((len(factors[name]) for name in ("w1_b", "w2_b") if name in factors), None)
+        if rank is None:
+            # Both factors whole: LyCORIS then takes no scale, and peft the one of its settings.
+            self._taken("alpha")
+            rank = settings.rank(layer) or 1
+            alpha = settings.alpha(layer, rank)
+        else:
+            alpha = self._alpha(layer, rank, settings)
+        scale = 1.0 if alpha is None else alpha / rank
+        magnitude = self._per_row("magnitude", len(made))
+        return Change(partial(product, factors, scale), (len(made), made.numel()), magnitude=magnitude)
+
+    def _alpha(self, layer: str, rank: int, settings: AdapterSettings) -> float | None:
+        alpha = settings.alpha(layer, rank)
+        if (stored := self._load("alpha")) is None:
+            return alpha
+        if stored.numel() != 1:
+            raise UserError(f"{self.path} is damaged: {self.base}.alpha is not one number.")
+        if alpha is not None and not math.isclose(alpha, float(stored), rel_tol=1e-6):
             raise UserError(
-                f"{file.path} is a LoRA of peft, whose scale is in {PEFT_CONFIG}: put that file beside it, in the "
-                "same folder."
+                f"{self.path} contradicts itself: {self.base}.alpha is {float(stored):g}, its settings make it "
+                f"{alpha:g}."
             )
-        settings = read_json(beside)
-    initial = str(settings.get("init_lora_weights")).lower()
-    if other := next((name for name in OTHER_ADAPTERS if settings.get(name)), None) or (
-        "init_lora_weights" if initial.startswith(OTHER_BASE_WEIGHTS) else None
-    ):
-        raise UserError(
-            f"{file.path} was trained with {other}={settings[other]!r}, which cannot be applied here: merge the LoRA "
-            "by peft, and give the merged model."
-        )
-    return settings
+        return float(stored)
+
+    def _per_row(self, part: str, rows: int, *, is_peft: bool = False) -> Tensor | None:
+        """[rows] of a vector with any trailing ones, and of peft's magnitude of a convolution, [1, rows, 1, 1]."""
+        values = self._load(part)
+        if values is None:
+            return None
+        shape = values.shape[1:] if is_peft and values.ndim == 4 and values.shape[0] == 1 else values.shape
+        if not shape or shape[0] != rows or math.prod(shape) != rows:
+            # Among them DoRA by columns, [1, in], which older files of LyCORIS hold.
+            raise UserError(
+                f"{self.path} cannot be applied: a vector of {self.base} is {list(values.shape)}, not one value for "
+                f"each of its {rows} outputs; merge the LoRA by the program that made it."
+            )
+        return values.reshape(rows)
+
+    def _load(self, part: str) -> Tensor | None:
+        key, stored = self.keys.get(part), self._taken(part)
+        if stored is None:
+            return None
+        tensor = stored.load()
+        if not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{self.path} holds values that are not finite, in {key}: give another LoRA.")
+        return tensor
+
+    def _taken(self, part: str) -> StoredTensor | None:
+        self.keys.pop(part, None)
+        return self.parts.pop(part, None)
+
+    def not_applied(self) -> UserError:
+        return _not_applied(self.path, next(iter(self.keys.values())))
 
 
-def _alpha_from_settings(path: Path, layer: str, rank: int, settings: Mapping[str, Any]) -> float | None:
-    """The scale times the rank that peft's settings ask for, found as peft finds it; None without settings."""
-    if "lora_alpha" not in settings:
-        return None
-    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    recorded = ranks.get(get_pattern_key(ranks, layer), settings.get("r", rank))
-    if recorded != rank:
-        raise UserError(f"{path} is damaged: its settings give {layer} the rank {recorded}, its weights {rank}.")
-    alpha = float(alphas.get(get_pattern_key(alphas, layer), settings["lora_alpha"]))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+def _not_applied(path: Path, key: str) -> UserError:
+    return UserError(
+        f"{path} holds {key}, which cannot be applied here: merge the LoRA by the program that made it, and give the "
+        "merged model."
+    )
 
 
-def _check_kinds(path: Path, adapters: Mapping[str, Adapter], settings: Mapping[str, Any]) -> None:
+def _entries(file: TensorFile) -> list[_Entry]:
+    """The file's keys by the names that they begin with. UserError for a key that is no part of an adapter."""
+    entries: dict[str, _Entry] = {}
+    unknown = []
+    for key, stored in file.tensors.items():
+        name = NAMED_ADAPTER.sub(r".\1", key)
+        end = next((end for end in ENDS if name.endswith(end)), None)
+        if end is None:
+            unknown.append(key)
+            continue
+        base = name.removesuffix(end)
+        entry = entries.setdefault(base, _Entry(file.path, base))
+        if ENDS[end] in entry.parts:
+            raise UserError(f"{file.path} contradicts itself: {key} and {entry.keys[ENDS[end]]} are the same part.")
+        entry.parts[ENDS[end]], entry.keys[ENDS[end]] = stored, key
+    if not entries and not any("lora" in key for key in unknown):
+        raise UserError(f"{file.path} is not a LoRA: it holds no adapter.")
+    if unknown:
+        raise _not_applied(file.path, unknown[0])
+    return list(entries.values())
+
+
+def _check_kinds(path: Path, updates: Updates, settings: Mapping[str, AdapterSettings]) -> None:
     """UserError where some layers are DoRA's and others are not, which no trainer writes."""
-    if settings.get("use_dora") or any(adapter.magnitude is not None for adapter in adapters.values()):
-        for name, adapter in adapters.items():
-            if adapter.magnitude is None:
-                raise UserError(f"{path} is damaged: it is a DoRA, and {name} lacks its magnitudes.")
-
-
-def stored(tensor: Tensor) -> StoredTensor:
-    """A tensor in memory as an entry of a file to be written."""
-    return StoredTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-def adapter_tensors(adapter: Adapter, key: str, *, kohya: bool) -> dict[str, StoredTensor]:
-    """The entries of one layer; diffusers' hold the scale within ``up``, since not every reader looks for it."""
-    if kohya:
-        tensors = {
-            f"{key}.lora_down.weight": adapter.down,
-            f"{key}.lora_up.weight": adapter.up,
-            f"{key}.alpha": torch.tensor(float(adapter.alpha)),
+    for component in settings:
+        adapters = {
+            layer: adapter
+            for (part, layer), changes in updates.items()
+            for adapter in changes
+            if part == component and isinstance(adapter, Adapter)
         }
-    else:
-        tensors = {
-            f"{key}.lora_A.weight": adapter.down,
-            f"{key}.lora_B.weight": adapter.up * (adapter.alpha / adapter.rank),
-        }
-    return {name: stored(tensor) for name, tensor in tensors.items()}
+        if settings[component].is_dora or any(adapter.magnitude is not None for adapter in adapters.values()):
+            for layer, adapter in adapters.items():
+                if adapter.magnitude is None:
+                    raise UserError(f"{path} is damaged: it is a DoRA, and {layer} lacks its magnitudes.")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
 from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.checkpoint import transformer_layouts
+from erasediff.models.checkpoint.original_layout import Place
 from erasediff.models.family import JOINT_SUBSETS
 from erasediff.models.pipeline import build_pipeline
 
@@ -50,6 +52,10 @@ class StableDiffusion3(LatentModel):
     def size_multiple(self) -> int:
         patch: int = self.configs["transformer"].patch_size
         return self.latent_scale * patch
+
+    @classmethod
+    def original_place(cls, name: str, config: Any) -> Place | None:
+        return transformer_layouts.sd3(name, config)
 
     def _widths(self) -> Iterable[tuple[str, int, str, int]]:
         transformer, vae = self.configs["transformer"], self.configs["vae"]

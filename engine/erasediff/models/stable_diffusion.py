@@ -10,10 +10,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
-from erasediff.io.tensor_file import StoredTensor
 from erasediff.models.base import LatentModel, model_dtype
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
-from erasediff.models.checkpoint.original_layout import LAYOUTS
+from erasediff.models.checkpoint.original_layout import LAYOUTS, Place
 from erasediff.models.pipeline import build_pipeline
 
 CLIP_TOKENS = 77
@@ -48,6 +47,10 @@ class StableDiffusion(LatentModel):
                 batch_size, CLIP_TOKENS, config.cross_attention_dim, dtype=dtype, device=device
             ),
         }
+
+    @classmethod
+    def original_place(cls, name: str, config: Any) -> Place | None:
+        return LAYOUTS["sd1"]["unet"](name, config)
 
     @classmethod
     def kohya_name(cls, name: str, module: nn.Module) -> str | None:
@@ -118,8 +121,12 @@ class StableDiffusionXL(LatentModel):
         }
 
     @classmethod
+    def original_place(cls, name: str, config: Any) -> Place | None:
+        return LAYOUTS["sdxl"]["unet"](name, config)
+
+    @classmethod
     def kohya_name(cls, name: str, module: nn.Module) -> str | None:
-        place = LAYOUTS["sdxl"]["unet"](f"{name}.weight", module.config)
+        place = cls.original_place(f"{name}.weight", module.config)
         # conv_in and the like have a place in the layout too; a layer without one has diffusers' name alone.
         return None if place is None else place.key.removeprefix("model.diffusion_model.").removesuffix(".weight")
 
@@ -165,11 +172,3 @@ class StableDiffusionXL(LatentModel):
     ) -> dict[str, Tensor]:
         row = torch.tensor([*original_size, *crop, *target_size], dtype=torch.float32, device=self.device)
         return {"time_ids": row.expand(count, 6).contiguous()}
-
-    def _markers(self) -> dict[str, StoredTensor]:
-        # By convention among trainers and samplers of SDXL, whose layout says nothing else of the prediction type.
-        if self.process.prediction_type != "v_prediction":
-            return {}
-        zero_snr = self.scheduler.config.get("rescale_betas_zero_snr")
-        empty = StoredTensor(torch.float32, (0,), lambda: torch.empty(0))
-        return {"v_pred": empty, **({"ztsnr": empty} if zero_snr else {})}

@@ -1,6 +1,5 @@
 """Load models: pixel-space models of the digits, text-to-image checkpoints with a LoRA, pruning masks."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -53,10 +52,10 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
         empty=empty,
     )
     if settings.lora is not None and empty:
-        # To see its errors before anything is encoded; the empty denoiser stays as it is.
-        lora.load(copy.deepcopy(model.denoiser), settings.lora, family=model.family)
+        # All its errors are seen before anything is encoded; the empty denoiser stays as it is.
+        lora.merge_into_encoders(model, settings.lora)
     elif settings.lora is not None:
-        _merge_lora(model, settings.lora)
+        lora.merge_file(model, settings.lora)
     return model
 
 
@@ -64,12 +63,7 @@ def read_denoiser(config: Config, model: LatentModel) -> None:
     """Give a model that was opened ``empty`` its denoiser's weights, with the LoRA of ``config`` merged into them."""
     model.denoiser = model.materialize_denoiser()
     if config.text_to_image.lora is not None:
-        _merge_lora(model, config.text_to_image.lora)
-
-
-def _merge_lora(model: LatentModel, path: Path) -> None:
-    lora.load(model.denoiser, path, family=model.family)
-    lora.merge(model.denoiser)
+        lora.merge_into_denoiser(model, config.text_to_image.lora)
 
 
 def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:

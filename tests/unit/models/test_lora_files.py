@@ -170,13 +170,11 @@ def test_an_adapter_is_for_the_layer_of_exactly_its_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "tensor"),
     [
-        ("unet.to_q.lora_mid.weight", torch.zeros(2, 2, 3, 3)),
-        ("unet.to_q.hada_w1_a", torch.zeros(8, 2)),
-        ("unet.to_q.diff_b", torch.zeros(8)),
+        ("unet.to_q.oft_blocks", torch.zeros(2, 4, 4)),
+        ("unet.to_q.b1.weight", torch.zeros(8, 2)),
         ("unet.to_k.lora_B.bias", torch.zeros(8)),
         ("unet.inner.to_q.lora_magnitude_vector", torch.zeros(8)),
         ("unet.time.alpha", torch.tensor(1.0)),
-        ("conv.processor.to_q_lora.down.weight", torch.zeros(2, 8)),
     ],
 )
 def test_a_key_that_is_not_applied_is_named(key: str, tensor: Tensor, tmp_path: Path) -> None:
@@ -210,6 +208,10 @@ def test_files_that_contradict_themselves(tmp_path: Path) -> None:
     refused(path, "is a DoRA, and to_q lacks its magnitudes")
     write({**plain, "unet.to_q.lora_magnitude_vector": torch.ones(1, 8)})
     refused(path, r"a vector of unet.to_q is \[1, 8\], not one value for each of its 8 outputs")
+    write(plain, r=2, lora_alpha="big")
+    refused(path, "its settings give to_q no number by alpha_pattern")
+    write(plain, r=2, lora_alpha=4, rank_pattern={"(": 2})
+    refused(path, "its settings give to_q no number by rank_pattern")
     write(plain, r=2, lora_alpha=4, init_lora_weights="pissa_niter_4")
     refused(path, "was trained with init_lora_weights='pissa_niter_4'")
     write(plain, r=2, lora_alpha=4, alora_invocation_tokens=[1])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from erasediff.errors import UserError
+from erasediff.io.file_faults import fault_of
 from erasediff.io.tensor_file import StoredTensor, TensorFile
+from erasediff.models.checkpoint.links import check_plain_name
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-WEIGHT_FILES = (".safetensors", *PICKLES)
+WEIGHT_FILES = (".safetensors", ".gguf", *PICKLES)
 HOW_TO_CONVERT = (
     "convert them where you trust them, with pipeline.save_pretrained(folder, safe_serialization=True) of diffusers or "
     "its script convert_original_stable_diffusion_to_diffusers.py --to_safetensors."
@@ -39,6 +42,10 @@ class Checkpoint(Protocol):
         """Tensors of a single file under its own names; empty for a folder."""
         ...
 
+    def header(self, component: str) -> Mapping[str, str]:
+        """Metadata of the files that hold a component's weights; empty where the file says nothing of it alone."""
+        ...
+
     def config(self, component: str) -> dict[str, Any]:
         """Configuration of a component or scheduler. UserError if it is missing or damaged."""
         ...
@@ -63,7 +70,7 @@ class Checkpoint(Protocol):
 def has(checkpoint: Checkpoint, component: str) -> bool:
     """Return true if the checkpoint contains the component; an optional one may be left out, as [null, null]."""
     entry = checkpoint.index.get(component)
-    return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
 
 
 def weighted_components(checkpoint: Checkpoint) -> list[str]:
@@ -112,8 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"The checkpoint is incomplete: it has no {path}.") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path} cannot be read: the checkpoint is damaged.") from None
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} cannot be read: {fault_of(path) or 'the checkpoint is damaged'}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} cannot be read: the checkpoint is damaged.")
     return content
@@ -122,7 +129,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def component_files(folder: Path) -> list[TensorFile]:
     """Weight files in a component's folder: one file or the shards of an index, without variant if there are both.
 
-    UserError if there are none, if a shard is missing, or if there are only pickles, which are never opened.
+    UserError if there are none, if the index or a shard is missing, or if there are only pickles, which are never
+    opened.
     """
     if not folder.is_dir():
         raise UserError(f"The checkpoint is incomplete: it has no folder {folder}.")
@@ -132,13 +140,46 @@ def component_files(folder: Path) -> list[TensorFile]:
         if (path.suffix == ".safetensors" and "-of-" not in path.name) or ".safetensors.index." in path.name
     ]
     if not candidates:
-        if any(path.suffix in PICKLES for path in folder.iterdir()):
-            raise UserError(f"{folder} holds its weights as pickles, which can run code when opened: {HOW_TO_CONVERT}")
-        raise UserError(f"The checkpoint is incomplete: {folder} has no safetensors file.")
+        raise UserError(_no_weights(folder))
     chosen = min(candidates, key=_plain_first)
     if chosen.suffix == ".safetensors":
         return [TensorFile.open(chosen)]
-    return [TensorFile.open(folder / name) for name in sorted(set(read_json(chosen).get("weight_map", {}).values()))]
+    return [TensorFile.open(shard) for shard in _shards(chosen)]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. UserError for one that is missing or lies in another folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} cannot be read: it has no weight_map.")
+    shards = []
+    for name in dict.fromkeys(map(str, weight_map.values())):
+        check_plain_name(name, index)
+        path = index.with_name(name)
+        if not path.exists():
+            reason = fault_of(path) or "copy or download it"
+            raise UserError(f"The checkpoint is incomplete: {index} names {name}, which is missing: {reason}.")
+        shards.append(path)
+    return sorted(shards)
+
+
+def _no_weights(folder: Path) -> str:
+    paths = sorted(folder.iterdir())
+    downloads = folder.parent / ".cache" / "huggingface" / "download" / folder.name
+    if shard := next((path for path in paths if path.suffix == ".safetensors"), None):
+        index = re.sub(r"(?:\.(\w+))?-\d+-of-\d+\.safetensors$", _index_suffix, shard.name)
+        return f"The checkpoint is incomplete: {folder} holds shards of weights without their index: add {index}."
+    if partial := next((path for path in (*paths, *downloads.glob("*")) if path.suffix == ".incomplete"), None):
+        return f"The checkpoint is incomplete: the download of {folder} did not end ({partial.name}): finish it."
+    if any(path.suffix in PICKLES for path in paths):
+        return f"{folder} holds its weights as pickles, which can run code when opened: {HOW_TO_CONVERT}"
+    if quantized := next((path for path in paths if path.suffix == ".gguf"), None):
+        return f"{quantized} is quantized (GGUF): give unquantized weights as .safetensors."
+    return f"The checkpoint is incomplete: {folder} has no safetensors file."
+
+
+def _index_suffix(shard: re.Match[str]) -> str:
+    return f".safetensors.index{f'.{shard[1]}' if shard[1] else ''}.json"
 
 
 def _plain_first(path: Path) -> tuple[bool, bool, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from erasediff.diffusion.noise_schedule import is_flow_matching
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights, StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
+from erasediff.models.checkpoint.quantized import ADVICE, refuse_quantized
 from erasediff.utils.finite import finite_weight
 
 LIBRARIES = ("diffusers", "transformers")
@@ -49,14 +52,21 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
 
 def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Build a component as ``empty_module``; check its weights' names and shapes. UserError for a mismatch."""
+    component_class(checkpoint, component)
+    refuse_quantized(f"{component} of {checkpoint.path}", checkpoint.config(component))
     module = empty_module(checkpoint, component)
-    stored = {canonical_name(name): tensor.shape for name, tensor in checkpoint.tensors(component).items()}
+    weights = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     tied = getattr(module, "_tied_weights_keys", None) or ()
     for name, tensor in module.state_dict().items():
-        shape = stored.get(canonical_name(name))
-        if shape is None and name not in tied:
+        stored = weights.get(canonical_name(name))
+        if stored is None and name not in tied:
             raise UserError(f"The {component} of {checkpoint.path} is incomplete: it has no weight {name}.")
-        if shape is not None and _without_trailing_ones(shape) != _without_trailing_ones(tensor.shape):
+        if stored is None:
+            continue
+        shape = stored.shape
+        if tensor.is_floating_point() and not stored.dtype.is_floating_point:
+            raise UserError(f"The {component} of {checkpoint.path} is quantized ({name} is {stored.dtype}): {ADVICE}.")
+        if _without_trailing_ones(shape) != _without_trailing_ones(tensor.shape):
             raise UserError(
                 f"The {component} of {checkpoint.path} does not fit its configuration: {name} is "
                 f"{list(shape)}, the configuration asks for {list(tensor.shape)}."
@@ -113,6 +123,11 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, d
     return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
 
+def takes_zero_snr(scheduler: str) -> bool:
+    """Whether diffusers' scheduler of this name can have a schedule that ends in pure noise."""
+    return "rescale_betas_zero_snr" in signature(getattr(diffusers, scheduler, object).__init__).parameters
+
+
 MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 
 
@@ -126,8 +141,8 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
     Raises:
         UserError: The scheduler has no noise schedule that can be trained on, or contradicts the network: it is of the
             other kind; it predicts epsilon under a schedule that ends in pure noise, where epsilon says nothing about
-            the image (Lin et al. 2023, section 3.2); or it predicts another type than the weights' own ModelSpec
-            metadata records.
+            the image (Lin et al. 2023, section 3.2); its class cannot have that schedule; or it predicts another type
+            than the weights' own ModelSpec metadata records.
     """
     cls = component_class(checkpoint, "scheduler")
     config = checkpoint.config("scheduler")
@@ -151,6 +166,11 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
         raise UserError(
             f"{contradiction}it predicts epsilon, but rescale_betas_zero_snr makes the last timestep pure noise, which "
             "only v_prediction can be trained on."
+        )
+    if config.get("rescale_betas_zero_snr") and not takes_zero_snr(cls.__name__):
+        raise UserError(
+            f"{contradiction}rescale_betas_zero_snr asks for a schedule that ends in pure noise, which {cls.__name__} "
+            "cannot have: give DDIMScheduler, or remove it."
         )
     recorded = MODELSPEC_PREDICTIONS.get(checkpoint.metadata.get("modelspec.prediction_type", ""))
     if recorded not in (None, prediction_type):

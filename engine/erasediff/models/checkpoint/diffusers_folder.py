@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
+from erasediff.models.checkpoint.links import check_links, check_plain_name
+from erasediff.models.checkpoint.quantized import unscaled
 
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
 SMALL = shutil.ignore_patterns(*WEIGHTS)
 INDEX = "model_index.json"
+DOCUMENTS = re.compile(
+    r"(licen[cs]e|notice|copying|readme|model.?card|authors|citation|attribution|terms|use.?policy).*|.*\.(md|txt)",
+    re.IGNORECASE,
+)
+"""Names of the files beside model_index.json that say what may be done with the model, and are copied with it."""
 
 
 class DiffusersFolder:
@@ -29,19 +40,27 @@ class DiffusersFolder:
         if not (path / INDEX).is_file():
             raise UserError(_no_pipeline(path))
         self.index = read_json(path / INDEX)
+        for name in self.index:
+            check_plain_name(name, path / INDEX)
+        check_links(path, [INDEX, *self._documents(), *self._components()])
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        return self._component("unet" if has(self, "unet") else "transformer")[0].metadata
+        header = self._component("unet" if has(self, "unet") else "transformer")[0].metadata
+        return {**_license(self.path / "README.md"), **header}
+
+    def header(self, component: str) -> dict[str, str]:
+        return {name: value for file in self._component(component) for name, value in file.metadata.items()}
 
     def config(self, component: str) -> dict[str, Any]:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self.path / component / name)
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
-        return {name: tensor for file in self._component(component) for name, tensor in file.tensors.items()}
+        stored = {name: tensor for file in self._component(component) for name, tensor in file.tensors.items()}
+        return unscaled(stored, self.path / component)
 
     def _component(self, component: str) -> list[TensorFile]:
         if component not in self._files:
@@ -52,10 +71,17 @@ class DiffusersFolder:
         return tokenizer_from_folder(self.index, self.path, component)
 
     def copy_small_files(self, folder: Path) -> None:
-        shutil.copy2(self.path / INDEX, folder)
-        for name in self.index:
-            if not name.startswith("_") and has(self, name):
-                shutil.copytree(self.path / name, folder / name, ignore=SMALL)
+        # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
+        shutil.copyfile(self.path / INDEX, folder / INDEX)
+        for name in self._documents():
+            shutil.copyfile(self.path / name, folder / name)
+        for name in self._components():
+            for path in (self.path / name, *(self.path / name).rglob("*")):
+                target = folder / path.relative_to(self.path)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                elif not _is_weights(path):
+                    shutil.copyfile(path, target)
 
     def check_small_files(self) -> None:
         for name in self.index:
@@ -69,6 +95,16 @@ class DiffusersFolder:
                 )
             _check_readable(folder)
 
+    def _documents(self) -> list[str]:
+        return [
+            path.name
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path)
+        ]
+
+    def _components(self) -> list[str]:
+        return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
 
 def _check_readable(folder: Path) -> None:
     """UserError for a file in ``folder`` that is copied when a model is saved, and cannot be read."""
@@ -79,6 +115,21 @@ def _check_readable(folder: Path) -> None:
                 raise UserError(f"The checkpoint is incomplete: {path} is a link to a file that does not exist.")
             if not os.access(path, os.R_OK):
                 raise UserError(f"{path} cannot be read: give yourself the right to read it.")
+
+
+def _license(card: Path) -> dict[str, str]:
+    """The licence that a model card begins with, as ModelSpec records it: a single file has no card beside it."""
+    try:
+        recorded = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError):
+        # A card that is no YAML at its head says nothing of the licence.
+        return {}
+    name = (recorded or {}).get("license_name") or (recorded or {}).get("license")
+    return {"modelspec.license": name} if isinstance(name, str) else {}
+
+
+def _is_weights(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in WEIGHTS)
 
 
 def _no_pipeline(path: Path) -> str:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import CLIPTokenizer
 
 from erasediff.errors import UserError
+from erasediff.io.file_faults import fault_of
 
 
 def is_hub_id(source: str) -> bool:
@@ -45,6 +46,10 @@ def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) 
     vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
     if cls is None or not any((path / component / name).is_file() for name in vocabularies):
         raise UserError(f"The checkpoint {path} is incomplete: it has no {component}.")
+    for file in sorted((path / component).iterdir()):
+        # A list of merges may be empty; a pointer in its place would be read as merges.
+        if (file.is_symlink() or file.stat().st_size) and (fault := fault_of(file)):
+            raise UserError(f"{file} cannot be read: {fault}.")
     try:
         return cls.from_pretrained(path / component, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -22,13 +22,13 @@ class Place:
 
     Attributes:
         key: Key in the single file.
-        form: "same"; "conv", a 1x1 convolution where diffusers has a linear layer; "transposed"; or "joined", one of
-            query, key and value in one tensor.
+        form: "same"; "conv", a 1x1 convolution where diffusers has a linear layer; "transposed"; "swapped", its
+            halves in the other order; or "joined", one of query, key and value, or of more, in one tensor.
         part: Index among query, key and value, for "joined".
     """
 
     key: str
-    form: Literal["same", "conv", "transposed", "joined"] = "same"
+    form: Literal["same", "conv", "transposed", "swapped", "joined"] = "same"
     part: int = 0
 
 

@@ -14,6 +14,7 @@ from erasediff.io.tensor_file import StoredTensor, shards, write_tensor_file
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, read_json, weighted_components, write_json
 from erasediff.models.checkpoint.components import empty_module
 from erasediff.models.checkpoint.original_layout import LAYOUTS, to_original
+from erasediff.models.checkpoint.recorded_config import record
 
 Weights = Mapping[str, StoredTensor]
 
@@ -54,10 +55,13 @@ def save_folder(
             library = checkpoint.index[name][0]
             stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
             # transformers refuses a file that does not say which framework wrote it.
-            file_metadata = metadata if name in trained else {"format": "pt"}
+            file_metadata = (
+                metadata if name in trained else {"format": "pt"} | _inherited(checkpoint.header(name), dtype)
+            )
             _write_component(folder / name, stem, tensors, file_metadata, max_shard_size)
             if dtype is not None:
                 _record_dtype(folder / name / "config.json", dtype)
+        _note_changes(folder / "README.md", trained)
 
 
 def save_single_file(
@@ -91,6 +95,7 @@ def save_single_file(
     """
     if path.exists() and not replace:
         raise UserError(f"{path} exists already: remove it or choose another name.")
+    metadata = {**metadata, **record(checkpoint, layout)}
     tensors = {name: tensor.cast(dtype) for name, tensor in checkpoint.original.items()}
     for name, weights in _components(checkpoint, trained, dtype, trained_dtypes).items():
         if table := LAYOUTS[layout].get(name):
@@ -148,6 +153,19 @@ def _write_component(folder: Path, stem: str, tensors: Weights, metadata: Mappin
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _inherited(header: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, str]:
+    """An untouched component's header; without its hashes where it is written in another dtype."""
+    return {name: value for name, value in header.items() if dtype is None or "hash" not in name}
+
+
+def _note_changes(card: Path, trained: Mapping[str, object]) -> None:
+    """Licences such as Apache's and OpenRAIL ask that a changed model says so: one line at the end of its card."""
+    note = f"The weights of `{'`, `'.join(trained)}` were changed by unlearning with erasediff.".encode()
+    if card.is_file() and note not in card.read_bytes():
+        with card.open("ab") as file:
+            file.write(b"\n\n" + note + b"\n")
+
+
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:
     """transformers loads in the dtype that the configuration names."""
     config = read_json(path)
@@ -157,7 +175,7 @@ def _record_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
 def modelspec(

@@ -11,11 +11,13 @@ import diffusers
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 from erasediff.models.checkpoint.base import check_small_files, write_small_files
-from erasediff.models.checkpoint.components import MODELSPEC_PREDICTIONS, empty_module
+from erasediff.models.checkpoint.components import MODELSPEC_PREDICTIONS, empty_module, takes_zero_snr
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
 from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
 from erasediff.models.checkpoint.hub import clip_tokenizer
 from erasediff.models.checkpoint.original_layout import LAYOUTS, from_original
+from erasediff.models.checkpoint.quantized import unscaled
+from erasediff.models.checkpoint.recorded_config import recorded
 
 SIGNATURES = {
     "sdxl": "conditioner.embedders.1.model.ln_final.weight",
@@ -30,7 +32,8 @@ class SingleFile:
 
     Args:
         path: The .safetensors file.
-        config: Diffusers folder to take configurations and tokenizers from; None for the family's defaults.
+        config: Diffusers folder to take configurations and tokenizers from; None for the family's defaults. What the
+            file itself records goes before both.
         prediction_type: "epsilon" or "v_prediction"; None if the file or its family determines it.
 
     Raises:
@@ -46,44 +49,65 @@ class SingleFile:
         file = TensorFile.open(path)
         self.layout = _layout(path, file.tensors)
         self.metadata = file.metadata
+        self._recorded = recorded(file.metadata, path)
         # An average of the weights from before the unlearning must not come out with the unlearned ones.
-        self.original = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("model_ema.")}
+        weights = unscaled(file.tensors, path)
+        self.original = {name: tensor for name, tensor in weights.items() if not name.startswith("model_ema.")}
         self._folder = None if config is None else DiffusersFolder(config)
         self.index = self._index()
-        self._scheduler = self._scheduler_config(prediction_type)
+        scheduler, self._scheduler = self._scheduler_entry(prediction_type)
+        self.index["scheduler"] = ["diffusers", scheduler]
         self._tensors: dict[str, dict[str, StoredTensor]] = {}
 
     def _index(self) -> dict[str, Any]:
+        own = self._recorded.get("index", {})
         if self._folder is None:
-            return {**KNOWN_CONFIGS[self.layout]["index"], "_diffusers_version": diffusers.__version__}
+            return {**KNOWN_CONFIGS[self.layout]["index"], **own, "_diffusers_version": diffusers.__version__}
         # What a single file cannot hold, such as a safety checker, is not there to be saved.
         held = [*LAYOUTS[self.layout], *_tokenizers(LAYOUTS[self.layout]), "scheduler"]
-        return {
+        index = {
             name: value if name in held or not isinstance(value, list) else [None, None]
             for name, value in self._folder.index.items()
         }
+        return index | own
 
-    def _scheduler_config(self, requested: str | None) -> dict[str, Any]:
-        recorded = MODELSPEC_PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", ""))
-        prediction_type = requested or recorded or ("v_prediction" if "v_pred" in self.original else None)
-        config = KNOWN_CONFIGS[self.layout]["scheduler"] if self._folder is None else self._folder.config("scheduler")
-        if self._folder is None and prediction_type is None and self.layout == "sd2":
-            raise UserError(
-                f"{self.path} is a Stable Diffusion 2.x model and does not say if it predicts epsilon (512 pixels) "
-                "or v_prediction (768 pixels): give its prediction type."
-            )
-        zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in self.original else {}
-        return {**config, **({"prediction_type": prediction_type} if prediction_type else {}), **zero_snr}
+    def _scheduler_entry(self, requested: str | None) -> tuple[str, dict[str, Any]]:
+        """The scheduler's class and configuration."""
+        spec = MODELSPEC_PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", ""))
+        prediction_type = requested or spec or ("v_prediction" if "v_pred" in self.original else None)
+        if own := self._recorded.get("scheduler"):
+            name, config = str(own.get("_class_name")), own
+        elif self._folder is not None:
+            name, config = str(self.index.get("scheduler", ["", ""])[1]), self._folder.config("scheduler")
+        else:
+            config = KNOWN_CONFIGS[self.layout]["scheduler"]
+            name = config["_class_name"]
+            if prediction_type is None and self.layout == "sd2":
+                raise UserError(
+                    f"{self.path} is a Stable Diffusion 2.x model and does not say if it predicts epsilon (512 pixels) "
+                    "or v_prediction (768 pixels): give its prediction type."
+                )
+        if "ztsnr" in self.original:
+            config = {**config, "rescale_betas_zero_snr": True}
+            if not takes_zero_snr(name):
+                # Such as PNDM. Only trailing timesteps begin at the pure noise of training (Lin et al. 2023, 3.3).
+                name = "DDIMScheduler"
+                config |= {"_class_name": name, "clip_sample": False, "timestep_spacing": "trailing"}
+        return name, {**config, **({"prediction_type": prediction_type} if prediction_type else {})}
 
     def config(self, component: str) -> dict[str, Any]:
         if component == "scheduler":
             return self._scheduler
+        own = self._recorded.get(component, {})
         if self._folder is not None:
-            return self._folder.config(component)
+            return {**self._folder.config(component), **own}
         config = KNOWN_CONFIGS[self.layout][component]
         if (self.layout, component) == ("sd2", "unet") and self._scheduler["prediction_type"] == "epsilon":
-            return {**config, "sample_size": 64}
-        return config
+            config = {**config, "sample_size": 64}
+        return {**config, **own}
+
+    def header(self, component: str) -> dict[str, str]:
+        return {}
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         if component not in self._tensors:
