@@ -1,5 +1,6 @@
 """Configuration of all commands, typed and validated: a YAML file overridden by flags."""
 
+from erasediff.config.checks import check_offload, check_shares
 from erasediff.config.parsing import differences, for_text_to_image, given_settings, load_config, parse_assignments
 from erasediff.config.schema import (
     Config,
@@ -14,8 +15,6 @@ from erasediff.config.schema import (
     TextToImageConfig,
     TrainConfig,
     UnlearnConfig,
-    check_offload,
-    check_shares,
 )
 
 __all__ = [

@@ -9,9 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section, Share
+from erasediff.config.fields import ClassReference, Count, Fraction, NonNegative, Positive, Section, Share
 from erasediff.config.method_index import barrier_names, method_index
-from erasediff.errors import UserError
 
 
 class ModelConfig(Section):
@@ -26,10 +25,11 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Data set, and the number of images held out of every training."""
+    """Data set of models without prompts unless ``images.data`` names another, and the classes that ``train`` leaves
+    out."""
 
     name: Literal["digits"] = "digits"
-    exclude: tuple[ClassNumber, ...] = ()
+    exclude: tuple[ClassReference, ...] = ()
 
 
 class TrainConfig(Section):
@@ -93,13 +93,13 @@ class UnlearnConfig(Section):
     was found to suit the kind of model: see ``resolved`` and ``for_text_to_image``. A run's own ``config.yaml`` holds
     the values that it took.
 
-    ``forget``, ``retain`` and ``relabel_to`` are classes of the digits; what a text-to-image model forgets is in
-    ``images``, and label dropout is then that of captions.
+    ``forget``, ``retain`` and ``relabel_to`` are classes, by number or name, of a model without prompts; what a
+    text-to-image model forgets is in ``images``, and label dropout is then that of captions.
     """
 
     model: Path | None = None
-    forget: tuple[ClassNumber, ...] = ()
-    retain: tuple[ClassNumber, ...] | None = None
+    forget: tuple[ClassReference, ...] = ()
+    retain: tuple[ClassReference, ...] | None = None
     method: MethodName = "erasediff"
     steps: Count | None = None
     batch_size: Count = 64
@@ -115,7 +115,7 @@ class UnlearnConfig(Section):
     max_grad_norm: Positive | None = 1.0
     accumulation_steps: Count = 1
     target: Literal["uniform", "gaussian", "relabel"] | None = None
-    relabel_to: tuple[ClassNumber, ...] | None = None
+    relabel_to: tuple[ClassReference, ...] | None = None
     teacher: Literal["current", "frozen"] = "frozen"
     # YAML reads true as a boolean.
     retain_target: Annotated[
@@ -131,13 +131,19 @@ class UnlearnConfig(Section):
     antithetic: bool = False
 
     def resolved(
-        self, *, conditional: bool, retained: Sequence[int], method_defaults: Mapping[str, Any] | None = None
+        self,
+        *,
+        conditional: bool,
+        retained: Sequence[int],
+        forgotten: Sequence[int] = (),
+        method_defaults: Mapping[str, Any] | None = None,
     ) -> Self:
         """Fill in each None, by the method's own defaults where it has some.
 
         Args:
             conditional: The model has class labels.
             retained: The classes to retain.
+            forgotten: The classes of what is forgotten, where ``forget`` does not say.
             method_defaults: See ``MethodSpec.defaults``.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
@@ -149,8 +155,8 @@ class UnlearnConfig(Section):
         weak barrier take the forgotten images away before the others suffer.
         """
         target = self.target or ("relabel" if conditional else "gaussian")
-        first = self.forget[0] if self.forget else 0
-        following = min(retained, key=lambda label: (label < first, label))
+        first = next(iter(self.forget or forgotten), 0)
+        following = min(retained, key=lambda label: (label < first, label), default=first)
         defaults = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),
@@ -203,9 +209,10 @@ class RunConfig(Section):
 
 
 class ImagesConfig(Section):
-    """Captioned images to forget and to retain, and their preprocessing.
+    """Images to forget and to retain, and their preprocessing.
 
-    ``data`` and ``forget_data`` are image folders or Hugging Face data sets. Of ``data``, what ``forget_classes``,
+    ``data`` and ``forget_data`` are image folders, Hugging Face data sets, .npz files, or the folders of CIFAR and
+    STL-10; for a text-to-image model, with captions. Of ``data``, what ``forget_classes``,
     ``forget_phrases`` (words of a caption) or ``forget_files`` (a list of paths) ask for is forgotten, and everything
     else retained; all of ``forget_data`` is forgotten. For ``forget_prompts`` and ``retain_prompts`` the original model
     makes the images, ``images_per_prompt`` of each.
@@ -315,23 +322,6 @@ class DistributedConfig(Section):
     timeout: Positive = 600.0
 
 
-def check_offload(settings: DistributedConfig) -> None:
-    """Raise UserError for offloading that the launch mode does not support."""
-    launch = settings.launch
-    if settings.offload_params and launch not in ("fsdp", "zero"):
-        raise UserError(f"--launch {launch} keeps parameters on every device: use fsdp, or zero --stage 3.")
-    if settings.offload_optimizer and launch in ("none", "ddp"):
-        raise UserError(f"--launch {launch} cannot offload its optimizer: use fsdp or zero.")
-    if launch == "fsdp" and settings.offload_optimizer and not settings.offload_params:
-        raise UserError("FSDP offloads optimizer and parameters together: ask for both, --offload params.")
-
-
-def check_shares(batch_size: int, setting: str, processes: int) -> None:
-    """Raise UserError for a batch that ``processes`` cannot share evenly."""
-    if batch_size % processes:
-        raise UserError(f"{setting} is {batch_size}, which {processes} processes cannot share: choose a multiple.")
-
-
 SECTION_ALIASES = {"pixel_model": "model", "dataset": "data"}
 """Alternative names of sections in files and ``--set``."""
 
@@ -355,8 +345,8 @@ class Config(Section):
 
     ``precision`` is "fp32", "bf16-mixed" (autocast to bfloat16 on float32 weights) or "bf16-true" (bfloat16 weights as
     well, of text-to-image models). ``threads`` are those of a CPU (None: one per core): the digits' convolutions are
-    too small for more than one, and sums in another number of threads round differently. ``images``, ``text_to_image``
-    and ``output`` are for text-to-image models alone.
+    too small for more than one, and sums in another number of threads round differently. ``text_to_image`` and
+    ``output`` are for text-to-image models alone.
 
     A file may call ``model`` ``pixel_model``, and ``data`` ``dataset``: see ``SECTION_ALIASES``.
     """

@@ -1,4 +1,4 @@
-"""Unlearning and sampling of any model: a text-to-image checkpoint, or a pixel-space model of the digits."""
+"""Unlearning and sampling of any model: with prompts, with class labels, or with neither."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from erasediff.workflows.build_method import check_settings
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, refuse_text_to_image_settings
 from erasediff.workflows.sample import SampledImages, sample, sample_prompts
 from erasediff.workflows.unlearn_latent import text_to_image_job, with_latent_defaults
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.unlearn_pixel import check_unprompted, pixel_unlearning_job
 
 
 def unlearning_job(
@@ -35,6 +35,9 @@ def unlearning_job(
         UserError: As ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
             kind of model does not read.
     """
+    source = config.unlearn.model
+    if source is not None and not is_text_to_image(source):
+        check_unprompted(config)
     check_settings(config)
     check_settings(config, given or ())
     check_single_process(config)
@@ -43,10 +46,10 @@ def unlearning_job(
         return _standalone_job(config, spec.run, place)
     if place is not None:
         place.check()
-    if config.unlearn.model is not None and is_text_to_image(config.unlearn.model):
+    if source is not None and is_text_to_image(source):
         return text_to_image_job(config, console, rehearse=place is None)
     refuse_text_to_image_settings(config)
-    return pixel_unlearning_job(config)
+    return pixel_unlearning_job(config, console=console, rehearse=place is None)
 
 
 def _standalone_job(
@@ -75,7 +78,7 @@ def draw_from(
     out: Path,
     console: Console,
     *,
-    classes: Sequence[int] | None,
+    classes: Sequence[int | str] | None,
     prompts: Sequence[str] | None,
     count: int | None,
 ) -> SampledImages:
