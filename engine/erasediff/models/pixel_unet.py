@@ -219,8 +219,8 @@ class PixelModel:
         """
         pipeline = _pipeline_of(path)
         folder = path / "unet" if (path / "unet").is_dir() else path
-        files = component_files(folder)
         try:
+            files = component_files(folder)
             unet, info = UNet2DModel.from_pretrained(
                 folder,
                 variant=_variant(files[0].path),
@@ -230,7 +230,7 @@ class PixelModel:
                 output_loading_info=True,
                 torch_dtype=torch.float32,
             )
-        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        except (UserError, OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"The model in {path} is incomplete or corrupt: {reason}") from error
         if info["missing_keys"] or info["mismatched_keys"]:
