@@ -172,7 +172,6 @@ def test_methods_of_images_run_on_pixels(run: Run, nano_folder: Folder, here: Pa
         (("--data", "loose", "--forget-files", "request.txt"), "has no class"),
         (("--forget", "3"), "name its own data with --data"),
         (("--data", "data", "--forget-class", "cat", "--method", "esd"), "esd needs prompts"),
-        (("--data", "data", "--forget-class", "cat", "--method", "saemnesia"), "saemnesia needs prompts"),
         (("--forget-prompts", "a cat", "--retain-prompts", "a dog"), "is for text-to-image models"),
     ],
 )
@@ -195,6 +194,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert said in sentence
     assert "\n" not in sentence
     assert not (here / "out").exists()
+
+
+def test_a_method_without_steps_that_needs_prompts_is_refused(run: Run, nano_folder: Folder) -> None:
+    ended = run("unlearn", "--model", nano_folder("ddpm_class"), "--method", "saemnesia", "--out", "out")
+    assert ended.code == 2
+    assert "saemnesia needs prompts" in ended.errors
 
 
 def test_a_kind_of_class_embedding_that_does_not_say_its_classes_is_refused(

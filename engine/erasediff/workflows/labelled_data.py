@@ -72,8 +72,14 @@ class LabelledData(Protocol):
         """The model, with the classes of this data. UserError for one that cannot have been trained on it."""
 
 
-def open_data(config: Config) -> LabelledData:
-    """The data set that ``config.images.data`` names, by default ``config.data.name``. UserError as the format's."""
+def open_data(config: Config, given: ImageSet | None = None) -> LabelledData:
+    """The data set ``given``, or that which ``config.images.data`` names, by default the digits.
+
+    Raises:
+        UserError: As the format's ``read``.
+    """
+    if given is not None:
+        return ImageData(given)
     location = config.images.data
     if location is None and config.images.forget_data is not None:
         raise UserError("Nothing is left to retain: give --data with other images beside --forget-data.")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from erasediff.config import Config
-from erasediff.data import Images, Stream, load_digits
+from erasediff.data import Images, ImageSet, Stream, load_digits
 from erasediff.errors import UserError
 from erasediff.io.atomic import storage_errors
 from erasediff.io.cache_dir import cache_folder
@@ -58,9 +58,21 @@ def _untrained(config: Config, data: LabelledData, device: torch.device) -> Pixe
 
 @thread_scope()
 def training_job(
-    config: Config, title: str = "Training", console: Console | None = None, *, rehearse: bool = False
+    config: Config,
+    title: str = "Training",
+    console: Console | None = None,
+    *,
+    data: ImageSet | None = None,
+    rehearse: bool = False,
 ) -> TrainingJob:
-    """Build the job of ``train_base``; for a rehearsal, on noise where images would have to be read.
+    """Build the job of ``train_base``.
+
+    Args:
+        config: Complete configuration.
+        title: Title of the progress bar.
+        console: Console for progress bars; None for silence.
+        data: Takes the place of the configuration's, such as one of ``from_torch_dataset``.
+        rehearse: Build a run to be measured instead, on noise where images would have to be read.
 
     Raises:
         UserError: For excluded classes that do not exist, and as ``open_data`` and ``labelled_batches``.
@@ -69,9 +81,9 @@ def training_job(
     refuse_prompt_settings(config.images)
     settings = config.train
     device = set_up_device(config)
-    data = open_data(config)
-    images = data.training(config.data.exclude)
-    model = _untrained(config, data, device)
+    labelled = open_data(config, data)
+    images = labelled.training(config.data.exclude)
+    model = _untrained(config, labelled, device)
     retain = _batches(config, model, images, console or Console(quiet=True), rehearse=rehearse)
     trained, optimizer = parallelize(
         config,

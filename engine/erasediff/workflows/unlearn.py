@@ -35,11 +35,11 @@ def unlearning_job(
         UserError: As ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
             kind of model does not read.
     """
+    check_settings(config)
+    check_settings(config, given or ())
     source = config.unlearn.model
     if source is not None and not is_text_to_image(source):
         check_unprompted(config)
-    check_settings(config)
-    check_settings(config, given or ())
     check_single_process(config)
     spec = METHOD_SPECS[config.unlearn.method]
     if spec.run is not None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
-from erasediff.data import Images, Stream, class_numbers
+from erasediff.data import Images, ImageSet, Stream, class_numbers
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -39,7 +39,12 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
 
 @thread_scope()
 def pixel_unlearning_job(
-    config: Config, model: PixelModel | None = None, console: Console | None = None, *, rehearse: bool = False
+    config: Config,
+    model: PixelModel | None = None,
+    console: Console | None = None,
+    *,
+    data: ImageSet | None = None,
+    rehearse: bool = False,
 ) -> TrainingJob:
     """Build the job of ``unlearn``.
 
@@ -47,6 +52,7 @@ def pixel_unlearning_job(
         config: Settings that are not set take the defaults of the kind of model.
         model: Takes the place of the configuration's.
         console: Console for progress bars and notes; None for silence.
+        data: Takes the place of the configuration's, such as one of ``from_torch_dataset``.
         rehearse: Build a run to be measured instead, which reads no images and writes nothing.
 
     Raises:
@@ -58,15 +64,15 @@ def pixel_unlearning_job(
     refuse_prompt_settings(config.images)
     check_unprompted(config)
     device = set_up_device(config)
-    data = open_data(config)
-    split = data.split(config)
+    labelled = open_data(config, data)
+    split = labelled.split(config)
     source = config.unlearn.model
     if model is None:
         if source is None:
             raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
         model = load_unprompted(source, device, console)
-    model = data.fit(model, source).to(device)
-    config = _by_number(config, data.class_names, split)
+    model = labelled.fit(model, source).to(device)
+    config = _by_number(config, labelled.class_names, split)
     config = resolved(config, conditional=model.num_classes is not None, retain=split.retain, forget=split.forget)
     settings = config.unlearn
     if model.null_label is None and model.num_classes is not None:
