@@ -121,6 +121,7 @@ def test_a_network_without_a_pipeline_is_one_of_ddpm(run: Run, nano: object, her
     assert ended.code == 0, ended.errors
     assert "bare has no scheduler: the linear schedule of DDPM" in ended.errors
     assert isinstance(DDPMPipeline.from_pretrained(here / "out/model").unet, UNet2DModel)
+    assert told(run, "plan", "--model", "bare", "--ranks", "1", "--json")["resolution"] == 28
 
 
 @pytest.mark.parametrize("flags", [(), ("--unconditional",)])

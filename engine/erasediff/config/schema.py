@@ -344,9 +344,9 @@ class Config(Section):
     ``load_config`` sees to that.
 
     ``precision`` is "fp32", "bf16-mixed" (autocast to bfloat16 on float32 weights) or "bf16-true" (bfloat16 weights as
-    well, of text-to-image models). ``threads`` are those of a CPU (None: one per core): the digits' convolutions are
-    too small for more than one, and sums in another number of threads round differently. ``text_to_image`` and
-    ``output`` are for text-to-image models alone.
+    well, of text-to-image models). ``threads`` are those of a CPU (None: one per core, the default of all but the
+    digits, whose convolutions are too small for more than one; sums in another number of threads round differently).
+    ``text_to_image`` and ``output`` are for text-to-image models alone.
 
     A file may call ``model`` ``pixel_model``, and ``data`` ``dataset``: see ``SECTION_ALIASES``.
     """

@@ -21,7 +21,7 @@ from erasediff.evaluation import (
 )
 from erasediff.models import PixelModel
 from erasediff.training.job import set_up_device, thread_scope
-from erasediff.workflows.labelled_data import class_dataset, open_data
+from erasediff.workflows.labelled_data import class_dataset, for_data, open_data
 from erasediff.workflows.load_model import load_unprompted
 from erasediff.workflows.sample import draw
 
@@ -61,6 +61,7 @@ def evaluate(
     Raises:
         UserError: A model cannot be read or compared, a class does not exist, or the data have no classes.
     """
+    config = for_data(config)
     data = open_data(config)
     if not data.class_names:
         raise UserError("A classifier evaluates forgetting, but these data have no classes: give --data with some.")

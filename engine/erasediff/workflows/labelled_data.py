@@ -88,6 +88,13 @@ def open_data(config: Config, given: ImageSet | None = None) -> LabelledData:
     return ImageData(read_data(config.images, location, captions=False))
 
 
+def for_data(config: Config, given: ImageSet | None = None) -> Config:
+    """Fill in the CPU threads of data other than the digits, whose one thread is too few: one per core."""
+    if "threads" in config.model_fields_set or (given is None and config.images.data in (None, DIGITS)):
+        return config
+    return config.model_copy(update={"threads": None})
+
+
 @dataclass(frozen=True, slots=True)
 class TensorData:
     """Data set in memory, whose images are of one size."""

@@ -26,6 +26,7 @@ from erasediff.utils.versions import library_versions
 from erasediff.workflows.labelled_data import (
     LabelledData,
     Samples,
+    for_data,
     labelled_batches,
     labels_of,
     noise,
@@ -79,7 +80,7 @@ def training_job(
     """
     check_pixel_precision(config)
     refuse_prompt_settings(config.images)
-    settings = config.train
+    config, settings = for_data(config, data), config.train
     device = set_up_device(config)
     labelled = open_data(config, data)
     images = labelled.training(config.data.exclude)

@@ -22,6 +22,7 @@ from erasediff.workflows.build_method import UnlearningModel, build_training_job
 from erasediff.workflows.labelled_data import (
     LabelledSplit,
     Samples,
+    for_data,
     labelled_batches,
     labels_of,
     noise,
@@ -63,6 +64,7 @@ def pixel_unlearning_job(
     check_pixel_precision(config)
     refuse_prompt_settings(config.images)
     check_unprompted(config)
+    config = for_data(config, data)
     device = set_up_device(config)
     labelled = open_data(config, data)
     split = labelled.split(config)

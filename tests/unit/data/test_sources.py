@@ -51,6 +51,14 @@ def test_npz(tmp_path: Path, save: Callable[..., None], names: tuple[str, str]) 
     assert (labels_of(found), found.class_names) == (LABELS, ("0", "1", "2"))
 
 
+def test_a_model_with_prompts_has_captions_of_the_template(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=noise(4, 5, 6, 3), labels=np.array(LABELS), class_names=np.array(NAMES))
+    found = read(str(tmp_path / "data.npz"), ReadOptions(captions=True, template="a photo of a {class}"))
+    assert [image.caption for image in found.images][:2] == ["a photo of a cow", "a photo of a ant"]
+    with pytest.raises(UserError, match="give a caption template"):
+        read(str(tmp_path / "data.npz"), ReadOptions(captions=True))
+
+
 def test_npz_of_other_shapes(tmp_path: Path) -> None:
     file = tmp_path / "data.npz"
     grey = noise(4, 5, 6)
