@@ -153,6 +153,15 @@ def test_a_small_model_is_trained_unlearned_judged_and_resumed(run: Run, here: P
         assert measured["parameters"] == measured["parameters_trained"]
 
 
+def test_chosen_weights_alone_are_trained(run: Run, nano_folder: Folder, here: Path) -> None:
+    command = unlearn(nano_folder("ddpm_class"), "--data", pictures(here / "data"), "--forget-class", "cat")
+    told(run, *command, "--train", "re:attentions", "--set", "text_to_image.gradient_checkpointing=true")
+    before, after = folder_weights(nano_folder("ddpm_class")), folder_weights(here / "out/model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("attentions" in name for name in changed)
+
+
 @pytest.mark.parametrize("method", ["finetune", "neggrad", "salun", "selective-amnesia", "retrain"])
 def test_methods_of_images_run_on_pixels(run: Run, nano_folder: Folder, here: Path, method: str) -> None:
     short = {"salun": ("salun.batches=1",), "selective-amnesia": ("selective_amnesia.fisher_batches=1",)}
@@ -173,6 +182,8 @@ def test_methods_of_images_run_on_pixels(run: Run, nano_folder: Folder, here: Pa
         (("--data", "loose", "--forget-files", "request.txt"), "has no class"),
         (("--forget", "3"), "name its own data with --data"),
         (("--data", "data", "--forget-class", "cat", "--method", "esd"), "esd needs prompts"),
+        (("--data", "data", "--forget-class", "cat", "--train", "lora"), "A LoRA is trained on models with prompts"),
+        (("--data", "data", "--forget-class", "cat", "--train", "xatn"), "did you mean xattn"),
         (("--forget-prompts", "a cat", "--retain-prompts", "a dog"), "is for text-to-image models"),
     ],
 )

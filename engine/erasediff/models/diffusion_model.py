@@ -71,5 +71,8 @@ class UnpromptedModel(Protocol):
     def described_by(self, class_names: tuple[str, ...]) -> Self:
         """This model with the class names of a data set. UserError if the model has another number of classes."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the denoiser's weights; return this same model."""
+
     def save(self, path: Path, *, replace: bool = False) -> None:
         """Write a diffusers folder, atomically. UserError if ``path`` exists and not ``replace``."""

@@ -187,7 +187,7 @@ class PixelModel:
         names = None if class_names == tuple(map(str, range(len(class_names)))) else class_names
         return replace(self, names=names, has_null_label=has_null_label)
 
-    def to(self, device: torch.device | str) -> PixelModel:
+    def to(self, device: torch.device | str) -> Self:
         """Move the UNet's weights; return this same model."""
         self.unet.to(device)
         return self

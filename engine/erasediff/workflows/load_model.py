@@ -97,7 +97,8 @@ def described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
 
 
 SECTIONS = ("text_to_image.", "output.", "images.images_per_prompt")
-"""Settings of text-to-image models alone."""
+"""Settings of text-to-image models alone, but for ``ANY_MODEL``."""
+ANY_MODEL = frozenset({"text_to_image.train", "text_to_image.gradient_checkpointing"})
 
 
 def is_text_to_image(source: Path) -> bool:
@@ -111,7 +112,8 @@ def is_text_to_image(source: Path) -> bool:
 
 def refuse_text_to_image_settings(config: Config) -> None:
     """Raise UserError for settings of text-to-image models, given for a pixel-space model."""
-    foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
+    changed = differences(Config(), config)
+    foreign = [name for name in changed if name.startswith(SECTIONS) and name not in ANY_MODEL]
     if foreign:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
 

@@ -3,22 +3,28 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from erasediff.config import Config, UnlearnConfig
+from erasediff.config import Config, TextToImageConfig, UnlearnConfig
 from erasediff.data import Images, ImageSet, Stream, class_numbers
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
-from erasediff.models import PixelModel
 from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
+from erasediff.workflows.build_method import (
+    UnlearningModel,
+    build_training_job,
+    method_parameters,
+    needed_batches,
+    selected_weights,
+)
 from erasediff.workflows.labelled_data import (
     LabelledSplit,
     Samples,
@@ -41,7 +47,7 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
 @thread_scope()
 def pixel_unlearning_job(
     config: Config,
-    model: PixelModel | None = None,
+    model: UnpromptedModel | None = None,
     console: Console | None = None,
     *,
     data: ImageSet | None = None,
@@ -80,6 +86,7 @@ def pixel_unlearning_job(
     if model.null_label is None and model.num_classes is not None:
         # There is no label to drop to.
         console.print("The model has no null label, so labels are not dropped.", highlight=False)
+    selected = _selected_weights(config, model.denoiser)
     retain, forget = _batches(config, model, console, split, rehearse=rehearse)
     return build_training_job(
         config,
@@ -90,7 +97,7 @@ def pixel_unlearning_job(
             save=partial(_save, model),
             relabel=partial(relabelling, settings, model),
         ),
-        method_parameters(config, model.denoiser),
+        method_parameters(config, model.denoiser, selected),
         retain=retain,
         forget=forget,
     )
@@ -103,6 +110,23 @@ def check_unprompted(config: Config) -> None:
             f"The method {config.unlearn.method} needs prompts, which no class-conditional or unconditional model has; "
             "choose another --method."
         )
+
+
+def _selected_weights(config: Config, network: Any) -> list[str] | None:
+    """Names of the weights to train, None for all of them; the network is set up to train them.
+
+    The default of models with prompts, cross-attention, is none of a network without prompts: it stands for all.
+    """
+    settings = config.text_to_image
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if settings.train == TextToImageConfig().train:
+        return None
+    if settings.train == "lora":
+        raise UserError(
+            "A LoRA is trained on models with prompts alone: choose weights, such as --train re:attentions."
+        )
+    return selected_weights(config, network)
 
 
 def _save(model: UnpromptedModel, path: Path) -> None:
