@@ -19,11 +19,16 @@ def class_numbers(requested: Iterable[int | str], names: Sequence[str], of: str 
         of: What the classes are of, for the error message.
 
     Raises:
-        UserError: There is no such class; with near matches.
+        UserError: There is no such class, with near matches, or no class at all.
     """
     numbers = {name: number for number, name in enumerate(names)}
     found = []
     for wanted in requested:
+        if not names:
+            raise UserError(
+                f"There is no class {wanted} in {of}, since there are none: put the images of each into a folder, or "
+                "choose by file."
+            )
         text = str(wanted).strip()
         is_number = text.isascii() and text.isdecimal() and int(text) < len(names)
         if isinstance(wanted, str) and text in numbers:

@@ -238,6 +238,8 @@ def test_a_class_is_named_first_and_numbered_second() -> None:
         class_numbers(["Bea"], NAMES)
     with pytest.raises(UserError, match="choose from ant, bee, cow"):
         class_numbers([3], NAMES)
+    with pytest.raises(UserError, match="no class bee in the data, since there are none"):
+        class_numbers(["bee"], ())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
