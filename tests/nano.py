@@ -1,4 +1,4 @@
-"""Whole text-to-image checkpoints of every family with random weights, small enough to be made in a second, offline.
+"""Whole checkpoints of every family with random weights, small enough to be made in a second, offline.
 
 Only sizes differ from the real ones: layouts, classes, tokenizers and schedulers are what diffusers loads and saves.
 """
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -23,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -211,6 +215,42 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
+def _pixel_unet(channels: int, size: int, num_class_embeds: int | None) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        num_class_embeds=num_class_embeds,
+    )
+
+
+def ddpm_class() -> DDPMPipeline:
+    """Nano DDPM of 3 x 32 x 32 in three classes and a null label, as of CIFAR."""
+    return DDPMPipeline(_pixel_unet(3, 32, 4), DDPMScheduler(num_train_timesteps=100))
+
+
+def ddim_class() -> DDIMPipeline:
+    """The same in three classes without a null label, with DDIM's scheduler."""
+    return DDIMPipeline(_pixel_unet(3, 32, 3), DDIMScheduler(num_train_timesteps=100, clip_sample=False))
+
+
+def ddpm_unconditional() -> DDPMPipeline:
+    """Nano unconditional DDPM of 1 x 28 x 28, as of MNIST."""
+    return DDPMPipeline(_pixel_unet(1, 28, None), DDPMScheduler(num_train_timesteps=100))
+
+
+UNPROMPTED: dict[str, Callable[[], Any]] = {
+    "ddpm_class": ddpm_class,
+    "ddim_class": ddim_class,
+    "ddpm_unconditional": ddpm_unconditional,
+}
+"""Models in pixels without prompts: with classes, or unconditional."""
 NANO: dict[str, Callable[[], Any]] = {
     "sd": sd,
     "sd_v_prediction": sd_v_prediction,
@@ -223,9 +263,9 @@ FAMILY_EXAMPLES = list(NANO)
 
 
 def save(name: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:
-    """``NANO[name]`` as a diffusers folder, by diffusers itself; the global random state is left as it was."""
+    """A model of ``NANO`` or ``UNPROMPTED`` as a diffusers folder, by diffusers itself; the random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = NANO[name]()
+        pipeline = (NANO | UNPROMPTED)[name]()
     pipeline.save_pretrained(folder, **options)
     return folder

@@ -144,7 +144,7 @@ CATS = ("--data", "photos", "--forget-class", "cat")
             ("unlearn", "--model", "flux", "--out", "out", *CATS, "--train", "lora", *KOHYA),
             "no kohya keys here",
         ),
-        (("unlearn", "--model", "digits", "--out", "out", "--forget", "3", "--data", "photos"), "images.data"),
+        (("unlearn", "--model", "digits", "--out", "out", "--forget", "3", "--data", "photos"), "There is no class 3"),
         (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "omit --prompts"),
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),

@@ -127,6 +127,14 @@ def class_numbers(text: str | None) -> list[int] | None:
     return None if text is None else whole_numbers(text, "Classes")
 
 
+def class_references(text: str | None) -> list[int | str] | None:
+    """``"3,airplane"`` as ``[3, "airplane"]``: numbers and names of classes."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [int(part) if part.isascii() and part.isdecimal() else part for part in parts]
+
+
 def whole_numbers(text: str, of: str) -> list[int]:
     """``"3,5"`` as ``[3, 5]``. UserError, which calls them ``of``, for anything but whole numbers."""
     try:

@@ -1,15 +1,27 @@
 """Field types and the base class of configuration sections."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-ClassNumber = Annotated[int, Field(ge=0)]
+
+
+def _class_reference(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise PydanticCustomError("class_reference", "Input should be the number or the name of a class")
+    if isinstance(value, int) and value < 0:
+        raise PydanticCustomError("class_reference", "Input should be greater than or equal to 0")
+    return value
+
+
+ClassReference = Annotated[Any, BeforeValidator(_class_reference)]
+"""A class by its number, or by its name until a job knows the data."""
 
 
 class Section(BaseModel):

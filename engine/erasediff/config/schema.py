@@ -47,18 +47,18 @@ class Config(Section):
     Attributes:
         seed: Seed of initial weights, order, noise and dropout.
         device: "auto", "cpu" or "cuda".
-        threads: Threads of a CPU; None for one per core. The digits' convolutions are too small for more than one, and
-            sums in another number of threads round differently.
+        threads: Threads of a CPU; None for one per core, the default of all but the digits, whose convolutions are too
+            small for more than one. Sums in another number of threads round differently.
         precision: "fp32", "bf16-mixed" (autocast to bfloat16 on float32 weights) or "bf16-true" (bfloat16 weights as
             well, of text-to-image models).
         model: Model that ``train`` builds.
-        data: Data set of a pixel model.
+        data: Data set of a model without prompts.
         train: Training.
         unlearn: Unlearning.
         sample: Sampling.
         evaluate: Evaluation.
         run: Checkpoints and metrics.
-        images: Images to forget and retain, for text-to-image models.
+        images: Images to forget and retain.
         text_to_image: Loading of a text-to-image checkpoint and weights to train.
         output: Format of an unlearned text-to-image model.
         distributed: Parallelism.

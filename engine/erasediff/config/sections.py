@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section, Share
+from erasediff.config.fields import ClassReference, Count, Fraction, NonNegative, Positive, Section, Share
 
 
 class ModelConfig(Section):
@@ -29,15 +29,15 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Data set, and the classes held out of training.
+    """Data set of models without prompts, unless ``images.data`` names another.
 
     Attributes:
         name: Data set that comes with the package.
-        exclude: Classes that ``train`` never sees.
+        exclude: Classes, by number or name, that ``train`` leaves out.
     """
 
     name: Literal["digits"] = "digits"
-    exclude: tuple[ClassNumber, ...] = ()
+    exclude: tuple[ClassReference, ...] = ()
 
 
 class TrainConfig(Section):
@@ -115,11 +115,11 @@ class RunConfig(Section):
 
 
 class ImagesConfig(Section):
-    """Captioned images to forget and to retain, and their preprocessing.
+    """Images to forget and to retain, and their preprocessing; for a text-to-image model, with captions.
 
     Attributes:
-        data: Image folder or Hugging Face data set. Images that one of ``forget_classes``, ``forget_phrases`` and
-            ``forget_files`` selects are forgotten, all others retained.
+        data: Image folder, Hugging Face data set, .npz file, or the folder of CIFAR or STL-10. Images that one of
+            ``forget_classes``, ``forget_phrases`` and ``forget_files`` selects are forgotten, all others retained.
         forget_classes: Classes to forget, values of ``class_column``.
         class_column: Attribute of an image that holds its class.
         forget_phrases: Words of a caption to forget by.

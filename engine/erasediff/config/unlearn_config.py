@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from erasediff.config.fields import ClassNumber, Count, Fraction, NonNegative, Positive, Section
+from erasediff.config.fields import ClassReference, Count, Fraction, NonNegative, Positive, Section
 from erasediff.config.method_index import barrier_names, method_index
 
 
@@ -49,8 +49,9 @@ class UnlearnConfig(Section):
 
     Attributes:
         model: Checkpoint to unlearn from.
-        forget: Classes of the digits to forget; what a text-to-image model forgets is in ``ImagesConfig``.
-        retain: Classes of the digits to retain; None for all others.
+        forget: Classes to forget, by number or name, of a model without prompts; what a text-to-image model forgets is
+            in ``ImagesConfig``.
+        retain: Classes to retain, by number or name; None for all others.
         method: Name of a method, see ``erasediff unlearn --help``. A method reads what applies to it.
         steps: Optimizer steps.
         batch_size: Samples of the retain batch, and of the forget batch, per step over all ranks and micro-batches.
@@ -67,7 +68,7 @@ class UnlearnConfig(Section):
         accumulation_steps: Micro-batches per step.
         target: Prediction that forgotten samples are driven to: uniform or Gaussian noise (EraseDiff, eq. 5), or the
             prediction for another class or prompt.
-        relabel_to: Classes of the digits that the target "relabel" takes predictions of.
+        relabel_to: Classes, by number or name, that the target "relabel" takes predictions of.
         teacher: Model whose prediction the target "relabel" takes: the current one, or a frozen copy of the original.
         retain_target: Prediction wanted on retained samples: the true noise, or the original model's ("teacher").
         target_space: Space of the targets uniform and gaussian: "noise" compares the noise that a prediction of any
@@ -82,8 +83,8 @@ class UnlearnConfig(Section):
     """
 
     model: Path | None = None
-    forget: tuple[ClassNumber, ...] = ()
-    retain: tuple[ClassNumber, ...] | None = None
+    forget: tuple[ClassReference, ...] = ()
+    retain: tuple[ClassReference, ...] | None = None
     method: MethodName = "erasediff"
     steps: Count | None = None
     batch_size: Count = 64
@@ -99,7 +100,7 @@ class UnlearnConfig(Section):
     max_grad_norm: Positive | None = 1.0
     accumulation_steps: Count = 1
     target: Literal["uniform", "gaussian", "relabel"] | None = None
-    relabel_to: tuple[ClassNumber, ...] | None = None
+    relabel_to: tuple[ClassReference, ...] | None = None
     teacher: Literal["current", "frozen"] = "frozen"
     # YAML reads true as a boolean.
     retain_target: Annotated[
@@ -115,13 +116,19 @@ class UnlearnConfig(Section):
     antithetic: bool = False
 
     def resolved(
-        self, *, conditional: bool, retained: Sequence[int], method_defaults: Mapping[str, Any] | None = None
+        self,
+        *,
+        conditional: bool,
+        retained: Sequence[int],
+        forgotten: Sequence[int] = (),
+        method_defaults: Mapping[str, Any] | None = None,
     ) -> Self:
         """Fill in each None, by the method's own defaults where it has some.
 
         Args:
             conditional: The model has class labels.
             retained: The classes to retain.
+            forgotten: The classes of what is forgotten, where ``forget`` does not say.
             method_defaults: See ``MethodSpec.defaults``.
 
         With labels, the first forgotten class is taught to draw the class that follows it: one alternative, because the
@@ -133,8 +140,8 @@ class UnlearnConfig(Section):
         weak barrier take the forgotten images away before the others suffer.
         """
         target = self.target or ("relabel" if conditional else "gaussian")
-        first = self.forget[0] if self.forget else 0
-        following = min(retained, key=lambda label: (label < first, label))
+        first = next(iter(self.forget or forgotten), 0)
+        following = min(retained, key=lambda label: (label < first, label), default=first)
         defaults = {
             "target": target,
             "relabel_to": (following,) if target == "relabel" else (),

@@ -1,6 +1,7 @@
 """Data sets, forget and retain sets, the latent cache, and batches addressed by step."""
 
 from erasediff.data.batches import CachedBatches, GlobalBatches, Stream
+from erasediff.data.class_names import class_numbers
 from erasediff.data.digits import ClassDataset, Images, load_digits
 from erasediff.data.forget_split import (
     Partition,
@@ -15,6 +16,8 @@ from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.latent_cache import CachedImages, LatentCache
 from erasediff.data.preprocessing import Buckets
 from erasediff.data.prompt_images import read_prompts, synthesise
+from erasediff.data.sources import ImageSet, ReadOptions, read_image_set
+from erasediff.data.torch_datasets import from_torch_dataset
 
 __all__ = [
     "Buckets",
@@ -23,16 +26,21 @@ __all__ = [
     "CaptionedImage",
     "ClassDataset",
     "GlobalBatches",
+    "ImageSet",
     "Images",
     "LatentCache",
     "Partition",
+    "ReadOptions",
     "Stream",
     "check_disjoint",
+    "class_numbers",
     "forget_classes",
     "forget_files",
     "forget_phrases",
     "forget_retain_split",
+    "from_torch_dataset",
     "load_digits",
+    "read_image_set",
     "read_images",
     "read_prompts",
     "synthesise",

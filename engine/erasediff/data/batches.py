@@ -182,7 +182,7 @@ class CachedBatches:
         batch_size: of the global batch; a multiple of ``world_size``.
         seed: of order, flips and caption dropout.
         stream: retain and forget batches are drawn independently.
-        caption_dropout: probability that an image has the empty prompt instead (Ho & Salimans 2022).
+        caption_dropout: probability that an image has the empty prompt or the null label (Ho & Salimans 2022).
         rank: of this process.
         world_size: number of processes.
         device: of the batches.
@@ -209,6 +209,8 @@ class CachedBatches:
             raise ValueError(f"a batch of {batch_size} cannot be divided among ranks; got rank {rank} of {world_size}")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
+        if caption_dropout > 0 and images.labelled and images.null_label is None:
+            raise ValueError("labels can only be dropped for a model with a null label")
         self.images = images
         self.seed = seed
         self.stream = stream
@@ -223,7 +225,8 @@ class CachedBatches:
 
         Returns:
             ``"sample"`` [n, C, h, w], ``"sample_ids"`` int64 [n], the slots in the global batch, and the condition
-            tensors of the model's ``encode_prompts`` and ``size_condition``, a row for each sample.
+            tensors of the model's ``encode_prompts`` and ``size_condition``, or ``"class_labels"``, a row for each
+            sample. Samples that are cached as uint8 images are floating point in [-1, 1].
         """
         flipped = self._drawn(step, NoiseRole.FLIP, 0.5 if self.images.mirrored else 0.0)
         dropped = self._drawn(step, NoiseRole.LABEL_DROPOUT, self.caption_dropout)
@@ -232,7 +235,10 @@ class CachedBatches:
             self.images.row(entry, flipped=is_flipped, dropped=is_dropped)
             for entry, is_flipped, is_dropped in zip(entries, flipped, dropped, strict=True)
         ]
-        return stacked(rows, self.device, self.dtype) | {"sample_ids": self.slots.to(self.device, non_blocking=True)}
+        batch = stacked(rows, self.device, self.dtype) | {"sample_ids": self.slots.to(self.device, non_blocking=True)}
+        if batch["sample"].dtype == torch.uint8:
+            batch["sample"] = batch["sample"].to(self.dtype) / 127.5 - 1
+        return batch
 
     def _drawn(self, step: int, role: NoiseRole, probability: float) -> list[bool]:
         """For each slot of this rank, whether an event of this probability happens at ``step``."""

@@ -22,7 +22,12 @@ DEFAULT_SPLIT = "train"
 
 
 def read_images(
-    source: str, *, split: str = DEFAULT_SPLIT, caption_column: str | None = None, template: str | None = None
+    source: str,
+    *,
+    split: str = DEFAULT_SPLIT,
+    caption_column: str | None = None,
+    template: str | None = None,
+    captions: bool = True,
 ) -> list[CaptionedImage]:
     """List the images of ``source``: an image folder, a saved Hugging Face data set, or the name of one on the hub.
 
@@ -32,8 +37,8 @@ def read_images(
     folder = Path(source)
     is_path = folder.is_dir() or folder.is_absolute() or source.startswith(".")
     if is_path and not is_saved_dataset(folder):
-        return read_captioned_images(folder, caption_column=caption_column, template=template)
-    return read_dataset(source, split=split, caption_column=caption_column, template=template)
+        return read_captioned_images(folder, caption_column=caption_column, template=template, captions=captions)
+    return read_dataset(source, split=split, caption_column=caption_column, template=template, captions=captions)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -49,6 +54,7 @@ def read_dataset(
     image_column: str | None = None,
     caption_column: str | None = None,
     template: str | None = None,
+    captions: bool = True,
 ) -> list[CaptionedImage]:
     """List the images of a Hugging Face data set.
 
@@ -61,6 +67,7 @@ def read_dataset(
         image_column: None for the first column of images.
         caption_column: as in ``read_captioned_images``.
         template: as in ``read_captioned_images``.
+        captions: as in ``read_captioned_images``.
 
     Raises:
         UserError: if ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split, or a
@@ -90,8 +97,19 @@ def read_dataset(
         caption = (attributes.pop(column, "") if column else "").strip() or filled(template, attributes)
         name = Path(f"{source}/{split}/{number}")
         result.append(CaptionedImage(name, caption, number, attributes, _stored(rows, image_column, number)))
-    check_captions(result, "name the column with captions")
+    if captions:
+        check_captions(result, "name the column with captions")
     return result
+
+
+def class_label_names(source: str, *, split: str = DEFAULT_SPLIT, column: str = CLASS) -> tuple[str, ...]:
+    """Names of the classes of a Hugging Face data set in the order of its ClassLabel ``column``; () without one.
+
+    The column ``label`` stands for ``class``, as in ``read_dataset``.
+    """
+    features: Mapping[str, Any] = _loaded(_library(), source, split).features
+    name = "label" if column == CLASS and CLASS not in features else column
+    return tuple(features[name].names) if name in features and _is_class(features[name]) else ()
 
 
 def _stored(rows: Any, column: str, number: int) -> Callable[[], bytes]:

@@ -32,6 +32,7 @@ class CaptionedImage:
         attributes: the other columns of its metadata as text; ``"class"`` is its subfolder unless a column has that
             name.
         stored: reads the file's bytes where they are not at ``path``.
+        label: the number of its class, where the classes of its data set are numbered.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class CaptionedImage:
     id: int
     attributes: Mapping[str, str] = field(default_factory=dict)
     stored: Callable[[], bytes] | None = None
+    label: int | None = None
 
     def read(self) -> bytes:
         """The bytes of the image file. UserError if it cannot be read."""
@@ -49,7 +51,7 @@ class CaptionedImage:
 
 
 def read_captioned_images(
-    folder: Path, *, caption_column: str | None = None, template: str | None = None
+    folder: Path, *, caption_column: str | None = None, template: str | None = None, captions: bool = True
 ) -> list[CaptionedImage]:
     """List the images in ``folder`` and its subfolders, in the order of their paths.
 
@@ -59,6 +61,7 @@ def read_captioned_images(
         folder: of images.
         caption_column: of the metadata; None for ``text``, ``caption`` or ``prompt``.
         template: a format string of the image's attributes, such as "a photo of a {class}".
+        captions: whether each image needs a caption.
 
     Raises:
         UserError: for a folder without images, images without captions, and metadata that cannot be read.
@@ -73,7 +76,8 @@ def read_captioned_images(
         caption = attributes.pop(column, "") if column else ""
         caption = caption.strip() or _text_beside(path) or filled(template, attributes)
         images.append(CaptionedImage(path, caption, number, attributes))
-    check_captions(images, "give it a row in metadata.jsonl or a .txt file beside it")
+    if captions:
+        check_captions(images, "give it a row in metadata.jsonl or a .txt file beside it")
     return images
 
 

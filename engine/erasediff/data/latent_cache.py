@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.data.encoder_outputs import check_embeddings, check_latents, encode_prompts
+from erasediff.data.encoders import Encoders, ImageEncoder
 from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.preprocessing import BrokenImage, Buckets, Fit, Size, fitted, open_picture, picture_size, to_pixels
 from erasediff.data.tensor_store import ShardStore
@@ -130,25 +131,6 @@ def ahead(function: Callable[[A], B], items: Iterable[A], depth: int = 32) -> It
                 future.cancel()
 
 
-class Encoders(Protocol):
-    """The encoders of a text-to-image model."""
-
-    @property
-    def hash(self) -> str:
-        """Hash of the weights of the VAE and the text encoders."""
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents [B, C, h, w], scaled for the denoiser, from float32 [B, 3, H, W] in [-1, 1]; deterministic."""
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Condition tensors, one row per prompt."""
-
-    def size_condition(
-        self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
-    ) -> dict[str, Tensor]:
-        """Condition tensors of ``count`` rows; sizes are (height, width), ``crop`` is (top, left)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An image in the cache.
@@ -158,8 +140,9 @@ class Entry:
         size: of its bucket.
         text: its caption.
         latent: key of its latents.
-        caption: key of its caption's embeddings.
+        caption: key of its caption's embeddings; "" in a set without captions.
         path: of its file, to name it.
+        label: the number of its class, if it has one.
     """
 
     digest: str
@@ -168,6 +151,7 @@ class Entry:
     latent: str
     caption: str
     path: str = field(compare=False)
+    label: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +160,12 @@ class CachedImages:
 
     Attributes:
         entries: one for each image.
-        null_caption: key of the embeddings of the empty prompt.
+        null_caption: key of the embeddings of the empty prompt; "" in a set without captions.
         mirrored: whether the latents of mirror images are there too.
         latents: store of latents and size conditions.
         captions: store of embeddings.
+        labelled: whether rows have the class of their image.
+        null_label: the label of no class, for rows whose label is dropped.
     """
 
     entries: tuple[Entry, ...]
@@ -187,6 +173,8 @@ class CachedImages:
     mirrored: bool
     latents: ShardStore
     captions: ShardStore
+    labelled: bool = False
+    null_label: int | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -202,7 +190,7 @@ class CachedImages:
         Args:
             entry: of the image.
             flipped: take the mirror image.
-            dropped: take the empty caption.
+            dropped: take the empty caption, or the null label.
 
         Returns:
             ``"sample"`` [C, h, w], the latent, and the condition tensors.
@@ -212,11 +200,13 @@ class CachedImages:
         """
         latents = self.latents.row(entry.latent)
         condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
-        caption = self.captions.row(self.null_caption if dropped else entry.caption)
+        prompted = self.captions.row(self.null_caption if dropped else entry.caption) if self.null_caption else {}
         sample = latents[MIRRORED if flipped else LATENT]
         check_latents({"sample": sample[None]}, [entry.path])
-        check_embeddings({name: tensor[None] for name, tensor in caption.items()}, ["" if dropped else entry.text])
-        return {"sample": sample, **caption, **condition}
+        check_embeddings({name: tensor[None] for name, tensor in prompted.items()}, ["" if dropped else entry.text])
+        if self.labelled:
+            prompted["class_labels"] = torch.tensor(self.null_label if dropped else entry.label)
+        return {"sample": sample, **prompted, **condition}
 
     @property
     def buckets(self) -> Tensor:
@@ -270,6 +260,31 @@ class LatentCache:
         records = survey(images, buckets, broken, console)
         return self.encode(records, model, broken, console, mirror=mirror, batch_size=batch_size)
 
+    def encode_unprompted(
+        self,
+        records: Sequence[ImageRecord],
+        model: ImageEncoder,
+        broken: BrokenImagePolicy,
+        console: Console,
+        *,
+        labelled: bool,
+        null_label: int | None,
+        mirror: bool = False,
+        batch_size: int = 8,
+    ) -> CachedImages:
+        """``encode`` for a model without prompts: captions are left out, and rows have class labels if ``labelled``."""
+        keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
+        with torch.no_grad():
+            self._fill_latents(dict(keyed), model, mirror, batch_size, broken, console)
+        entries = tuple(
+            Entry(item.digest, item.fit.size, "", key, "", str(item.image.path), item.image.label)
+            for key, item in keyed
+            if key in self.latents
+        )
+        if not entries:
+            raise UserError("No image is left to learn from: none was given, or all are broken.")
+        return CachedImages(entries, "", mirror, self.latents, self.captions, labelled, null_label)
+
     def encode(
         self,
         records: Sequence[ImageRecord],
@@ -320,7 +335,7 @@ class LatentCache:
     def _fill_latents(
         self,
         items: dict[str, ImageRecord],
-        model: Encoders,
+        model: ImageEncoder,
         mirror: bool,
         batch_size: int,
         broken: BrokenImagePolicy,
@@ -330,6 +345,7 @@ class LatentCache:
         if not missing:
             return
         missing.sort(key=lambda keyed: keyed[1].fit.size)
+        size_condition: Callable[..., Mapping[str, Tensor]] = getattr(model, "size_condition", lambda *_: {})
         with (
             progress_bar(console, "Encoding images", len(missing)) as bar,
             self.latents.writing(len(missing)) as writer,
@@ -341,8 +357,8 @@ class LatentCache:
                 check_latents(tensors, [item.image.path for _, item in part])
                 for number, (key, item) in enumerate(part):
                     cut = item.fit
-                    condition = model.size_condition(item.original, (cut.top, cut.left), cut.size, 1)
                     row = {name: tensor[number] for name, tensor in tensors.items()}
+                    condition = size_condition(item.original, (cut.top, cut.left), cut.size, 1)
                     writer.add(key, row | {name: tensor[0] for name, tensor in condition.items()})
                 bar.advance(len(part))
 
@@ -376,5 +392,5 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _key(model: Encoders, *parts: object) -> str:
+def _key(model: ImageEncoder, *parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, model.hash, *parts]).encode()).hexdigest()

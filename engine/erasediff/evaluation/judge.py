@@ -22,6 +22,7 @@ NONE = -1
 """Class of an image that resembles no real one."""
 
 GAMMA = 0.064  # exp(-GAMMA |x - y|^2) on pixels in [-1, 1]; 0.001 on grey values 0 .. 16, scikit-learn's own example
+GAMMA_PIXELS = 64  # of these images; the kernel's width is that of a mean over pixels
 REGULARISATION = 10.0
 ACCEPTED_SHARE = 0.995
 
@@ -39,6 +40,7 @@ class Judge:
         reach: Largest distance of an image with a class from the nearest of them.
         accuracy: Share of the held-out images that are classified correctly, NONE counting as wrong.
         rejected: Share of the held-out images that are NONE.
+        gamma: Of the kernel exp(-gamma |x - y|^2).
     """
 
     machine: SVC
@@ -46,6 +48,7 @@ class Judge:
     reach: float
     accuracy: float
     rejected: float
+    gamma: float = GAMMA
 
     @classmethod
     def fit(cls, dataset: ClassDataset) -> Judge:
@@ -54,7 +57,8 @@ class Judge:
         from sklearn.svm import SVC
 
         train, labels = _pixels(dataset.train.sample), dataset.train.class_labels.cpu().numpy()
-        machine = SVC(C=REGULARISATION, gamma=GAMMA).fit(train, labels)
+        gamma = GAMMA * GAMMA_PIXELS / train.shape[1]
+        machine = SVC(C=REGULARISATION, gamma=gamma).fit(train, labels)
         neighbours = NearestNeighbors(n_neighbors=1).fit(train)
         distances, _ = neighbours.kneighbors()  # without an argument: each image's nearest other
         untested = cls(machine, neighbours, float(np.quantile(distances, ACCEPTED_SHARE)), accuracy=0.0, rejected=0.0)
@@ -66,6 +70,7 @@ class Judge:
             untested.reach,
             accuracy=right.double().mean().item(),
             rejected=(answers == NONE).double().mean().item(),
+            gamma=gamma,
         )
 
     def classify(self, sample: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ class Judge:
         x, y = _pixels(sample), _pixels(reference)
         if min(len(x), len(y)) < 2:
             return float("nan")
-        return squared_discrepancy(rbf_kernel(x, x, GAMMA), rbf_kernel(y, y, GAMMA), rbf_kernel(x, y, GAMMA))
+        return squared_discrepancy(*(rbf_kernel(a, b, self.gamma) for a, b in ((x, x), (y, y), (x, y))))
 
 
 def _pixels(sample: Tensor) -> NDArray[np.float64]:

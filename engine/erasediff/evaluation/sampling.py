@@ -37,7 +37,7 @@ def sample_images(
         class_labels: int64 [N], the class of each image; None for an unconditional model.
         count: N, needed without labels.
         guidance_scale: w of classifier-free guidance, u + w (c - u); 1 is the conditional prediction, 0 the null
-            label's.
+            label's; a model without a null label has the conditional prediction alone.
         num_inference_steps: Steps of the sampler.
         seed: Seed of the initial noise.
         batch_size: Images per call.
@@ -88,7 +88,7 @@ def _guided(
 ) -> Tensor:
     """u + w (c - u); one pass of twice the batch, and a plain one where a term has no weight."""
     if labels is None or model.null_label is None:
-        return _predict(model, sample, timestep, None)
+        return _predict(model, sample, timestep, labels)
     null = torch.full_like(labels, model.null_label)
     if guidance_scale in (0.0, 1.0):
         return _predict(model, sample, timestep, labels if guidance_scale == 1.0 else null)

@@ -19,8 +19,8 @@ from erasediff.methods.spec import (
     BuildContext,
     MethodSpec,
     Requirements,
-    Space,
 )
+from erasediff.models.diffusion_model import Space
 from erasediff.parallel.unwrap import unwrapped
 
 CONTROL_KEYS = SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS

@@ -34,7 +34,8 @@ from erasediff.methods.base import Solver
 from erasediff.methods.concept_prune import HeldMask
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements, Space
+from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.models.diffusion_model import Space
 from erasediff.models.weight_masks import (
     add_masks,
     limit_masks,

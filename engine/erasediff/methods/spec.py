@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
 from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models.base import LatentModel
-
-Space = Literal["pixel", "latent"]
-"""Of a model: images themselves, or latents of an autoencoder."""
+from erasediff.models.diffusion_model import Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 import erasediff.models
 from erasediff.errors import UserError
+from erasediff.models.diffusion_model import Condition, Space
 
 if TYPE_CHECKING:
     from erasediff.models.base import LatentModel
@@ -66,6 +67,8 @@ class ModelFamily(ABC):
         flow: Whether the network is trained by flow matching, which its scheduler then must be for.
         default_guidance: Guidance scale of a sample that asks for none.
         subsets: Where the named selections of ``trainable.select`` lie in the network.
+        space: Whether samples are images themselves or latents.
+        condition: What the network is told besides the timestep.
         reference_configs: The network's configuration and default resolution in pixels, by the names that planning
             knows without a checkpoint.
     """
@@ -79,6 +82,8 @@ class ModelFamily(ABC):
     flow: ClassVar[bool]
     default_guidance: ClassVar[float]
     subsets: ClassVar[Subsets] = UNET_SUBSETS
+    space: ClassVar[Space] = "latent"
+    condition: ClassVar[Condition] = "text"
     reference_configs: ClassVar[Mapping[str, tuple[dict[str, Any], int]]] = {}
 
     @classmethod

@@ -17,6 +17,7 @@ from erasediff.models.checkpoint.base import has, read_json
 from erasediff.models.checkpoint.components import empty_module
 from erasediff.models.family import families, family_of_denoiser, sides, vae_scale
 from erasediff.models.load import open_checkpoint
+from erasediff.models.pixel_unet import is_pixel_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +79,8 @@ def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = 
     if source in references:
         config, default = references[source]
         network = Network(name=source, module=_empty(config), resolution=resolution or default)
-    elif source.endswith(".json"):
-        config = read_json(Path(source))
+    elif source.endswith(".json") or _is_network_alone(Path(source)):
+        config = read_json(Path(source) if source.endswith(".json") else Path(source, "config.json"))
         network = _with_resolution(Path(source).parent.name or source, _empty(config), resolution, 8)
     else:
         checkpoint = open_checkpoint(source)
@@ -93,6 +94,11 @@ def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = 
     # diffusers' own ``to`` warns of modules kept in float32 even where there are none.
     nn.Module.to(network.module, dtype)
     return _checked(network)
+
+
+def _is_network_alone(folder: Path) -> bool:
+    """Return true for the folder of a UNet2DModel that belongs to no pipeline."""
+    return is_pixel_model(folder) and not (folder / "model_index.json").exists()
 
 
 def _empty(config: dict[str, Any]) -> nn.Module:

@@ -10,7 +10,8 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config
-from erasediff.data import ClassDataset, forget_retain_split, load_digits
+from erasediff.data import ClassDataset, class_numbers, forget_retain_split, load_digits
+from erasediff.errors import UserError
 from erasediff.evaluation import Judge
 from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write
@@ -149,8 +150,17 @@ def plan_demo(config: Config) -> dict[str, DryRun]:
 
 def _complete(config: Config) -> Config:
     """Fill in all open settings of ``config``. UserError for classes that do not exist."""
-    config = _with_unlearn(config, forget=config.unlearn.forget or DEFAULT_FORGET, method="erasediff")
-    _, retain = forget_retain_split(load_digits().train, config.unlearn.forget, config.unlearn.retain)
+    if config.images.data is not None:
+        raise UserError("The demo is one of the digits: for other data, use train, unlearn and evaluate with --data.")
+    dataset = load_digits()
+    forget, kept = config.unlearn.forget or DEFAULT_FORGET, config.unlearn.retain
+    config = _with_unlearn(
+        config,
+        forget=class_numbers(forget, dataset.class_names),
+        retain=None if kept is None else class_numbers(kept, dataset.class_names),
+        method="erasediff",
+    )
+    _, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     return resolved(config, conditional=config.model.conditional, retain=retain)
 
 

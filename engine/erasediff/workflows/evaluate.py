@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config
-from erasediff.data import ClassDataset, forget_retain_split, load_digits
+from erasediff.data import ClassDataset, class_numbers, forget_retain_split
 from erasediff.errors import UserError
 from erasediff.evaluation import (
     ConditionalMetrics,
@@ -21,7 +21,8 @@ from erasediff.evaluation import (
 )
 from erasediff.models import PixelModel
 from erasediff.training.job import set_up_device, thread_scope
-from erasediff.workflows.load_model import load_model
+from erasediff.workflows.labelled_data import class_dataset, for_data, open_data
+from erasediff.workflows.load_model import load_unprompted
 from erasediff.workflows.sample import draw
 
 Metrics = ConditionalMetrics | UnconditionalMetrics
@@ -50,22 +51,31 @@ class Evaluation:
 
 
 @thread_scope()
-def evaluate(config: Config, model: Path, base: Path | None, forget: Sequence[int], console: Console) -> Evaluation:
-    """Evaluate the model in the diffusers folder ``model`` on forgetting ``forget``.
+def evaluate(
+    config: Config, model: Path, base: Path | None, forget: Sequence[int | str], console: Console
+) -> Evaluation:
+    """Evaluate the model in the diffusers folder ``model`` on forgetting the classes ``forget``.
+
+    The classifier is fitted to images of the data (see ``class_dataset``); the evaluation tells its accuracy.
 
     Raises:
-        UserError: A model cannot be read or compared, or a class does not exist.
+        UserError: A model cannot be read or compared, a class does not exist, or the data have no classes.
     """
-    dataset = load_digits()
-    forget_retain_split(dataset.train, forget)
+    config = for_data(config)
+    data = open_data(config)
+    if not data.class_names:
+        raise UserError("A classifier evaluates forgetting, but these data have no classes: give --data with some.")
+    forgotten = class_numbers(forget, data.class_names)
     device = set_up_device(config)
     paths = {"model": model} if base is None else {"base": base, "model": model}
-    models = {name: load_model(path, dataset, device) for name, path in paths.items()}
-    if len({loaded.num_classes for loaded in models.values()}) > 1:
-        raise UserError(f"{model} and {base} cannot be compared: one is class-conditional and the other is not.")
+    models = {name: data.fit(load_unprompted(path, device, console), path) for name, path in paths.items()}
+    if len({(loaded.num_classes, loaded.image_shape) for loaded in models.values()}) > 1:
+        raise UserError(f"{model} and {base} cannot be compared: their classes or sizes of images differ.")
+    dataset = class_dataset(config, data, models["model"], console)
+    forget_retain_split(dataset.train, forgotten)
     judge = Judge.fit(dataset)
     judged = {
-        name: judge_model(config, loaded, judge, dataset, forget, console, f"Sampling from the {name}")
+        name: judge_model(config, loaded, judge, dataset, forgotten, console, f"Sampling from the {name}")
         for name, loaded in models.items()
     }
     return Evaluation(judge=judge, judged=judged)

@@ -17,14 +17,17 @@ from erasediff.data import (
     CachedBatches,
     CachedImages,
     CaptionedImage,
+    ImageSet,
     LatentCache,
     Partition,
+    ReadOptions,
     Stream,
     check_disjoint,
+    class_numbers,
     forget_classes,
     forget_files,
     forget_phrases,
-    read_images,
+    read_image_set,
     synthesise,
 )
 from erasediff.data.encoder_outputs import check_latents, encode_prompts
@@ -51,19 +54,35 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     return Partition([*forget, *make(settings.forget_prompts)], [*retain, *make(settings.retain_prompts)])
 
 
-def listed_images(settings: ImagesConfig) -> Partition:
+def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> ImageSet:
+    """List the images of a data set of any format. UserError as in ``read_image_set``."""
+    options = ReadOptions(
+        split=settings.split,
+        caption_column=settings.caption_column,
+        template=settings.caption_template,
+        class_column=settings.class_column,
+        captions=captions,
+    )
+    return read_image_set(location, options)
+
+
+def listed_images(settings: ImagesConfig, data: ImageSet | None = None, *, captions: bool = True) -> Partition:
     """List the images that exist before any are sampled for prompts. None is opened.
+
+    Args:
+        settings: The section ``images``.
+        data: The images of ``settings.data``, if they are listed already.
+        captions: Whether each image needs a caption.
 
     Raises:
         UserError: For images that cannot be listed or lack captions, a choice that fits none, and, prompts counted, a
             set that comes out empty.
     """
-    read = partial(
-        read_images, split=settings.split, caption_column=settings.caption_column, template=settings.caption_template
-    )
-    forget, retain = _selected(settings, read(settings.data)) if settings.data else Partition([], [])
+    if data is None and settings.data:
+        data = read_data(settings, settings.data, captions=captions)
+    forget, retain = _selected(settings, data) if data else Partition([], [])
     if settings.forget_data:
-        forget = [*forget, *read(settings.forget_data)]
+        forget = [*forget, *read_data(settings, settings.forget_data, captions=captions).images]
     if not forget and not settings.forget_prompts:
         raise UserError(
             "Nothing to forget: choose among --data with --forget-class, --forget-phrase or --forget-files, or give "
@@ -74,11 +93,14 @@ def listed_images(settings: ImagesConfig) -> Partition:
     return Partition(forget, retain)
 
 
-def _selected(settings: ImagesConfig, images: list[CaptionedImage]) -> Partition:
-    """``images`` to forget, selected by class, phrase or file, and all others."""
-    selections = []
+def _selected(settings: ImagesConfig, data: ImageSet) -> Partition:
+    """Images of ``data`` to forget, selected by class, phrase or file, and all others."""
+    images, selections = data.images, []
     if settings.forget_classes:
-        selections.append(forget_classes(images, settings.forget_classes, settings.class_column))
+        requested: Sequence[str] = settings.forget_classes
+        if data.class_names:
+            requested = [data.class_names[number] for number in class_numbers(requested, data.class_names)]
+        selections.append(forget_classes(images, requested, settings.class_column))
     if settings.forget_phrases:
         selections.append(forget_phrases(images, settings.forget_phrases))
     if settings.forget_files:

@@ -1,9 +1,9 @@
-"""Load models: pixel-space models of the digits, text-to-image checkpoints with a LoRA, pruning masks."""
+"""Load models: models in pixels, text-to-image checkpoints with a LoRA, pruning masks."""
 
-import json
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from erasediff.config import Config, differences, for_text_to_image
 from erasediff.data import ClassDataset
@@ -14,6 +14,7 @@ from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint.base import WEIGHT_FILES
 from erasediff.models.checkpoint.hub import is_hub_id
 from erasediff.models.load import load_text_to_image
+from erasediff.models.pixel_unet import is_pixel_model
 from erasediff.models.weight_masks import apply_masks, load_masks
 from erasediff.training.job import set_up_device, thread_scope
 
@@ -24,8 +25,25 @@ def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> Pixel
     image_shape = tuple(dataset.train.sample.shape[1:])
     if model.image_shape != image_shape or model.num_classes not in (None, dataset.num_classes):
         raise UserError(
-            f"The model in {path} makes {_described(model.image_shape, model.num_classes)}, "
-            f"but the data are {_described(image_shape, dataset.num_classes)}."
+            f"The model in {path} makes {described(model.image_shape, model.num_classes)}, "
+            f"but the data are {described(image_shape, dataset.num_classes)}: name its own data with --data."
+        )
+    return model
+
+
+def load_unprompted(path: Path, device: torch.device, console: Console) -> PixelModel:
+    """Load a model without prompts, class-conditional or not; what had to be assumed of it is printed.
+
+    Raises:
+        UserError: As ``PixelModel.load``.
+    """
+    model = PixelModel.load(path, device)
+    if model.is_schedule_assumed:
+        console.print(
+            f"{path} has no scheduler: the linear schedule of DDPM, 1000 timesteps and epsilon prediction are assumed. "
+            "A scheduler_config.json beside its config.json says otherwise.",
+            markup=False,
+            highlight=False,
         )
     return model
 
@@ -66,12 +84,15 @@ def read_denoiser(config: Config, model: LatentModel) -> None:
         lora.merge_into_denoiser(model, config.text_to_image.lora)
 
 
-def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
+def described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
+    """Images of a shape and number of classes in words."""
     classes = "" if num_classes is None else f" in {num_classes} classes"
     return f"images of {' x '.join(map(str, image_shape))}{classes}"
 
 
-SECTIONS = ("images.", "text_to_image.", "output.")
+SECTIONS = ("text_to_image.", "output.", "images.images_per_prompt")
+"""Settings of text-to-image models alone, but for ``ANY_MODEL``."""
+ANY_MODEL = frozenset({"text_to_image.train", "text_to_image.gradient_checkpointing"})
 
 
 def is_text_to_image(source: Path) -> bool:
@@ -79,13 +100,14 @@ def is_text_to_image(source: Path) -> bool:
     if source.suffix in WEIGHT_FILES:
         return True
     if source.is_dir():
-        return _unet_class(source) != "UNet2DModel"
+        return not is_pixel_model(source)
     return not source.exists() and is_hub_id(str(source))
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
     """Raise UserError for settings of text-to-image models, given for a pixel-space model."""
-    foreign = [name for name in differences(Config(), config) if name.startswith(SECTIONS)]
+    changed = differences(Config(), config)
+    foreign = [name for name in changed if name.startswith(SECTIONS) and name not in ANY_MODEL]
     if foreign:
         raise UserError(f"The setting {foreign[0]} is for text-to-image models, which {config.unlearn.model} is not.")
 
@@ -94,14 +116,6 @@ def check_pixel_precision(config: Config) -> None:
     """Raise UserError for a precision that pixel-space models are not trained in."""
     if config.precision == "bf16-true":
         raise UserError("Pixel-space models keep float32 weights: set precision to bf16-mixed or fp32.")
-
-
-def _unet_class(folder: Path) -> str | None:
-    try:
-        _, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["unet"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(name)
 
 
 @thread_scope()

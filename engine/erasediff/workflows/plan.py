@@ -12,6 +12,7 @@ from erasediff.planning.reference_models import Network, network_of
 from erasediff.planning.step_plan import dtypes, run_precision
 from erasediff.workflows.build_method import check_settings, method_parameters, needed_batches, selected_weights
 from erasediff.workflows.record_passes import step_plan
+from erasediff.workflows.unlearn_pixel import check_unprompted
 
 PIXEL_NETWORK = "UNet2DModel"
 
@@ -48,7 +49,8 @@ def _resolution(config: Config) -> int | None:
 
 
 def _pixel_defaults(config: Config, network: Network) -> Config:
-    """Fill in a pixel-space model's defaults wherever nothing was set."""
+    """Fill in the defaults of a model without prompts wherever nothing was set. UserError for a method of prompts."""
+    check_unprompted(config)
     network_config = network.module.config
     conditional = bool(getattr(network_config, "num_class_embeds", None))
     return config.model_copy(update={"unlearn": config.unlearn.resolved(conditional=conditional, retained=(0, 1))})

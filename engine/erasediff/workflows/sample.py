@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config, for_text_to_image
-from erasediff.data import load_digits
+from erasediff.data import class_numbers
 from erasediff.errors import UserError
 from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
@@ -21,7 +21,7 @@ from erasediff.models.base import LatentModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
-from erasediff.workflows.load_model import load_checkpoint, load_model
+from erasediff.workflows.load_model import load_checkpoint, load_unprompted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +35,19 @@ class SampledImages:
 
 @thread_scope()
 def sample(
-    config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int] | None, count: int
+    config: Config, model_path: Path, out: Path, console: Console, *, classes: Sequence[int | str] | None, count: int
 ) -> SampledImages:
     """Draw ``count`` images of each class (by default of every class), or in all from an unconditional model.
 
     ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
     UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
     """
-    dataset = load_digits()
-    model = load_model(model_path, dataset, set_up_device(config))
+    model = load_unprompted(model_path, set_up_device(config), console)
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
     prefixes = [""] * len(images) if labels is None else [f"class-{label}-" for label in labels.tolist()]
     names = [f"{prefix}{number:05d}" for number, prefix in enumerate(prefixes)]
-    write_images(images, out, names, columns=count, scale=4)
+    write_images(images, out, names, columns=count, scale=max(1, 32 // images.shape[-1]))
     return SampledImages(images=images, labels=labels, written=out)
 
 
@@ -69,24 +68,23 @@ def is_picture(out: Path) -> bool:
     return out.suffix.lower() in Image.registered_extensions()
 
 
-def labels_for(model: PixelModel, path: Path, classes: Sequence[int] | None, count: int) -> Tensor | None:
+def labels_for(model: PixelModel, path: Path, classes: Sequence[int | str] | None, count: int) -> Tensor | None:
     """``count`` labels of each class, int64 [N], or None for an unconditional model. UserError as in ``sample``."""
     if model.num_classes is None:
         if classes is not None:
             raise UserError(f"The model in {path} is unconditional: omit the classes.")
         return None
-    existing = range(model.num_classes)
-    unknown = [number for number in classes or () if number not in existing]
-    if unknown:
-        raise UserError(f"There is no class {unknown[0]} in {path}: choose from {', '.join(map(str, existing))}.")
     if classes is not None and not classes:
-        raise UserError(f"Name at least one class of {', '.join(map(str, existing))}.")
-    return torch.tensor(existing if classes is None else classes).repeat_interleave(count)
+        raise UserError(f"Name at least one class of {', '.join(model.class_names)}.")
+    chosen = range(model.num_classes) if classes is None else class_numbers(classes, model.class_names, str(path))
+    return torch.tensor(chosen).repeat_interleave(count)
 
 
 def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, console: Console, title: str) -> Tensor:
     """Images [N, C, H, W] in [-1, 1] of ``labels``, or ``count`` without labels, under a progress bar."""
     settings = config.sample
+    if labels is not None and model.null_label is None and settings.guidance_scale not in (None, 1.0):
+        raise UserError("The model has no null label to guide away from: omit --guidance.")
     total = count if labels is None else len(labels)
     with progress_bar(console, title, total) as bar:
         return sample_images(

@@ -1,4 +1,4 @@
-"""Train a diffusion model from scratch: the base model, or one that never saw the excluded classes."""
+"""Train a pixel-space model from scratch: a base model, or one that never saw the excluded classes."""
 
 import fcntl
 import hashlib
@@ -12,66 +12,103 @@ import torch
 from rich.console import Console
 
 from erasediff.config import Config
-from erasediff.data import GlobalBatches, forget_retain_split, load_digits
-from erasediff.diffusion.noise_schedule import Process
+from erasediff.data import Images, ImageSet, Stream, load_digits
+from erasediff.errors import UserError
 from erasediff.io.atomic import storage_errors
 from erasediff.io.cache_dir import cache_folder
 from erasediff.methods import FineTune
 from erasediff.models import PixelModel
 from erasediff.models.weight_update import host_copy
-from erasediff.parallel.init import share_of
 from erasediff.training.job import RunResult, TrainingJob, parallelize, precision_of, set_up_device, thread_scope
+from erasediff.training.loop import Batches
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import RunFolder, RunPlace
 from erasediff.training.run_size import run_bytes
 from erasediff.utils.versions import library_versions
 from erasediff.workflows.build_method import save_measured
+from erasediff.workflows.labelled_data import (
+    LabelledData,
+    Samples,
+    for_data,
+    labelled_batches,
+    labels_of,
+    noise,
+    open_data,
+    refuse_prompt_settings,
+)
+from erasediff.workflows.latent_data import NoiseBatches
 from erasediff.workflows.load_model import check_pixel_precision
 from erasediff_kernels import ConstrainedAdamW
 
 
 def train_base(config: Config, place: RunPlace, console: Console, title: str = "Training") -> RunResult:
     """Train the model that ``config`` describes on its data, in a run folder."""
-    return training_job(config, title).run(place, console)
+    return training_job(config, title, console).run(place, console)
 
 
 def untrained_model(config: Config, device: torch.device) -> PixelModel:
-    """Build the model that ``config`` describes, with its initial weights."""
-    shape = config.model.model_dump(exclude={"conditional"})
-    classes = load_digits().num_classes if config.model.conditional else None
-    return PixelModel.build(num_classes=classes, seed=config.seed, **shape).to(device)
+    """Build the model that ``config`` describes, with its initial weights. UserError as ``open_data``."""
+    return _untrained(config, open_data(config), device)
+
+
+def _untrained(config: Config, data: LabelledData, device: torch.device) -> PixelModel:
+    settings = config.model.model_dump(exclude={"conditional"})
+    classes = len(data.class_names) if config.model.conditional else None
+    if classes == 0:
+        raise UserError("The images have no classes to condition on: put each class into a folder, or --unconditional.")
+    model = PixelModel.build(num_classes=classes, image_shape=data.image_shape(config), seed=config.seed, **settings)
+    return model.described_by(data.class_names).to(device)
 
 
 @thread_scope()
-def training_job(config: Config, title: str = "Training") -> TrainingJob:
-    """Build the job of ``train_base``. UserError for excluded classes that do not exist."""
+def training_job(
+    config: Config,
+    title: str = "Training",
+    console: Console | None = None,
+    *,
+    data: ImageSet | None = None,
+    rehearse: bool = False,
+) -> TrainingJob:
+    """Build the job of ``train_base``.
+
+    Args:
+        config: Complete configuration.
+        title: Title of the progress bar.
+        console: Console for progress bars; None for silence.
+        data: Takes the place of the configuration's, such as one of ``from_torch_dataset``.
+        rehearse: Build a run to be measured instead, on noise where images would have to be read.
+
+    Raises:
+        UserError: For excluded classes that do not exist, and as ``open_data`` and ``labelled_batches``.
+    """
     check_pixel_precision(config)
-    settings = config.train
+    refuse_prompt_settings(config.images)
+    config, settings = for_data(config, data), config.train
     device = set_up_device(config)
-    images = load_digits().train
-    if config.data.exclude:
-        _, images = forget_retain_split(images, config.data.exclude)
-    model = untrained_model(config, device)
+    labelled = open_data(config, data)
+    images = labelled.training(config.data.exclude)
+    model = _untrained(config, labelled, device)
+    retain = _batches(config, model, images, console or Console(quiet=True), rehearse=rehearse)
     original = host_copy(model.unet)
     disk_bytes = run_bytes(config, settings, model.unet, model.unet.parameters())
     trained, optimizer = parallelize(
         config,
         settings,
-        model.unet,
-        model.unet.parameters(),
+        model.denoiser,
+        model.denoiser.parameters(),
         partial(ConstrainedAdamW, lr=settings.lr, weight_decay=settings.weight_decay, ema_decay=settings.ema_decay),
     )
     return TrainingJob(
         title=title,
         config=config,
-        network=model.unet,
+        network=model.denoiser,
         save=partial(save_measured, model.unet, original, partial(model.save, replace=True)),
         disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=FineTune(
             trained,
             optimizer,
-            process=Process.from_scheduler(model.scheduler),
+            process=model.process,
             min_snr_gamma=settings.min_snr_gamma,
             max_grad_norm=settings.max_grad_norm,
             accumulation_steps=settings.accumulation_steps,
@@ -79,16 +116,24 @@ def training_job(config: Config, title: str = "Training") -> TrainingJob:
             seed=config.seed,
         ),
         rate=LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule),
-        retain=GlobalBatches(
-            images.to(device),
-            settings.batch_size,
-            seed=config.seed,
-            conditional=config.model.conditional,
-            label_dropout=settings.label_dropout,
-            null_label=model.null_label,
-            **share_of(settings.batch_size, "train.batch_size"),
-        ),
+        retain=retain,
     )
+
+
+def _batches(config: Config, model: PixelModel, images: Samples, console: Console, *, rehearse: bool) -> Batches:
+    settings = config.train
+    if rehearse and not isinstance(images, Images):
+        return NoiseBatches(noise(config, model, settings.batch_size, "train.batch_size", labels_of(images)))
+    batches = labelled_batches(
+        config,
+        model,
+        console,
+        {Stream.RETAIN: images},
+        batch_size=settings.batch_size,
+        setting="train.batch_size",
+        dropout={Stream.RETAIN: settings.label_dropout},
+    )
+    return batches[Stream.RETAIN]
 
 
 SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distributed": {"own_reduction"}}

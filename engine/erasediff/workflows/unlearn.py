@@ -1,4 +1,4 @@
-"""Unlearning and sampling of any model: a text-to-image checkpoint, or a pixel-space model of the digits."""
+"""Unlearning and sampling of any model: with prompts, with class labels, or with neither."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from erasediff.workflows.build_method import check_settings
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, refuse_text_to_image_settings
 from erasediff.workflows.sample import SampledImages, sample, sample_prompts
 from erasediff.workflows.unlearn_latent import text_to_image_job, with_latent_defaults
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.unlearn_pixel import check_unprompted, pixel_unlearning_job
 
 
 def unlearning_job(
@@ -37,16 +37,19 @@ def unlearning_job(
             kind of model does not read.
     """
     check_settings(config, given)
+    source = config.unlearn.model
+    if source is not None and not is_text_to_image(source):
+        check_unprompted(config)
     check_single_process(config)
     spec = METHOD_SPECS[config.unlearn.method]
     if spec.run is not None:
         return _standalone_job(config, spec.run, place)
     if place is not None:
         place.check()
-    if config.unlearn.model is not None and is_text_to_image(config.unlearn.model):
+    if source is not None and is_text_to_image(source):
         return text_to_image_job(config, console, rehearse=place is None, out=None if place is None else place.path)
     refuse_text_to_image_settings(config)
-    return pixel_unlearning_job(config)
+    return pixel_unlearning_job(config, console=console, rehearse=place is None)
 
 
 def _standalone_job(
@@ -76,7 +79,7 @@ def draw_from(
     out: Path,
     console: Console,
     *,
-    classes: Sequence[int] | None,
+    classes: Sequence[int | str] | None,
     prompts: Sequence[str] | None,
     count: int | None,
 ) -> SampledImages:

@@ -119,7 +119,9 @@ def _checked(config: Config) -> Path:
     if settings.model is None:
         raise UserError("There is no model to unlearn from; name one with --model.")
     if settings.forget or settings.retain or settings.relabel_to:
-        raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
+        raise UserError(
+            "A model with prompts has no class labels: choose images with --forget-class, or say what captions have."
+        )
     return settings.model
 
 

@@ -1,83 +1,181 @@
-"""Unlearn classes of the digits from a model, with any of the methods."""
+"""Unlearn classes or images from a model without prompts, class-conditional or not, with any of the methods."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from erasediff.config import Config, UnlearnConfig
-from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
-from erasediff.diffusion.batch import diffusers_denoiser
-from erasediff.diffusion.noise_schedule import Process
+from erasediff.config import Config, TextToImageConfig, UnlearnConfig
+from erasediff.data import Images, ImageSet, Stream, class_numbers
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
-from erasediff.models import PixelModel
-from erasediff.parallel.init import share_of
+from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
+from erasediff.training.loop import Batches
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.build_method import UnlearningModel, build_training_job, method_parameters, needed_batches
-from erasediff.workflows.load_model import check_pixel_precision, load_model
+from erasediff.workflows.build_method import (
+    UnlearningModel,
+    build_training_job,
+    method_parameters,
+    needed_batches,
+    selected_weights,
+)
+from erasediff.workflows.labelled_data import (
+    LabelledSplit,
+    Samples,
+    for_data,
+    labelled_batches,
+    labels_of,
+    noise,
+    open_data,
+    refuse_prompt_settings,
+)
+from erasediff.workflows.latent_data import NoiseBatches
+from erasediff.workflows.load_model import check_pixel_precision, load_unprompted
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
     """Make the model at ``config.unlearn.model`` forget ``config.unlearn.forget``."""
-    return pixel_unlearning_job(config).run(place, console)
+    return pixel_unlearning_job(config, console=console).run(place, console)
 
 
 @thread_scope()
-def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> TrainingJob:
-    """Build the job of ``unlearn``; ``model`` replaces the configuration's.
+def pixel_unlearning_job(
+    config: Config,
+    model: UnpromptedModel | None = None,
+    console: Console | None = None,
+    *,
+    data: ImageSet | None = None,
+    rehearse: bool = False,
+) -> TrainingJob:
+    """Build the job of ``unlearn``.
+
+    Args:
+        config: Settings that are not set take the defaults of the kind of model.
+        model: Takes the place of the configuration's.
+        console: Console for progress bars and notes; None for silence.
+        data: Takes the place of the configuration's, such as one of ``from_torch_dataset``.
+        rehearse: Build a run to be measured instead, which reads no images and writes nothing.
 
     Raises:
-        UserError: There is no model, a class does not exist, or forget and retain sets are empty or overlap.
+        UserError: There is no model, a class or file does not exist, forget and retain sets are empty or overlap, or
+            model and data do not fit.
     """
+    console = console or Console(quiet=True)
     check_pixel_precision(config)
+    refuse_prompt_settings(config.images)
+    check_unprompted(config)
+    config = for_data(config, data)
     device = set_up_device(config)
-    dataset = load_digits()
-    forget, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
+    labelled = open_data(config, data)
+    split = labelled.split(config)
+    source = config.unlearn.model
     if model is None:
-        if config.unlearn.model is None:
+        if source is None:
             raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
-        model = load_model(config.unlearn.model, dataset, device)
-    model = model.to(device)
-    config = resolved(config, conditional=model.num_classes is not None, retain=retain)
+        model = load_unprompted(source, device, console)
+    model = labelled.fit(model, source).to(device)
+    config = _by_number(config, labelled.class_names, split)
+    config = resolved(config, conditional=model.num_classes is not None, retain=split.retain, forget=split.forget)
     settings = config.unlearn
-    if not needed_batches(config):
-        raise UserError(
-            f"The method {settings.method} needs prompts, which no model of the digits has; choose another --method."
-        )
-    batches = partial(
-        GlobalBatches,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        conditional=model.num_classes is not None,
-        null_label=model.null_label,
-        **share_of(settings.batch_size, "unlearn.batch_size"),
-    )
+    if model.null_label is None and model.num_classes is not None:
+        # There is no label to drop to.
+        console.print("The model has no null label, so labels are not dropped.", highlight=False)
+    selected = _selected_weights(config, model.denoiser)
+    retain, forget = _batches(config, model, console, split, rehearse=rehearse)
     return build_training_job(
         config,
         UnlearningModel(
-            network=model.unet,
-            process=Process.from_scheduler(model.scheduler),
-            predict=diffusers_denoiser,
-            save=partial(model.save, replace=True),
+            network=model.denoiser,
+            process=model.process,
+            predict=model.predict,
+            save=partial(_save, model),
             relabel=partial(relabelling, settings, model),
         ),
-        method_parameters(config, model.unet),
-        retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
-        forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
+        method_parameters(config, model.denoiser, selected),
+        retain=retain,
+        forget=forget,
     )
 
 
-def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
+def check_unprompted(config: Config) -> None:
+    """Raise UserError for a method that works on prompts."""
+    if METHOD_SPECS[config.unlearn.method].run is not None or not needed_batches(config):
+        raise UserError(
+            f"The method {config.unlearn.method} needs prompts, which no class-conditional or unconditional model has; "
+            "choose another --method."
+        )
+
+
+def _selected_weights(config: Config, network: Any) -> list[str] | None:
+    """Names of the weights to train, None for all of them; the network is set up to train them.
+
+    The default of models with prompts, cross-attention, is none of a network without prompts: it stands for all.
+    """
+    settings = config.text_to_image
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if settings.train == TextToImageConfig().train:
+        return None
+    if settings.train == "lora":
+        raise UserError(
+            "A LoRA is trained on models with prompts alone: choose weights, such as --train re:attentions."
+        )
+    return selected_weights(config, network)
+
+
+def _save(model: UnpromptedModel, path: Path) -> None:
+    model.save(path, replace=True)
+
+
+def _by_number(config: Config, names: tuple[str, ...], split: LabelledSplit) -> Config:
+    """``config`` with all classes by number."""
+    numbers = {
+        name: None if value is None else class_numbers(value, names)
+        for name, value in (("retain", config.unlearn.retain), ("relabel_to", config.unlearn.relabel_to))
+    }
+    settings = config.unlearn.model_copy(update={"forget": split.forgotten, **numbers})
+    return config.model_copy(update={"unlearn": settings})
+
+
+def _batches(
+    config: Config, model: UnpromptedModel, console: Console, split: LabelledSplit, *, rehearse: bool
+) -> tuple[Batches, Batches]:
+    """(retain, forget); of noise for a rehearsal on images that would have to be read."""
+    settings = config.unlearn
+    if rehearse and not isinstance(split.retain, Images):
+        alike = partial(noise, config, model, settings.batch_size, "unlearn.batch_size")
+        return NoiseBatches(alike(labels_of(split.retain))), NoiseBatches(alike(labels_of(split.forget)))
+    batches = labelled_batches(
+        config,
+        model,
+        console,
+        {Stream.RETAIN: split.retain, Stream.FORGET: split.forget},
+        batch_size=settings.batch_size,
+        setting="unlearn.batch_size",
+        dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
+    )
+    return batches[Stream.RETAIN], batches[Stream.FORGET]
+
+
+def resolved(config: Config, *, conditional: bool, retain: Samples, forget: Samples = ()) -> Config:
     """Fill in the defaults of the kind of model, wherever nothing was set."""
-    retained = sorted(set(retain.class_labels.tolist()))
+    forgotten = labels_of(forget)
+    retained = [label for label in labels_of(retain) if label not in forgotten]
     defaults = METHOD_SPECS[config.unlearn.method].defaults(config, "pixel")
-    settings = config.unlearn.resolved(conditional=conditional, retained=retained, method_defaults=defaults)
-    unknown = set(settings.relabel_to or ()) - set(retained)
+    settings = config.unlearn.resolved(
+        conditional=conditional, retained=retained, forgotten=forgotten, method_defaults=defaults
+    )
+    if conditional and settings.target == "relabel" and not retained and not config.unlearn.relabel_to:
+        raise UserError(
+            "Every class has forgotten images, so there is none to relabel to: choose --target uniform or gaussian."
+        )
+    unknown = set(settings.relabel_to or ()) - set(labels_of(retain))
     if unknown:
         raise UserError(
             f"Cannot relabel the forgotten class to {', '.join(map(str, sorted(unknown)))}: choose a retained class."
@@ -85,7 +183,7 @@ def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:
     return config.model_copy(update={"unlearn": settings})
 
 
-def relabelling(settings: UnlearnConfig, model: PixelModel, teacher: Callable[[], nn.Module]) -> Relabel:
+def relabelling(settings: UnlearnConfig, model: UnpromptedModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """Relabelling target: another class. UserError for a model without classes."""
     if model.num_classes is None:
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")

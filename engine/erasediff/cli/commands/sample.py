@@ -10,10 +10,12 @@ from erasediff.cli.output import emit, loading, messages
 def sample(
     model: Annotated[Path, typer.Option(help="A diffusers folder, a .safetensors file, or a hub id.")],
     out: Annotated[Path, typer.Option(help="An image such as grid.png, or a folder for single images.")],
-    classes: Annotated[str | None, typer.Option(help="Digits: classes to draw, such as 0,1,2; by default all.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes to draw by number or name, such as 0,1; by default all.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Text-to-image: prompts to draw, 'a;b', or a .txt file.")] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Images of each class or prompt; by default 50 digits, 1 otherwise.")
+        int | None, typer.Option(min=1, help="Images of each class or prompt; by default 50 of a class, 1 of a prompt.")
     ] = None,
     lora: options.Lora = None,
     saemnesia: Annotated[
@@ -36,7 +38,7 @@ def sample(
         seed=seed,
         device=device,
     )
-    numbers, texts = options.class_numbers(classes), options.prompts(prompts)
+    numbers, texts = options.class_references(classes), options.prompts(prompts)
     with loading(messages):
         from erasediff.workflows.unlearn import draw_from
     drawn = draw_from(full_config, model, out, messages, classes=numbers, prompts=texts, count=count)

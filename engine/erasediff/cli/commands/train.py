@@ -9,7 +9,11 @@ from erasediff.cli.session import launch_workers, resolve_run, run_job
 
 def train(
     out: options.RunOut = None,
-    exclude: Annotated[str | None, typer.Option(help="Classes to leave out, such as 3,5.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Image folder with a folder per class, or any other data set; by default the digits."),
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Classes to leave out by number or name, such as 3,5.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="A model without class labels.")] = False,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
@@ -27,7 +31,9 @@ def train(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a diffusion model on the digits, and save it as a diffusers folder in OUT/model.
+    """Train a small diffusion model in pixels from scratch, and save it as a diffusers folder in OUT/model.
+
+    Size, channels and classes are those of the data; the architecture is in the section model of the configuration.
 
     Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
     in ten was skipped as not finite, or no weight changed.
@@ -38,7 +44,8 @@ def train(
         config,
         settings,
         dry_run=dry_run,
-        data__exclude=options.class_numbers(exclude),
+        images__data=data,
+        data__exclude=options.class_references(exclude),
         model__conditional=False if unconditional else None,
         train__steps=steps,
         train__batch_size=batch_size,
@@ -50,4 +57,4 @@ def train(
     launch_workers(full_config, "train")
     with loading(messages):
         from erasediff.workflows.train_pixel import training_job
-    run_job(training_job(full_config), place, as_json=as_json, out=out)
+    run_job(training_job(full_config, console=messages, rehearse=place is None), place, as_json=as_json, out=out)

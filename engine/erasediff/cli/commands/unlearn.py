@@ -20,13 +20,20 @@ def build_job(
     model: Annotated[
         Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
     ] = None,
-    forget: Annotated[str | None, typer.Option(help="Digits: classes to forget, such as 3 or 3,5.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Digits: classes to retain; by default all others.")] = None,
+    forget: Annotated[str | None, typer.Option(help="Classes to forget by number, such as 3 or 3,5.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Classes to retain by number; by default all others.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Image folder or data set with captions; what is not forgotten is retained.")
+        str | None,
+        typer.Option(help="Image folder or data set, with captions or classes; what is not forgotten is retained."),
     ] = None,
     forget_class: Annotated[
-        list[str] | None, typer.Option(help="Forget the images of --data of this class (subfolder or column).")
+        list[str] | None, typer.Option(help="Forget the images of this class by name or number (subfolder or column).")
+    ] = None,
+    retain_class: Annotated[
+        list[str] | None, typer.Option(help="Without prompts: retain this class; by default all others.")
+    ] = None,
+    relabel_class: Annotated[
+        list[str] | None, typer.Option(help="Without prompts: relabel what is forgotten to this class.")
     ] = None,
     forget_phrase: Annotated[
         list[str] | None, typer.Option(help="Forget the images of --data whose captions say this.")
@@ -80,7 +87,8 @@ def build_job(
     flags: dict[str, Any] = dict(
         unlearn__model=model,
         unlearn__forget=options.class_numbers(forget),
-        unlearn__retain=options.class_numbers(retain),
+        unlearn__retain=_retained(retain, retain_class),
+        unlearn__relabel_to=relabel_class,
         images__data=data,
         images__forget_classes=forget_class,
         images__forget_phrases=forget_phrase,
@@ -111,6 +119,13 @@ def build_job(
     return place, unlearning_job(full_config, messages, place, given)
 
 
+def _retained(numbers: str | None, names: list[str] | None) -> list[int | str] | None:
+    """Classes of --retain and --retain-class together; None for neither."""
+    if numbers is None and names is None:
+        return None
+    return [*(options.class_numbers(numbers) or ()), *(names or ())]
+
+
 def unlearn(
     *,
     out: options.RunOut = None,
@@ -121,7 +136,8 @@ def unlearn(
 ) -> None:
     """Make a model forget, and save the result in OUT/model as a diffusers folder.
 
-    A model of the digits forgets classes by number; a text-to-image model forgets captioned images, or prompts.
+    A class-conditional or unconditional model forgets classes or images; a text-to-image model forgets captioned
+    images, or prompts.
 
     Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
     in ten was skipped as not finite, or no weight changed.

@@ -1,0 +1,5 @@
+"""Formats of image data sets, one per file: a module here with a ``SOURCE`` is a further one."""
+
+from erasediff.data.sources.base import ImageSet, ReadOptions, Source, labelled, read_image_set, sources
+
+__all__ = ["ImageSet", "ReadOptions", "Source", "labelled", "read_image_set", "sources"]

@@ -1,0 +1,60 @@
+"""Images that are arrays of pixels: as image files in memory, which the rest of the pipeline reads as any others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erasediff.data.image_folder import CLASS, CaptionedImage
+from erasediff.data.sources.base import ImageSet
+from erasediff.errors import UserError
+
+Pixels = NDArray[np.uint8]
+Arrays = Sequence[Any] | NDArray[Any]
+
+
+def netpbm(pixels: Pixels) -> bytes:
+    """A binary PGM or PPM file of uint8 ``pixels`` [H, W] or [H, W, 1 or 3]: a header and the bytes themselves."""
+    height, width, *channels = pixels.shape
+    kind = "P6" if channels == [3] else "P5"
+    return f"{kind}\n{width} {height}\n255\n".encode() + np.ascontiguousarray(pixels).tobytes()
+
+
+def array_images(location: str, arrays: Arrays, labels: Sequence[int] | None, class_names: Sequence[str]) -> ImageSet:
+    """Image set of arrays.
+
+    Args:
+        location: Where the arrays are from; image i is called ``location``/i.
+        arrays: uint8 [H, W] or [H, W, 1 or 3] for each image, read when it is needed.
+        labels: Number of each image's class; None for a set without classes.
+        class_names: Names of the classes by number; () for their numbers.
+
+    Raises:
+        UserError: A label is none of the classes', or there are more or fewer than images.
+    """
+    if labels is None:
+        return ImageSet([_image(location, arrays, number) for number in range(len(arrays))])
+    if len(labels) != len(arrays):
+        raise UserError(f"{location} has {len(arrays)} images but {len(labels)} labels: it is damaged.")
+    count = max(labels, default=-1) + 1
+    names = tuple(class_names) or tuple(map(str, range(count)))
+    if min(labels, default=0) < 0 or count > len(names):
+        raise UserError(f"{location} has labels outside of 0 to {len(names) - 1}: it is damaged, or has other classes.")
+    return ImageSet([_image(location, arrays, number, names, labels[number]) for number in range(len(arrays))], names)
+
+
+def _image(
+    location: str, arrays: Arrays, number: int, names: Sequence[str] = (), label: int | None = None
+) -> CaptionedImage:
+    attributes = {} if label is None else {CLASS: names[label]}
+    read = partial(_read, arrays, number)
+    return CaptionedImage(Path(location, f"{number:05d}"), "", number, attributes, read, label)
+
+
+def _read(arrays: Arrays, number: int) -> bytes:
+    return netpbm(np.asarray(arrays[number]))
