@@ -9,6 +9,10 @@ from erasediff.data.forget_split import (
     forget_files,
     forget_phrases,
     forget_retain_split,
+    partition,
+    select_classes,
+    select_files,
+    select_phrases,
 )
 from erasediff.data.hf_datasets import read_images
 from erasediff.data.image_folder import CaptionedImage
@@ -33,7 +37,11 @@ __all__ = [
     "forget_phrases",
     "forget_retain_split",
     "load_digits",
+    "partition",
     "read_images",
     "read_prompts",
+    "select_classes",
+    "select_files",
+    "select_phrases",
     "synthesise",
 ]

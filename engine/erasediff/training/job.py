@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
+from erasediff.data.image_lists import ImageLists
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
@@ -62,6 +63,7 @@ class TrainingJob:
         retain: Batches of retained data.
         forget: Batches of forgotten data, if the method takes them.
         saved_as: Name of the model in the run's folder.
+        lists: Images to forget and to retain, which the run's folder records before the first step.
     """
 
     title: str
@@ -74,6 +76,7 @@ class TrainingJob:
     retain: Batches
     forget: Batches | None = None
     saved_as: str = MODEL
+    lists: ImageLists | None = None
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
@@ -91,6 +94,7 @@ class TrainingJob:
 
     def _run(self, place: RunPlace, console: Console) -> RunResult:
         run = place.open(self.config)
+        self._record_images(run.path, console)
         outcome = run_steps(
             self.method,
             self.network,
@@ -112,6 +116,14 @@ class TrainingJob:
             seconds=outcome.seconds,
             metrics=outcome.last,
         )
+
+    def _record_images(self, run: Path, console: Console) -> None:
+        """List the images in the run's folder, by the main rank. UserError for a run that was started with others."""
+        peers = ControlPlane.current()
+        with peers.main_process_first():
+            if peers.is_main and self.lists is not None:
+                self.lists.record(run)
+                console.print(self.lists.summary(), highlight=False, markup=False, soft_wrap=True)
 
     def _export(self, path: Path) -> None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""

@@ -1,6 +1,7 @@
 """Unlearn images or concepts from a text-to-image model, with any of the methods."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
+from erasediff.data.image_lists import ImageLists
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -58,7 +60,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
     load_denoiser = partial(_load_denoiser, config, model, _choose_attention(config, model, console))
     selected = selected_weights(config, model.denoiser)
     # Before a LoRA is added: images for prompts are the original model's.
-    retain, forget = _batches(config, model, console, load_denoiser, rehearse=rehearse)
+    retain, forget, lists = _batches(config, model, console, load_denoiser, rehearse=rehearse)
     encode = _cached_encoder(model)
     for prompts in _encoded_prompts(config, retain):
         encode(prompts)
@@ -93,7 +95,7 @@ def text_to_image_job(config: Config, console: Console, *, rehearse: bool = Fals
         assert isinstance(job.method, Solver)
         batches = map(forget.at, range(config.text_to_image.saliency_batches))
         keep_to_the_salient(job.method, batches, share=config.text_to_image.saliency)
-    return job
+    return replace(job, lists=lists)
 
 
 def with_latent_defaults(config: Config) -> Config:
@@ -113,11 +115,13 @@ def _checked(config: Config) -> Path:
 
 def _batches(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None], *, rehearse: bool
-) -> tuple[Batches, Batches]:
-    """(retain, forget), both empty for a method that looks at no images."""
+) -> tuple[Batches, Batches, ImageLists | None]:
+    """(retain, forget), both empty for a method that looks at no images, and lists of the images of a real run."""
     if not needed_batches(config):
-        return NoBatches(), NoBatches()
-    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console, load_denoiser)
+        return NoBatches(), NoBatches(), None
+    if rehearse:
+        return *rehearsal_batches(config, model), None
+    return latent_batches(config, model, console, load_denoiser)
 
 
 Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]

@@ -1,6 +1,7 @@
 """Unlearn classes of the digits from a model, with any of the methods."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from erasediff.config import Config, UnlearnConfig
 from erasediff.data import GlobalBatches, Images, Stream, forget_retain_split, load_digits
+from erasediff.data.image_lists import lists_of_tensors
 from erasediff.diffusion.batch import diffusers_denoiser
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.targets import Relabel
@@ -57,7 +59,7 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
         null_label=model.null_label,
         **share_of(settings.batch_size, "unlearn.batch_size"),
     )
-    return build_training_job(
+    job = build_training_job(
         config,
         UnlearningModel(
             network=model.unet,
@@ -70,6 +72,7 @@ def pixel_unlearning_job(config: Config, model: PixelModel | None = None) -> Tra
         retain=batches(retain.to(device), stream=Stream.RETAIN, label_dropout=settings.retain_label_dropout),
         forget=batches(forget.to(device), stream=Stream.FORGET, label_dropout=settings.forget_label_dropout),
     )
+    return replace(job, lists=lists_of_tensors(forget, retain, "digits"))
 
 
 def resolved(config: Config, *, conditional: bool, retain: Images) -> Config:

@@ -260,3 +260,27 @@ class TestDatasets:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"erasediff\[datasets\]"):
             read_images("someone/something")
+
+    def test_lists_of_captions_missing_labels_and_missing_images(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "caption": datasets.List(datasets.Value("string")),
+                "label": datasets.ClassLabel(names=["shoe", "bag"]),
+            }
+        )
+        columns = {
+            "image": [Image.new("RGB", (4, 3)), None],
+            "caption": [["a shoe", "a red sneaker"], None],
+            "label": [-1, 1],
+        }
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+        images = read_images(str(tmp_path / "saved"), template="a photo")
+        assert [(i.caption, dict(i.attributes)) for i in images] == [
+            ("a shoe", {}),
+            ("a photo", {"label": "bag", "class": "bag"}),
+        ]
+        assert [i.id for i in forget_phrases(images, ["red sneaker"]).forget] == [0]
+        with pytest.raises(UserError, match="saved/train/1: its row holds no image"):
+            images[1].read()
