@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,13 +36,19 @@ def read_images(
     Raises:
         UserError: for a folder that does not exist, and as ``read_captioned_images`` and ``read_dataset``.
     """
+    check_source(source)
+    folder = Path(source)
+    if folder.is_dir() and not is_saved_dataset(folder):
+        return read_captioned_images(folder, caption_column=caption_column, template=template)
+    return read_dataset(source, split=split, caption_column=caption_column, template=template)
+
+
+def check_source(source: str) -> None:
+    """UserError for neither a folder nor what may be the name of a data set on the hub, which is not asked for it."""
     folder = Path(source)
     on_hub = HUB_NAME.fullmatch(source) is not None and not folder.parent.exists()
     if not folder.is_dir() and not on_hub:
         raise UserError(missing_folder(folder))
-    if folder.is_dir() and not is_saved_dataset(folder):
-        return read_captioned_images(folder, caption_column=caption_column, template=template)
-    return read_dataset(source, split=split, caption_column=caption_column, template=template)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -86,7 +93,8 @@ def read_dataset(
     check_caption_column(texts, caption_column, source)
     rows = rows.cast_column(image_column, library.Image(decode=False))
 
-    described = rows.remove_columns([name for name in features if name not in texts and not _is_class(features[name])])
+    kept = [name for name, kind in features.items() if _is_text(kind) or _is_class(kind)]
+    described = rows.select_columns(kept) if kept else itertools.repeat({}, len(rows))
     result = []
     for number, row in enumerate(described):
         columns = {name: _named_value(features[name], value) for name, value in row.items()}

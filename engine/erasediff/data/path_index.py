@@ -34,8 +34,7 @@ class PathIndex(Generic[T]):
         if found is not None:
             return found
         real = os.path.realpath(path)
-        candidates = self._by_name.get(_form(os.path.basename(real)), ())
-        return next((item for other, item in candidates if _form(os.path.realpath(other)) == _form(real)), None)
+        return self._by_real_path.get(_form(real)) if os.path.exists(real) else None
 
     def ending_with(self, path: str) -> list[T]:
         """The items with a path that ends with the whole names of ``path``."""
@@ -63,6 +62,17 @@ class PathIndex(Generic[T]):
         absolute = [(os.path.abspath(path), item) for path, item in self._items]
         # Exact names last: a folder may hold two that differ in their Unicode form alone.
         return {_form(path): item for path, item in absolute} | dict(absolute)
+
+    @cached_property
+    def _by_real_path(self) -> dict[str, T]:
+        parents: dict[str, str] = {}
+        found = {}
+        for path, item in self._items:
+            parent = str(path.parent)
+            if parent not in parents:
+                parents[parent] = _form(os.path.realpath(parent))
+            found[f"{parents[parent]}/{_form(path.name)}"] = item
+        return found
 
     @cached_property
     def _by_name(self) -> dict[str, list[tuple[Path, T]]]:

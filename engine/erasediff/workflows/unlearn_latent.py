@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
+from erasediff.data.hf_datasets import check_source
 from erasediff.data.image_lists import ImageLists
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
@@ -110,6 +111,9 @@ def _checked(config: Config) -> Path:
         raise UserError("There is no model to unlearn from; name one with --model.")
     if settings.forget or settings.retain or settings.relabel_to:
         raise UserError("Classes by number are the digits': name them with --forget-class, or say what captions have.")
+    for source in (config.images.data, config.images.forget_data):
+        if source is not None:
+            check_source(source)
     return settings.model
 
 

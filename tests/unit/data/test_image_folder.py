@@ -245,6 +245,10 @@ class TestDatasets:
         images = read_images(str(tmp_path / "saved"), template="a photo of a {class}")
         assert [image.caption for image in images] == ["a photo of a shoe", "a photo of a bag", "a photo of a shoe"]
 
+    def test_images_alone_have_the_template(self, dataset, tmp_path: Path) -> None:
+        dataset.select_columns("image").save_to_disk(tmp_path / "saved")
+        assert [image.caption for image in read_images(str(tmp_path / "saved"), template="a photo")] == ["a photo"] * 3
+
     def test_no_image_column(self, dataset, tmp_path: Path) -> None:
         dataset.remove_columns("image").save_to_disk(tmp_path / "saved")
         with pytest.raises(UserError, match="has no image column"):
