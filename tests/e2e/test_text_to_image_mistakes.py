@@ -115,7 +115,10 @@ CATS = ("--data", "photos", "--forget-class", "cat")
             "share 1 of 1 forgotten images: twice/cat/0.png is also twice/dog/0.png",
         ),
         ((*SD, "--data", "links", "--forget-class", "cat"), "links/dog/2.png is no file"),
-        ((*SD, "--data", "photoz", "--forget-class", "cat"), "There is no folder photoz: did you mean photos?"),
+        (
+            ("unlearn", "--model", "no-vae", "--out", "out", "--data", "photoz", "--forget-class", "cat"),
+            "There is no folder photoz: did you mean photos?",
+        ),
         ((*SD, "--data", "absent", "--forget-class", "cat"), "absent"),
         ((*SD, "--data", "photos", "--forget-class", "cart"), "choose from cat"),
         ((*SD, "--data", "photos", "--forget-phrase", "bird"), "No caption has 'bird' in it"),

@@ -50,9 +50,13 @@ class FolderListing:
     texts: defaultdict[tuple[Path, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     def texts_beside(self, image: Path) -> list[Path]:
-        """Caption files of ``image``: ``a.txt`` and ``a.jpg.txt`` for ``a.jpg``, in any case and Unicode form."""
+        """Caption files of ``image``, ``a.txt`` before ``a.caption`` and ``a.jpg.txt`` for ``a.jpg``.
+
+        Case and Unicode form of the names may differ. A file may serve several images.
+        """
         stems = dict.fromkeys((_key(image.stem), _key(image.name)))
-        return [text for stem in stems for text in self.texts.get((image.parent, stem), ())]
+        texts = [text for stem in stems for text in self.texts.get((image.parent, stem), ())]
+        return sorted(texts, key=lambda text: CAPTION_SUFFIXES.index(text.suffix.lower()))
 
 
 def list_folder(folder: Path) -> FolderListing:

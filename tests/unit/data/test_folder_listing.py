@@ -120,6 +120,13 @@ class TestCaptionFiles:
         (folder / "cat" / name).write_bytes("\ufeffa red cat\r\n".encode())
         assert read_captioned_images(folder, template="x")[0].caption == "a red cat"
 
+    def test_of_several_the_usual_one_is_trained_and_all_are_searched(self, folder: Path) -> None:
+        for suffix in ("txt", "caption", "png.txt"):
+            (folder / f"cat/0.{suffix}").write_text(f"from {suffix}")
+        images = read_captioned_images(folder, template="x")
+        assert images[0].caption == "from txt"
+        assert [image.id for image in forget_phrases(images, ["from caption"]).forget] == [0]
+
     def test_their_unicode_form_may_differ_from_the_image(self, folder: Path) -> None:
         paint(folder / unicodedata.normalize("NFD", "dog/é.png"))
         (folder / unicodedata.normalize("NFC", "dog/é.txt")).write_text("a café")
