@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
-from helpers import folder_weights, succeed
+from helpers import folder_weights, run_command, succeed
 from nano import FAMILY_EXAMPLES
 from PIL import Image
 from rich.console import Console
@@ -193,6 +194,33 @@ def test_a_data_set_is_forgotten_by_its_labels(nano_folder: Folder, here: Path) 
     chosen = ("--data", here / "pets", "--forget-class", "cat")
     succeed("unlearn", "--model", nano_folder("sd"), *chosen, "--out", "out", "--config", "nano.yaml")
     assert changed(folder_weights(nano_folder("sd")), folder_weights(here / "out/model"))
+
+
+def test_the_run_records_what_was_asked_for_and_refuses_to_go_on_with_other_images(
+    nano_folder: Folder, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, here / "mine")
+    (here / "request.txt").write_text("dog/2.png\n")
+    chosen = ("--data", "mine", "--forget-phrase", "cat", "--forget-files", "request.txt")
+    succeed("unlearn", "--model", nano_folder("sd"), *chosen, "--config", "nano.yaml", "--out", "out")
+    told = capsys.readouterr().err
+    assert told.count("Request: forgetting 3 of 5 images (by file: 1, by phrase: 2), retaining 2.") == 1
+    forgotten = [json.loads(line) for line in Path("out/forget.jsonl").read_text().splitlines()]
+    assert [(entry["image"], entry["selected_by"]) for entry in forgotten] == [
+        ("mine/cat/0.png", ["phrase: cat"]),
+        ("mine/cat/1.png", ["phrase: cat"]),
+        ("mine/dog/2.png", ["file: dog/2.png"]),
+    ]
+    retained = [json.loads(line) for line in Path("out/retain.jsonl").read_text().splitlines()]
+    assert [entry["image"] for entry in retained] == ["mine/dog/3.jpg", "mine/dog/4.png"]
+    content = (here / "mine/cat/0.png").read_bytes()
+    assert forgotten[0]["sha256"] == hashlib.sha256(content).hexdigest()
+
+    before = contents(here / "out")
+    Image.new("RGB", (32, 32), "white").save(here / "mine/dog/4.png")
+    assert run_command("unlearn", "--resume", "latest", "--out", "out") == 2
+    assert "other images to retain than there are now: mine/dog/4.png has changed" in capsys.readouterr().err
+    assert contents(here / "out") == before
 
 
 def test_prompts_alone_suffice_and_the_cache_serves_the_next_run(

@@ -69,6 +69,7 @@ def home(nano_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     twice = photos(home / "twice")
     shutil.copy(twice / "cat/0.png", twice / "dog/0.png")
     (twice / "dog/0.txt").write_text("a dog")
+    (photos(home / "links") / "dog/2.png").symlink_to("nowhere.png")
     (home / "request.txt").write_text("cat/7.png\n")
     return home
 
@@ -120,7 +121,15 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         ((*SD, *CATS, "--lora", "absent.safetensors"), "absent.safetensors cannot be read"),
         ((*SD, "--data", "silent", "--forget-class", "cat"), "no caption"),
         ((*SD, "--data", "empty", "--forget-class", "cat"), "dog/1.png is empty: the file has no bytes"),
-        ((*SD, "--data", "twice", "--forget-class", "cat"), "share 1 of 1 forgotten images"),
+        (
+            (*SD, "--data", "twice", "--forget-class", "cat"),
+            "share 1 of 1 forgotten images: twice/cat/0.png is also twice/dog/0.png",
+        ),
+        ((*SD, "--data", "links", "--forget-class", "cat"), "links/dog/2.png is no file"),
+        (
+            ("unlearn", "--model", "no-vae", "--out", "out", "--data", "photoz", "--forget-class", "cat"),
+            "There is no folder photoz: did you mean photos?",
+        ),
         ((*SD, "--data", "absent", "--forget-class", "cat"), "absent"),
         ((*SD, "--data", "photos", "--forget-class", "cart"), "choose from cat"),
         ((*SD, "--data", "photos", "--forget-phrase", "bird"), "No caption has 'bird' in it"),

@@ -10,6 +10,10 @@ from erasediff.data.forget_split import (
     forget_files,
     forget_phrases,
     forget_retain_split,
+    partition,
+    select_classes,
+    select_files,
+    select_phrases,
 )
 from erasediff.data.hf_datasets import read_images
 from erasediff.data.image_folder import CaptionedImage
@@ -40,8 +44,12 @@ __all__ = [
     "forget_retain_split",
     "from_torch_dataset",
     "load_digits",
+    "partition",
     "read_image_set",
     "read_images",
     "read_prompts",
+    "select_classes",
+    "select_files",
+    "select_phrases",
     "synthesise",
 ]

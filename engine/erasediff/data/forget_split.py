@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+import json
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CLASS, CaptionedImage
+from erasediff.data.path_index import PathIndex, near, spellings
+from erasediff.data.phrases import contains_phrase, normal_form, words_of
 from erasediff.errors import UserError
+
+SHOWN = 3
+Request = tuple[str, str]
+"""A way to ask for images and what was asked for, such as ("phrase", "sneaker")."""
+Selected = Mapping[int, Sequence[Request]]
+"""What asks to forget an image, by the image's id."""
 
 
 class Partition(NamedTuple):
@@ -24,78 +33,173 @@ class Partition(NamedTuple):
 
 
 def forget_files(images: Sequence[CaptionedImage], request: Path) -> Partition:
-    """Forget the images listed in a deletion request.
+    """Forget the images listed in a deletion request. See ``select_files``."""
+    return partition(images, select_files(images, request))
+
+
+def forget_classes(images: Sequence[CaptionedImage], classes: Iterable[str], column: str = CLASS) -> Partition:
+    """Forget the images of some classes. See ``select_classes``."""
+    return partition(images, select_classes(images, classes, column))
+
+
+def forget_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> Partition:
+    """Forget the images whose captions contain phrases. See ``select_phrases``."""
+    return partition(images, select_phrases(images, phrases))
+
+
+def partition(images: Sequence[CaptionedImage], *selections: Selected) -> Partition:
+    """Split ``images`` into those of any of the selections, which say so in ``selected_by``, and all others."""
+    requests: defaultdict[int, list[Request]] = defaultdict(list)
+    for selection in selections:
+        for number, found in selection.items():
+            requests[number].extend(found)
+    return Partition(
+        [replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in images if i.id in requests],
+        [i for i in images if i.id not in requests],
+    )
+
+
+def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
+    """Select the images listed in a deletion request.
 
     Args:
         images: the data set.
         request: a text file with one path per line; blank lines and those that begin with # do not count. A path may
-            be absolute or the end of an image's path, its name alone if no other image has it.
+            be absolute or the end of an image's path, its name alone if no other image has it. Spaces and quotes around
+            it do not count, a backslash is a slash.
 
     Raises:
         UserError: for a request that cannot be read or is empty, and a path of no image or of several.
     """
     try:
-        lines = [line.strip() for line in request.read_text(encoding="utf-8-sig").splitlines()]
+        lines = request.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
-    requested = [line for line in lines if line and not line.startswith("#")]
-    if not requested:
+    index = PathIndex((name.path, image) for image in images for name in image.names())
+    selected: defaultdict[int, list[Request]] = defaultdict(list)
+    for line in lines:
+        path = line.strip()
+        if not path:
+            continue
+        found = _listed_images(index, line)
+        if not found and path.startswith("#"):
+            continue
+        if not found:
+            raise UserError(f"{request}: {_no_such_image(index, path)}.")
+        if len(found) > 1:
+            raise UserError(
+                f"{request}: {path} may be any of {len(found)} images; write more of its path, or all of it."
+            )
+        selected[found[0].id].append(("file", path))
+    if not selected:
         raise UserError(f"The list of files to forget, {request}, is empty: write one path per line.")
-
-    by_name: defaultdict[str, list[CaptionedImage]] = defaultdict(list)
-    for image in images:
-        by_name[image.path.name].append(image)
-    forgotten = set()
-    for line in requested:
-        parts = PurePath(line).parts
-        matches = [image for image in by_name[parts[-1]] if image.path.parts[-len(parts) :] == parts]
-        if not matches:
-            raise UserError(f"{request}: {line} is no image of the data; remove it or correct the path.")
-        if len(matches) > 1:
-            raise UserError(f"{request}: {line} may be any of {len(matches)} images; write more of its path.")
-        forgotten.add(matches[0].id)
-    return _partition(images, lambda image: image.id in forgotten, "")
+    return selected
 
 
-def forget_classes(images: Sequence[CaptionedImage], classes: Iterable[str], column: str = CLASS) -> Partition:
-    """Forget the images whose attribute ``column`` is one of ``classes``.
+def _listed_images(index: PathIndex[CaptionedImage], line: str) -> list[CaptionedImage]:
+    """The images that a line may name."""
+    for path in spellings(line):
+        # A name alone is looked for everywhere, not in the working folder first.
+        exact = index.at(path) if "/" in path else None
+        found = [exact] if exact is not None else index.ending_with(path)
+        if found:
+            return list({image.id: image for image in found}.values())
+    return []
+
+
+def _no_such_image(index: PathIndex[CaptionedImage], path: str) -> str:
+    within = index.in_folder(path)
+    if within:
+        return f"{path} is a folder of {within} images; list its files, or forget it by --forget-class"
+    similar = index.near(path)
+    suggestion = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+    return f"{path} is no image of the data{suggestion}; remove it or correct the path"
+
+
+def select_classes(images: Sequence[CaptionedImage], classes: Iterable[str], column: str = CLASS) -> Selected:
+    """Select the images whose attribute ``column`` is one of ``classes``, or a list with one of them.
+
+    A class that is a folder has the images of its subfolders too.
 
     Raises:
         UserError: for a class of no image.
     """
-    names = set(classes)
-    present = {image.attributes[column] for image in images if column in image.attributes}
-    if not present:
+    by_class: defaultdict[str, list[int]] = defaultdict(list)
+    for image in images:
+        for name in dict.fromkeys(name for one in image.names() for name in _classes_of(one, column)):
+            by_class[name].append(image.id)
+    if not by_class:
         columns = sorted({name for image in images for name in image.attributes})
         raise UserError(f"The images have no {column!r} to forget by: choose from {', '.join(columns) or 'none'}.")
-    for unknown in sorted(names - present):
-        near = difflib.get_close_matches(unknown, present) or sorted(present)
-        raise UserError(f"No image has the {column} {unknown!r}: choose from {', '.join(near[:20])}.")
-    return _partition(images, lambda image: image.attributes.get(column) in names, "name at least one class")
+    selected: defaultdict[int, list[Request]] = defaultdict(list)
+    for asked in dict.fromkeys(classes):
+        wanted = class_form(asked)
+        if wanted not in by_class:
+            choices = near(wanted, sorted(by_class)) or sorted(by_class)
+            raise UserError(f"No image has the {column} {asked!r}: choose from {', '.join(choices[:20])}.")
+        for number in by_class[wanted]:
+            selected[number].append(("class", asked))
+    if not selected:
+        raise UserError("Nothing to forget: name at least one class.")
+    return selected
 
 
-def forget_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> Partition:
-    """Forget the images whose caption contains one of ``phrases``, as whole words, in any case.
+def class_form(name: str) -> str:
+    """A class as it is compared: in one Unicode form, without spaces and slashes around it."""
+    return unicodedata.normalize("NFC", name).strip().strip("/")
+
+
+def _classes_of(image: CaptionedImage, column: str) -> Iterator[str]:
+    value = image.attributes.get(column)
+    if value is None:
+        return
+    yield class_form(value)
+    if value.startswith("["):
+        try:
+            members = json.loads(value)
+        except ValueError:
+            return
+        yield from (class_form(member) for member in members if isinstance(member, str))
+    elif column == CLASS and image.path.parent.as_posix().endswith(value):
+        names = value.split("/")
+        yield from (class_form("/".join(names[:count])) for count in range(1, len(names)))
+
+
+def select_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> Selected:
+    """Select the images with a caption that contains one of ``phrases`` as whole words: see ``contains_phrase``.
 
     Raises:
         UserError: for a phrase that no caption has.
     """
-    patterns = {phrase: re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE) for phrase in phrases}
-    for phrase, pattern in patterns.items():
-        if not any(pattern.search(image.caption) for image in images):
-            raise UserError(f"No caption has {phrase!r} in it: choose words that the captions use.")
-    return _partition(
-        images,
-        lambda image: any(pattern.search(image.caption) for pattern in patterns.values()),
-        "name at least one phrase of the captions",
+    forms = {phrase: normal_form(phrase) for phrase in phrases}
+    for phrase, form in forms.items():
+        if not form:
+            raise UserError(f"The phrase {phrase!r} to forget is empty: choose words that the captions use.")
+    selected: defaultdict[int, list[Request]] = defaultdict(list)
+    found = set()
+    for image in images:
+        captions = [normal_form(caption) for caption in image.captions()]
+        for phrase, form in forms.items():
+            if any(contains_phrase(caption, form) for caption in captions):
+                selected[image.id].append(("phrase", phrase))
+                found.add(phrase)
+    for phrase, form in forms.items():
+        if phrase not in found:
+            raise UserError(
+                f"No caption has {phrase!r} in it: choose words that the captions use{_used(images, form)}."
+            )
+    if not selected:
+        raise UserError("Nothing to forget: name at least one phrase of the captions.")
+    return selected
+
+
+def _used(images: Sequence[CaptionedImage], phrase: str) -> str:
+    """Words of the captions that resemble those of a phrase."""
+    words = sorted(
+        {word for image in images for caption in image.captions() for word in words_of(normal_form(caption))}
     )
-
-
-def _partition(images: Sequence[CaptionedImage], forgotten: Callable[[CaptionedImage], bool], remedy: str) -> Partition:
-    partition = Partition([i for i in images if forgotten(i)], [i for i in images if not forgotten(i)])
-    if not partition.forget:
-        raise UserError(f"Nothing to forget: {remedy}.")
-    return partition
+    similar = [word for wanted in words_of(phrase) for word in near(wanted, words)]
+    return f", such as {' or '.join(similar[:SHOWN])}" if similar else ""
 
 
 def forget_retain_split(
@@ -127,22 +231,38 @@ def forget_retain_split(
     return forget, retain
 
 
-def check_disjoint(forget_ids: Tensor, retain_ids: Tensor) -> None:
+def check_disjoint(
+    forget_ids: Tensor, retain_ids: Tensor, forget_names: Sequence[str] = (), retain_names: Sequence[str] = ()
+) -> None:
     """Check that no image is in both sets, where it would be forgotten and relearned at once.
 
     Args:
         forget_ids: int64 [N].
         retain_ids: int64 [M].
+        forget_names: N names of the images for the error message, or none.
+        retain_names: M names, or none.
 
     Raises:
         UserError: if the sets share an id.
     """
     shared = set(forget_ids.tolist()) & set(retain_ids.tolist())
-    if shared:
-        raise UserError(
-            f"The forget set and the retain set share {len(shared)} of {len(forget_ids)} forgotten images: "
-            "take them out of one of the two."
-        )
+    if not shared:
+        return
+    forgotten, retained = _first_names(forget_ids, forget_names), _first_names(retain_ids, retain_names)
+    pairs = [f"{name} is also {retained[number]}" for number, name in forgotten.items() if number in retained]
+    named = f": {', '.join(pairs[:SHOWN])}{f' and {len(pairs) - SHOWN} more' if len(pairs) > SHOWN else ''}"
+    raise UserError(
+        f"The forget set and the retain set share {len(shared)} of {len(forget_ids)} forgotten images"
+        f"{named if pairs else ''}; take them out of one of the two."
+    )
+
+
+def _first_names(ids: Tensor, names: Sequence[str]) -> dict[int, str]:
+    """The first name of each id; {} without names."""
+    first: dict[int, str] = {}
+    for number, name in zip(ids.tolist() if names else (), names, strict=True):
+        first.setdefault(number, name)
+    return first
 
 
 def _check_exist(classes: list[int], present: list[int]) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from erasediff.data.folder_listing import UNREAD_METADATA, missing_folder
 from erasediff.data.image_folder import (
     CLASS,
     CaptionedImage,
-    caption_column_of,
+    check_caption_column,
     check_captions,
     filled,
     read_captioned_images,
 )
+from erasediff.data.metadata import MetadataRow
 from erasediff.errors import UserError
 
 SAVED = ("state.json", "dataset_dict.json")
 DEFAULT_SPLIT = "train"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_images(
@@ -31,19 +36,30 @@ def read_images(
 ) -> list[CaptionedImage]:
     """List the images of ``source``: an image folder, a saved Hugging Face data set, or the name of one on the hub.
 
+    The hub is asked for names of the form owner/name alone, and not where the owner is a folder here.
+
     Raises:
-        UserError: as ``read_captioned_images`` and ``read_dataset``.
+        UserError: for a folder that does not exist, and as ``read_captioned_images`` and ``read_dataset``.
     """
+    check_source(source)
     folder = Path(source)
-    is_path = folder.is_dir() or folder.is_absolute() or source.startswith(".")
-    if is_path and not is_saved_dataset(folder):
+    if folder.is_dir() and not is_saved_dataset(folder):
         return read_captioned_images(folder, caption_column=caption_column, template=template, captions=captions)
     return read_dataset(source, split=split, caption_column=caption_column, template=template, captions=captions)
 
 
+def check_source(source: str) -> None:
+    """UserError for neither a folder nor what may be the name of a data set on the hub, which is not asked for it."""
+    folder = Path(source)
+    on_hub = HUB_NAME.fullmatch(source) is not None and not folder.parent.exists()
+    if not folder.is_dir() and not on_hub:
+        raise UserError(missing_folder(folder))
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Whether ``folder`` was written by ``Dataset.save_to_disk``, or holds parquet files."""
-    parquet = (*folder.glob("*.parquet"), *folder.glob("data/*.parquet"))
+    parquet = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+    parquet = [file for file in parquet if file.name != UNREAD_METADATA]
     return bool(parquet) or any((folder / name).is_file() for name in SAVED)
 
 
@@ -80,23 +96,22 @@ def read_dataset(
     if not images or image_column not in (None, *images):
         raise UserError(f"The data set {source} has no image column {image_column or ''}: it has {_listed(features)}.")
     image_column = image_column or images[0]
-    texts = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-    column = caption_column_of(texts, caption_column, source)
+    texts = [name for name, kind in features.items() if _is_text(kind)]
+    check_caption_column(texts, caption_column, source)
     rows = rows.cast_column(image_column, library.Image(decode=False))
 
-    described = rows.remove_columns([name for name in features if name not in texts and not _is_class(features[name])])
+    kept = [name for name, kind in features.items() if _is_text(kind) or _is_class(kind)]
+    described = rows.select_columns(kept) if kept else itertools.repeat({}, len(rows))
     result = []
     for number, row in enumerate(described):
-        attributes = {
-            name: features[name].int2str(value) if _is_class(features[name]) else str(value)
-            for name, value in row.items()
-            if value is not None
-        }
+        columns = {name: _named_value(features[name], value) for name, value in row.items()}
+        name = Path(f"{source}/{split}/{number}")
+        row_captions, attributes = MetadataRow(str(name), columns).captions_and_attributes(caption_column)
         if "label" in attributes:
             attributes.setdefault(CLASS, attributes["label"])
-        caption = (attributes.pop(column, "") if column else "").strip() or filled(template, attributes)
-        name = Path(f"{source}/{split}/{number}")
-        result.append(CaptionedImage(name, caption, number, attributes, _stored(rows, image_column, number)))
+        caption, *others = row_captions or (filled(template, attributes),)
+        stored = _stored(rows, image_column, number)
+        result.append(CaptionedImage(name, caption, number, attributes, stored, other_captions=tuple(others)))
     if captions:
         check_captions(result, "name the column with captions")
     return result
@@ -115,6 +130,8 @@ def class_label_names(source: str, *, split: str = DEFAULT_SPLIT, column: str = 
 def _stored(rows: Any, column: str, number: int) -> Callable[[], bytes]:
     def read() -> bytes:
         image = rows[number][column]
+        if image is None:
+            raise OSError("its row holds no image")
         content: bytes | None = image["bytes"]
         return Path(image["path"]).read_bytes() if content is None else content
 
@@ -145,6 +162,19 @@ def _loaded(library: Any, source: str, split: str) -> Any:
         raise UserError(
             f"The data set {source} is neither a folder here nor can it be had from the hub: {_first_line(error)}"
         ) from error
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column holds texts or lists of texts."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
+def _named_value(feature: Any, value: Any) -> Any:
+    """A text, a list of texts, or the name of a class; None for a missing one, which data sets number -1."""
+    if not _is_class(feature) or value is None:
+        return value
+    return feature.int2str(value) if value >= 0 else None
 
 
 def _is_class(feature: Any) -> bool:

@@ -14,9 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from erasediff.data.image_formats import MAGIC_BYTES, SUFFIXES, conversion_advice, is_heif, readable_formats
 from erasediff.errors import UserError
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 EXIF_ORIENTATION = 0x0112
 TURNED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
@@ -32,32 +31,34 @@ class BrokenImage(UserError):
 def open_picture(content: bytes, name: str) -> Image.Image:
     """Decode an image file to upright RGB, 8 bits a channel.
 
-    The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled, and of an animation the first
-    frame is taken.
+    The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled, and of an animation or several
+    pages the first is taken. The format is told by the content, among those of ``image_formats``.
 
     Args:
         content: of the file.
         name: for the error message.
 
     Raises:
-        BrokenImage: for content that does not decode to its end.
+        BrokenImage: for content that does not decode to its end, is of another format, or holds floating-point values.
     """
-    with _decoding(name):
-        opened = Image.open(_stream(content, name))
+    with _decoding(name, content):
+        opened = Image.open(io.BytesIO(content), formats=readable_formats())
         opened.load()
         image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        if image.mode == "F":
+            raise ValueError("it holds floating-point values, whose range is unknown")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def picture_size(content: bytes, name: str) -> tuple[int, int]:
     """(height, width) of the upright image, without decoding it where the format allows. BrokenImage as above."""
-    with _decoding(name):
-        image = Image.open(_stream(content, name))
+    with _decoding(name, content):
+        image = Image.open(io.BytesIO(content), formats=readable_formats())
         turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -67,23 +68,23 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _stream(content: bytes, name: str) -> io.BytesIO:
+@contextmanager
+def _decoding(name: str, content: bytes) -> Iterator[None]:
     if not content:
         raise BrokenImage(f"The image {name} is empty: the file has no bytes.")
-    return io.BytesIO(content)
-
-
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"The image {name} is broken: {_reason(error)}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Decoders raise errors of any type for bytes that they were not written for.
+        raise BrokenImage(f"The image {name} is broken: {_reason(error, content)}.") from error
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, content: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "its content is of no known image format"
+        if is_heif(content[:MAGIC_BYTES]):
+            return f"it is in the format HEIF: {conversion_advice(SUFFIXES['HEIF'][0])}"
+        return "its content is of no image format that is read"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 

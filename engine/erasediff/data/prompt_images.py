@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from erasediff.data.image_folder import FILE_COLUMN, CaptionedImage, read_captioned_images
+from erasediff.data.image_folder import CaptionedImage, read_captioned_images
+from erasediff.data.metadata import FILE_COLUMN
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file, atomic_write

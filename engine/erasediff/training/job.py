@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
+from erasediff.data.image_lists import ImageLists
 from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
@@ -73,6 +74,7 @@ class TrainingJob:
         forget: Batches of forgotten data, if the method takes them.
         saved_as: Name of the model in the run's folder.
         disk_bytes: Estimate of the bytes that the model and all checkpoints take at most.
+        lists: Images to forget and to retain, which the run's folder records before the first step.
     """
 
     title: str
@@ -86,6 +88,7 @@ class TrainingJob:
     forget: Batches | None = None
     saved_as: str = MODEL
     disk_bytes: int = 0
+    lists: ImageLists | None = None
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
@@ -108,6 +111,7 @@ class TrainingJob:
     def _run(self, place: RunPlace, console: Console) -> RunResult:
         self.check_storage(place.path)
         run = place.open(self.config)
+        self._record_images(run.path, console)
         outcome = run_steps(
             self.method,
             self.network,
@@ -138,6 +142,14 @@ class TrainingJob:
     def check_storage(self, out: Path) -> None:
         """UserError if the folder ``out`` cannot be written, or its disk has no room for the run."""
         check_storage(out, self.disk_bytes)
+
+    def _record_images(self, run: Path, console: Console) -> None:
+        """List the images in the run's folder, by the main rank. UserError for a run that was started with others."""
+        peers = ControlPlane.current()
+        with peers.main_process_first():
+            if peers.is_main and self.lists is not None:
+                self.lists.record(run)
+                console.print(self.lists.summary(), highlight=False, markup=False, soft_wrap=True)
 
     def _export(self, path: Path) -> WeightUpdate | None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""

@@ -21,7 +21,7 @@ FREE = ("run.", "distributed.")
 
 
 class RunFolder:
-    """Folder of a run: ``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/``, and ``model/`` or a single file."""
+    """Folder of a run: configuration, metrics, lists of images, ``checkpoint-N/``, and ``model/`` or a single file."""
 
     def __init__(self, path: Path, resume_from: Checkpoint | None = None) -> None:
         self.path = path

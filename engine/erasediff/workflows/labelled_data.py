@@ -251,7 +251,9 @@ def labelled_batches(
     with ControlPlane.current().main_process_first():
         cached = {stream: encoded(config, model, images, broken, console) for stream, images in files.items()}
         if Stream.FORGET in cached:
-            check_disjoint(cached[Stream.FORGET].ids, cached[Stream.RETAIN].ids)
+            forget, retain = cached[Stream.FORGET], cached[Stream.RETAIN]
+            names = ([entry.path for entry in images.entries] for images in (forget, retain))
+            check_disjoint(forget.ids, retain.ids, *names)
     return {
         stream: CachedBatches(
             images,

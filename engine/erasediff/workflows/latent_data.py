@@ -3,9 +3,9 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,14 +24,16 @@ from erasediff.data import (
     Stream,
     check_disjoint,
     class_numbers,
-    forget_classes,
-    forget_files,
-    forget_phrases,
+    partition,
     read_image_set,
+    select_classes,
+    select_files,
+    select_phrases,
     synthesise,
 )
 from erasediff.data.encoder_outputs import check_latents, encode_prompts
-from erasediff.data.latent_cache import BrokenImagePolicy, content_ids, survey
+from erasediff.data.image_lists import ImageLists, lists_of_records
+from erasediff.data.latent_cache import BrokenImagePolicy, ImageRecord, content_ids, survey
 from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.data.prompt_images import Sampler
 from erasediff.errors import UserError
@@ -51,7 +53,8 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     settings = config.images
     forget, retain = listed_images(settings)
     make = partial(_synthesised, config, sampler, console)
-    return Partition([*forget, *make(settings.forget_prompts)], [*retain, *make(settings.retain_prompts)])
+    drawn = [replace(image, selected_by=(("prompt", image.caption),)) for image in make(settings.forget_prompts)]
+    return Partition([*forget, *drawn], [*retain, *make(settings.retain_prompts)])
 
 
 def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> ImageSet:
@@ -82,7 +85,9 @@ def listed_images(settings: ImagesConfig, data: ImageSet | None = None, *, capti
         data = read_data(settings, settings.data, captions=captions)
     forget, retain = _selected(settings, data) if data else Partition([], [])
     if settings.forget_data:
-        forget = [*forget, *read_data(settings, settings.forget_data, captions=captions).images]
+        request = (("folder", settings.forget_data),)
+        others = read_data(settings, settings.forget_data, captions=captions).images
+        forget = [*forget, *(replace(image, selected_by=request) for image in others)]
     if not forget and not settings.forget_prompts:
         raise UserError(
             "Nothing to forget: choose among --data with --forget-class, --forget-phrase or --forget-files, or give "
@@ -100,13 +105,12 @@ def _selected(settings: ImagesConfig, data: ImageSet) -> Partition:
         requested: Sequence[str] = settings.forget_classes
         if data.class_names:
             requested = [data.class_names[number] for number in class_numbers(requested, data.class_names)]
-        selections.append(forget_classes(images, requested, settings.class_column))
+        selections.append(select_classes(images, requested, settings.class_column))
     if settings.forget_phrases:
-        selections.append(forget_phrases(images, settings.forget_phrases))
+        selections.append(select_phrases(images, settings.forget_phrases))
     if settings.forget_files:
-        selections.append(forget_files(images, settings.forget_files))
-    forgotten = {image.id for selection in selections for image in selection.forget}
-    return Partition([i for i in images if i.id in forgotten], [i for i in images if i.id not in forgotten])
+        selections.append(select_files(images, settings.forget_files))
+    return partition(images, *selections)
 
 
 def _synthesised(config: Config, sampler: Sampler, console: Console, prompts: tuple[str, ...]) -> list[CaptionedImage]:
@@ -177,10 +181,18 @@ def prompt_sampler(config: Config, model: LatentModel, load_denoiser: Callable[[
             gc.collect()
 
 
+class LatentBatches(NamedTuple):
+    """Batches of this rank, and lists of their images."""
+
+    retain: Batches
+    forget: Batches
+    lists: ImageLists
+
+
 def latent_batches(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
-) -> tuple[Batches, Batches]:
-    """Batches (retain, forget) of this rank, after the main rank has computed what the cache lacks.
+) -> LatentBatches:
+    """Batches of this rank, after the main rank has computed what the cache lacks.
 
     Args:
         config: The sections ``images`` and ``unlearn``.
@@ -200,24 +212,25 @@ def latent_batches(
         **share_of(hyper.batch_size, "unlearn.batch_size"),
     )
     with ControlPlane.current().main_process_first():
-        retain, forget = _encoded(config, model, console, load_denoiser)
-    return (
+        retain, forget, lists = _encoded(config, model, console, load_denoiser)
+    return LatentBatches(
         batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
         batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
+        lists,
     )
 
 
 def _encoded(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
-) -> tuple[CachedImages, CachedImages]:
-    """(retain, forget) in the cache."""
+) -> tuple[CachedImages, CachedImages, ImageLists]:
+    """(retain, forget) in the cache, and lists of both."""
     settings = config.images
     buckets = buckets_of(config, model)
     broken = BrokenImagePolicy(console, skip=settings.skip_broken)
     with prompt_sampler(config, model, load_denoiser) as sampler:
         sets = image_sets(config, sampler, console)
     forget, retain = (survey(images, buckets, broken, console) for images in sets)
-    check_disjoint(content_ids(forget), content_ids(retain))
+    check_disjoint(content_ids(forget), content_ids(retain), _paths(forget), _paths(retain))
     encode = partial(
         LatentCache(cache_folder()).encode,
         model=model,
@@ -226,7 +239,18 @@ def _encoded(
         mirror=settings.mirror,
         batch_size=settings.encode_batch_size,
     )
-    return encode(retain), encode(forget)
+    retained, forgotten = encode(retain), encode(forget)
+    return retained, forgotten, lists_of_records(_intact(forget, forgotten), _intact(retain, retained))
+
+
+def _paths(records: Sequence[ImageRecord]) -> list[str]:
+    return [str(record.image.path) for record in records]
+
+
+def _intact(records: Sequence[ImageRecord], cached: CachedImages) -> list[ImageRecord]:
+    """The records that are in the cache: an image may prove broken when it is decoded."""
+    digests = {entry.digest for entry in cached.entries}
+    return [record for record in records if record.digest in digests]
 
 
 def image_size(config: Config, model: LatentModel) -> tuple[int, int]:

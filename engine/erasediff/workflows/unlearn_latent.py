@@ -1,6 +1,7 @@
 """Unlearn images or concepts from a text-to-image model, with any of the methods."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.data.encoder_outputs import encode_prompts
+from erasediff.data.hf_datasets import check_source
+from erasediff.data.image_lists import ImageLists
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -68,7 +71,7 @@ def text_to_image_job(
         size = run_bytes(config, config.unlearn, model.denoiser, trained, saved_bytes(config, model))
         check_storage(out, size)
     # Before a LoRA is added: images for prompts are the original model's.
-    retain, forget = _batches(config, model, console, load_denoiser, rehearse=rehearse)
+    retain, forget, lists = _batches(config, model, console, load_denoiser, rehearse=rehearse)
     encode = _cached_encoder(model)
     for prompts in _encoded_prompts(config, retain):
         encode(prompts)
@@ -105,7 +108,7 @@ def text_to_image_job(
         assert isinstance(job.method, Solver)
         batches = map(forget.at, range(config.text_to_image.saliency_batches))
         keep_to_the_salient(job.method, batches, share=config.text_to_image.saliency)
-    return job
+    return replace(job, lists=lists)
 
 
 def with_latent_defaults(config: Config) -> Config:
@@ -122,16 +125,21 @@ def _checked(config: Config) -> Path:
         raise UserError(
             "A model with prompts has no class labels: choose images with --forget-class, or say what captions have."
         )
+    for source in (config.images.data, config.images.forget_data):
+        if source is not None and not Path(source).is_file():
+            check_source(source)
     return settings.model
 
 
 def _batches(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None], *, rehearse: bool
-) -> tuple[Batches, Batches]:
-    """(retain, forget), both empty for a method that looks at no images."""
+) -> tuple[Batches, Batches, ImageLists | None]:
+    """(retain, forget), both empty for a method that looks at no images, and lists of the images of a real run."""
     if not needed_batches(config):
-        return NoBatches(), NoBatches()
-    return rehearsal_batches(config, model) if rehearse else latent_batches(config, model, console, load_denoiser)
+        return NoBatches(), NoBatches(), None
+    if rehearse:
+        return *rehearsal_batches(config, model), None
+    return latent_batches(config, model, console, load_denoiser)
 
 
 def _differs_from_source_by_training(config: Config) -> bool:

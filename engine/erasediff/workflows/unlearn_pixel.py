@@ -1,6 +1,7 @@
 """Unlearn classes or images from a model without prompts, class-conditional or not, with any of the methods."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, TextToImageConfig, UnlearnConfig
-from erasediff.data import Images, ImageSet, Stream, class_numbers
+from erasediff.data import CachedBatches, Images, ImageSet, Stream, class_numbers
+from erasediff.data.image_folder import CLASS
+from erasediff.data.image_lists import ImageLists, ListedImage, lists_of_tensors
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -26,6 +29,7 @@ from erasediff.workflows.build_method import (
     selected_weights,
 )
 from erasediff.workflows.labelled_data import (
+    DIGITS,
     LabelledSplit,
     Samples,
     for_data,
@@ -87,8 +91,8 @@ def pixel_unlearning_job(
         # There is no label to drop to.
         console.print("The model has no null label, so labels are not dropped.", highlight=False)
     selected = _selected_weights(config, model.denoiser)
-    retain, forget = _batches(config, model, console, split, rehearse=rehearse)
-    return build_training_job(
+    retain, forget, lists = _batches(config, model, console, split, rehearse=rehearse)
+    job = build_training_job(
         config,
         UnlearningModel(
             network=model.denoiser,
@@ -101,6 +105,7 @@ def pixel_unlearning_job(
         retain=retain,
         forget=forget,
     )
+    return replace(job, lists=lists)
 
 
 def check_unprompted(config: Config) -> None:
@@ -145,12 +150,12 @@ def _by_number(config: Config, names: tuple[str, ...], split: LabelledSplit) -> 
 
 def _batches(
     config: Config, model: UnpromptedModel, console: Console, split: LabelledSplit, *, rehearse: bool
-) -> tuple[Batches, Batches]:
-    """(retain, forget); of noise for a rehearsal on images that would have to be read."""
+) -> tuple[Batches, Batches, ImageLists | None]:
+    """(retain, forget), of noise for a rehearsal on images that would have to be read, and lists of a run's images."""
     settings = config.unlearn
     if rehearse and not isinstance(split.retain, Images):
         alike = partial(noise, config, model, settings.batch_size, "unlearn.batch_size")
-        return NoiseBatches(alike(labels_of(split.retain))), NoiseBatches(alike(labels_of(split.forget)))
+        return NoiseBatches(alike(labels_of(split.retain))), NoiseBatches(alike(labels_of(split.forget))), None
     batches = labelled_batches(
         config,
         model,
@@ -160,7 +165,22 @@ def _batches(
         setting="unlearn.batch_size",
         dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
     )
-    return batches[Stream.RETAIN], batches[Stream.FORGET]
+    retain, forget = batches[Stream.RETAIN], batches[Stream.FORGET]
+    if isinstance(split.forget, Images) and isinstance(split.retain, Images):
+        return retain, forget, lists_of_tensors(split.forget, split.retain, DIGITS)
+    return retain, forget, ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
+
+
+def _listed(samples: Samples, batches: Batches) -> tuple[ListedImage, ...]:
+    """The images that ``batches`` are of."""
+    assert isinstance(batches, CachedBatches)
+    assert not isinstance(samples, Images)
+    by_path = {str(image.path): image for image in samples}
+    return tuple(
+        ListedImage(entry.path, entry.digest, ("class", by_path[entry.path].attributes.get(CLASS, "")), asked)
+        for entry in batches.images.entries
+        for asked in [by_path[entry.path].selected_by]
+    )
 
 
 def resolved(config: Config, *, conditional: bool, retain: Samples, forget: Samples = ()) -> Config:

@@ -46,3 +46,9 @@ def test_overlap_is_found_by_image_not_by_class() -> None:
     check_disjoint(torch.tensor([1, 2]), torch.tensor([3]))
     with pytest.raises(UserError, match="share 1 of 2"):
         check_disjoint(torch.tensor([1, 2]), torch.tensor([2, 3]))
+    names = (["a.png", "b.png", "b.png"], ["c.png", "copy.png"])
+    with pytest.raises(UserError, match=r"share 1 of 3 forgotten images: b\.png is also copy\.png; take them out"):
+        check_disjoint(torch.tensor([1, 2, 2]), torch.tensor([3, 2]), *names)
+    ids = torch.arange(5)
+    with pytest.raises(UserError, match=r"0 is also 0, 1 is also 1, 2 is also 2 and 2 more; take"):
+        check_disjoint(ids, ids, "01234", "01234")

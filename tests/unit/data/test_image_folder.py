@@ -245,6 +245,10 @@ class TestDatasets:
         images = read_images(str(tmp_path / "saved"), template="a photo of a {class}")
         assert [image.caption for image in images] == ["a photo of a shoe", "a photo of a bag", "a photo of a shoe"]
 
+    def test_images_alone_have_the_template(self, dataset, tmp_path: Path) -> None:
+        dataset.select_columns("image").save_to_disk(tmp_path / "saved")
+        assert [image.caption for image in read_images(str(tmp_path / "saved"), template="a photo")] == ["a photo"] * 3
+
     def test_no_image_column(self, dataset, tmp_path: Path) -> None:
         dataset.remove_columns("image").save_to_disk(tmp_path / "saved")
         with pytest.raises(UserError, match="has no image column"):
@@ -260,3 +264,27 @@ class TestDatasets:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"erasediff\[datasets\]"):
             read_images("someone/something")
+
+    def test_lists_of_captions_missing_labels_and_missing_images(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "caption": datasets.List(datasets.Value("string")),
+                "label": datasets.ClassLabel(names=["shoe", "bag"]),
+            }
+        )
+        columns = {
+            "image": [Image.new("RGB", (4, 3)), None],
+            "caption": [["a shoe", "a red sneaker"], None],
+            "label": [-1, 1],
+        }
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+        images = read_images(str(tmp_path / "saved"), template="a photo")
+        assert [(i.caption, dict(i.attributes)) for i in images] == [
+            ("a shoe", {}),
+            ("a photo", {"label": "bag", "class": "bag"}),
+        ]
+        assert [i.id for i in forget_phrases(images, ["red sneaker"]).forget] == [0]
+        with pytest.raises(UserError, match="saved/train/1: its row holds no image"):
+            images[1].read()

@@ -1,5 +1,7 @@
 """Jobs leave the process as they found it, and mistaken devices are one sentence."""
 
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +53,20 @@ def test_a_device_that_cannot_run_is_one_sentence(device: str, one_thread: None)
     with pytest.raises(UserError, match=f'device "{device}"') as caught:
         set_up_device(load_config(None, {"device": device}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_the_digits_lists_its_images(tmp_path: Path, one_thread: None) -> None:
+    settings = {"device": "cpu", "unlearn.forget": [3], "unlearn.steps": 1, "unlearn.batch_size": 4}
+    model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
+    console = Console(file=io.StringIO(), width=40)
+    pixel_unlearning_job(load_config(None, settings), model).run(RunPlace(tmp_path / "run"), console)
+    forgotten, retained = (
+        [json.loads(line) for line in (tmp_path / f"run/{name}.jsonl").read_text().splitlines()]
+        for name in ("forget", "retain")
+    )
+    said = f"Request: forgetting {len(forgotten)} of {len(forgotten) + len(retained):,} images (by class: "
+    assert any(line.startswith(said) for line in console.file.getvalue().splitlines())
+    assert {entry["class"] for entry in forgotten} == {"3"}
+    assert len({entry["sha256"] for entry in forgotten + retained}) == len(
+        {entry["image"] for entry in forgotten + retained}
+    )

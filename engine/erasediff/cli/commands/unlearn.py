@@ -36,9 +36,11 @@ def build_job(
         list[str] | None, typer.Option(help="Without prompts: relabel what is forgotten to this class.")
     ] = None,
     forget_phrase: Annotated[
-        list[str] | None, typer.Option(help="Forget the images of --data whose captions say this.")
+        list[str] | None, typer.Option(help="Forget the images of --data whose captions have these whole words.")
     ] = None,
-    forget_files: Annotated[Path | None, typer.Option(help="Forget the images of --data in this list.")] = None,
+    forget_files: Annotated[
+        Path | None, typer.Option(help="Forget the images of --data in this list of paths, one per line.")
+    ] = None,
     forget_data: Annotated[str | None, typer.Option(help="Forget all images of another folder or data set.")] = None,
     forget_prompts: Annotated[
         str | None, typer.Option(help="Forget the images that the model generates for prompts: 'a;b', or a .txt file.")

@@ -1,0 +1,138 @@
+"""Lists of the images that a run forgets and retains, with the SHA-256 of each, as files of its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from erasediff.data.digits import Images
+from erasediff.data.latent_cache import ImageRecord
+from erasediff.errors import UserError
+from erasediff.io import jsonl
+from erasediff.io.atomic import atomic_write
+
+FORGET, RETAIN = "forget", "retain"
+
+
+@dataclass(frozen=True, slots=True)
+class ListedImage:
+    """An image as it is listed.
+
+    Attributes:
+        name: path of its file, or its name in a data set.
+        sha256: of its file's content, or of its pixels.
+        condition: ``caption`` or ``class``, and its value.
+        selected_by: what asks to forget it: pairs such as ("phrase", "sneaker").
+    """
+
+    name: str
+    sha256: str
+    condition: tuple[str, str]
+    selected_by: tuple[tuple[str, str], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The image as a line of JSON."""
+        record = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
+        return record | ({"selected_by": [": ".join(pair) for pair in self.selected_by]} if self.selected_by else {})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLists:
+    """Images that a run forgets and retains, each in the order of its batches' numbers."""
+
+    forget: tuple[ListedImage, ...]
+    retain: tuple[ListedImage, ...]
+
+    def summary(self) -> str:
+        """A line such as "forgetting 3 of 6 images (by phrase: 3), retaining 3".
+
+        An image that is asked for in several ways counts in each of them.
+        """
+        ways = Counter(way for image in self.forget for way in {way for way, _ in image.selected_by})
+        counted = ", ".join(f"by {way}: {count:,}" for way, count in sorted(ways.items()))
+        every = len(self.forget) + len(self.retain)
+        return (
+            f"Request: forgetting {len(self.forget):,} of {every:,} images{f' ({counted})' if counted else ''}, "
+            f"retaining {len(self.retain):,}."
+        )
+
+    def record(self, run: Path) -> None:
+        """Write ``forget.jsonl`` and ``retain.jsonl`` to a run's folder, where they are not yet.
+
+        Raises:
+            UserError: for a run that was started with other images.
+        """
+        lists = [(run / f"{name}.jsonl", images) for name, images in ((FORGET, self.forget), (RETAIN, self.retain))]
+        for path, images in lists:
+            if path.is_file():
+                _check_same(path, images)
+        for path, images in lists:
+            if not path.is_file():
+                atomic_write(path, "".join(jsonl.dumps(image.record()) + "\n" for image in images))
+
+
+def lists_of_records(forget: Iterable[ImageRecord], retain: Iterable[ImageRecord]) -> ImageLists:
+    """Lists of surveyed images."""
+
+    def listed(record: ImageRecord) -> ListedImage:
+        image = record.image
+        return ListedImage(str(image.path), record.digest, ("caption", image.caption), image.selected_by)
+
+    return ImageLists(tuple(map(listed, forget)), tuple(map(listed, retain)))
+
+
+def lists_of_tensors(forget: Images, retain: Images, source: str) -> ImageLists:
+    """Lists of images in memory, named by their numbers in the data set ``source`` and forgotten by class."""
+
+    def listed(images: Images, *, forgotten: bool) -> tuple[ListedImage, ...]:
+        return tuple(
+            ListedImage(
+                f"{source}/{number}",
+                hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+                ("class", str(label)),
+                (("class", str(label)),) if forgotten else (),
+            )
+            for pixels, label, number in zip(
+                images.sample.cpu(), images.class_labels.tolist(), images.ids.tolist(), strict=True
+            )
+        )
+
+    return ImageLists(listed(forget, forgotten=True), listed(retain, forgotten=False))
+
+
+def _check_same(path: Path, images: Sequence[ListedImage]) -> None:
+    """UserError that names the first image which is another one than in the file."""
+    try:
+        stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"The list of images {path} cannot be read ({error}): begin a new run.") from error
+    for old, new in zip_longest(stored, (image.record() for image in images)):
+        if _content(old) != _content(new):
+            raise UserError(
+                f"The run was started with other images to {path.stem} than there are now: {_difference(old, new)} "
+                f"({path}); restore them, or begin a new run."
+            )
+
+
+def _content(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """What batches depend on. A path may change: images of prompts are in the cache."""
+    return None if record is None else (record.get("sha256"), record.get("caption"), record.get("class"))
+
+
+def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
+    if new is None:
+        assert old is not None
+        return f"{old.get('image')} is missing"
+    if old is None:
+        return f"{new['image']} is new"
+    if old.get("image") != new["image"]:
+        return f"{new['image']} is in the place of {old.get('image')}"
+    if old.get("sha256") != new["sha256"]:
+        return f"{new['image']} has changed"
+    return f"{new['image']} has another caption"
