@@ -29,7 +29,7 @@ def preloaded_context() -> ForkServerContext:
     """Processes that are forked from one which has imported ``PRELOADED``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    path = os.pathsep.join(filter(None, (str(CASES), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(CASES), str(CASES.parent), os.environ.get("PYTHONPATH"))))
     variables = {**ON_CPU, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with mock.patch.dict(os.environ, variables):
         forkserver.ensure_running()

@@ -63,7 +63,9 @@ def test_a_diverged_run_fails_and_keeps_its_checkpoints(tmp_path: Path, method: 
         "checkpoint-10",
         "checkpoint-12",
         "config.yaml",
+        "forget.jsonl",
         "metrics.jsonl",
+        "retain.jsonl",
     ]
 
 
