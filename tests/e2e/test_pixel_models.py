@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -98,6 +99,10 @@ def test_an_unconditional_model_forgets_files_of_data_without_classes(
     (here / "request.txt").write_text("bird-0.png\nbird-1.png\n")
     model = nano_folder("ddpm_unconditional")
     told(run, *unlearn(model, "--data", flat, "--forget-files", "request.txt"))
+    forgotten = [json.loads(line) for line in (here / "out/forget.jsonl").read_text().splitlines()]
+    assert [Path(image["image"]).name for image in forgotten] == ["bird-0.png", "bird-1.png"]
+    assert [image["selected_by"] for image in forgotten] == [["file: bird-0.png"], ["file: bird-1.png"]]
+    assert forgotten[0]["sha256"] == hashlib.sha256((flat / "bird-0.png").read_bytes()).hexdigest()
     assert DDPMPipeline.from_pretrained(here / "out/model").unet.config.in_channels == 1
     told(run, "sample", "--model", "out/model", "--count", 3, "--out", "grid.png", "--config", "nano.yaml", "--json")
 

@@ -47,7 +47,7 @@ def write_report(
             rows=_rows(evaluation, judged),
             records=records.get(name, ()),
         )
-        for name, judged in evaluation.judged.items()
+        for name, judged in evaluation.models.items()
     ]
     contents = Contents(
         columns=columns,
@@ -115,11 +115,11 @@ def demo(config: Config, place: RunPlace, console: Console, command: str) -> Dem
 
     dataset, device = load_digits(), set_up_device(config)
     judge = Judge.fit(dataset)
-    judged = {}
+    models = {}
     for name, finished in runs.items():
         model = load_model(finished.model, dataset, device)
-        judged[name] = judge_model(config, model, judge, dataset, forget, console, f"Sampling: {name}")
-    evaluation = Evaluation(judge=judge, judged=judged)
+        models[name] = judge_model(config, model, judge, dataset, forget, console, f"Sampling: {name}")
+    evaluation = Evaluation(judge=judge, models=models)
 
     report = run.path / "report.html"
     records = {name: list(runs[name].metrics.read()) for name in ("erasediff", *CONTROLS)}

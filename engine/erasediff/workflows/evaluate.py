@@ -42,12 +42,12 @@ class Evaluation:
     """Evaluation of models by name: ``model``, and ``base`` if one was given."""
 
     judge: Judge
-    judged: dict[str, EvaluatedModel]
+    models: dict[str, EvaluatedModel]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, without images."""
         judge = {"accuracy": self.judge.accuracy, "rejected": self.judge.rejected}
-        return {"judge": judge} | {name: judged.metrics.to_dict() for name, judged in self.judged.items()}
+        return {"judge": judge} | {name: model.metrics.to_dict() for name, model in self.models.items()}
 
 
 @thread_scope()
@@ -74,11 +74,11 @@ def evaluate(
     dataset = class_dataset(config, data, models["model"], console)
     forget_retain_split(dataset.train, forgotten)
     judge = Judge.fit(dataset)
-    judged = {
+    evaluated = {
         name: judge_model(config, loaded, judge, dataset, forgotten, console, f"Sampling from the {name}")
         for name, loaded in models.items()
     }
-    return Evaluation(judge=judge, judged=judged)
+    return Evaluation(judge=judge, models=evaluated)
 
 
 def judge_model(

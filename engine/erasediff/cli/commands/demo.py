@@ -51,7 +51,7 @@ def demo(
         emit(plans, as_json=as_json, shown=plans_table(plans))
         return
     shown = stage.demo(full_config, place, messages, shlex.join(["erasediff", *sys.argv[1:]]))
-    columns = {name: judged.metrics for name, judged in shown.evaluation.judged.items()}
+    columns = {name: model.metrics for name, model in shown.evaluation.models.items()}
     emit(
         {"run": str(shown.run), "report": str(shown.report), **shown.evaluation.to_dict()},
         as_json=as_json,

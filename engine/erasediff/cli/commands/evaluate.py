@@ -29,5 +29,5 @@ def evaluate(
     with loading(messages):
         from erasediff.workflows.evaluate import evaluate as judge_models
     evaluation = judge_models(full_config, model, base, forgotten, messages)
-    columns = {name: judged.metrics for name, judged in evaluation.judged.items()}
+    columns = {name: model.metrics for name, model in evaluation.models.items()}
     emit(evaluation.to_dict(), as_json=as_json, shown=metrics_table(columns))
