@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from erasediff.errors import UserError
 
 BACKENDS = ("flash", "xformers", "native")
 """Backends in the order in which "auto" tries them."""
+PACKAGES = {"flash": "flash_attn", "xformers": "xformers"}
+"""Packages that diffusers calls for a backend, also where they are not installed."""
 PROBE_TOKENS = 64
 
 
@@ -115,6 +118,9 @@ def _probe(backend: str, heads: list[tuple[int, int]], device: torch.device, dty
             if not bool(output.isfinite().all()):
                 return "its result is not finite"
     except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
+        package = PACKAGES.get(backend)
+        if isinstance(error, TypeError | AttributeError) and package is not None and find_spec(package) is None:
+            return f"{package} is not installed"
         return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
     return None
 

@@ -70,6 +70,7 @@ def test_auto_says_what_it_took_and_why_not_the_others(nano: Any, nano_folder: F
     assert choice.backend == "native"
     assert list(choice.refused) == ["flash", "xformers"]
     assert all(choice.refused.values())
+    assert not any("NoneType" in reason for reason in choice.refused.values())
     assert str(choice).startswith("native (flash cannot run: ")
     assert "; xformers cannot run: " in str(choice)
     assert str(attention.AttentionChoice("flash")) == "flash"
