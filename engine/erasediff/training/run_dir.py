@@ -82,10 +82,17 @@ class RunFolder:
     def read_config(path: Path) -> Config:
         """Read the configuration of the run at ``path``.
 
+        A run lists all of its settings. One that is younger than the run has the value that the run was computed with.
+
         Raises:
             UserError: There is no run.
         """
-        return load_config(_config_file(path))
+        config = load_config(_config_file(path))
+        if "target_space" in config.unlearn.model_fields_set:
+            return config
+        # Raw predictions were compared before there was the setting.
+        unlearn = config.unlearn.model_copy(update={"target_space": "prediction"})
+        return config.model_copy(update={"unlearn": unlearn})
 
     @property
     def begun(self) -> bool:
