@@ -26,7 +26,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     Raises:
         UserError: The file cannot be read, a key does not exist (with the nearest that does), or a value is invalid.
     """
-    values = _read_yaml(path) if path else {}
+    values = _of_its_time(_read_yaml(path)) if path else {}
     for name, value in (overrides or {}).items():
         _assign(values, name, value)
     sections = {entry.section for entry in method_index().values()}
@@ -34,6 +34,15 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     _validate({name: value for name, value in values.items() if name not in sections}, path)
     import_methods()
     return _validate(values, path)
+
+
+def _of_its_time(values: dict[str, Any]) -> dict[str, Any]:
+    """Complete a run's own file, which lists every setting, by those that are younger than the run, as it was run."""
+    unlearn = values.get("unlearn")
+    if values.keys() >= BASE_FIELDS and isinstance(unlearn, dict):
+        # Raw predictions were compared before there was the setting.
+        unlearn.setdefault("target_space", "prediction")
+    return values
 
 
 def _validate(values: dict[str, Any], path: Path | None) -> Config:

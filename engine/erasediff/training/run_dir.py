@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from erasediff.config import Config, differences, load_config
 from erasediff.errors import UserError
@@ -64,7 +67,9 @@ class RunFolder:
         Raises:
             UserError: There is no run, or ``config`` changes its results.
         """
-        changed = [name for name in differences(cls.read_config(path), config) if not name.startswith(FREE)]
+        differing = differences(cls.read_config(path), config)
+        listed = yaml.safe_load(_config_file(path).read_text(encoding="utf-8"))
+        changed = [name for name in differing if not name.startswith(FREE) and _is_listed(listed, name)]
         if changed:
             raise UserError(f"The run in {path} was started with another {' and '.join(changed)}: begin a new one.")
         remove_leftovers(path)
@@ -82,17 +87,10 @@ class RunFolder:
     def read_config(path: Path) -> Config:
         """Read the configuration of the run at ``path``.
 
-        A run lists all of its settings. One that is younger than the run has the value that the run was computed with.
-
         Raises:
             UserError: There is no run.
         """
-        config = load_config(_config_file(path))
-        if "target_space" in config.unlearn.model_fields_set:
-            return config
-        # Raw predictions were compared before there was the setting.
-        unlearn = config.unlearn.model_copy(update={"target_space": "prediction"})
-        return config.model_copy(update={"unlearn": unlearn})
+        return load_config(_config_file(path))
 
     @property
     def begun(self) -> bool:
@@ -182,6 +180,15 @@ class RunPlace:
         if self.resuming:
             return RunFolder.resume(self.path, config, self.checkpoint)
         return RunFolder.create(self.path, config)
+
+
+def _is_listed(values: Any, name: str) -> bool:
+    """Return true if a configuration file lists the setting ``name``: one that is younger than the run it does not."""
+    for key in name.split("."):
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 def _config_file(run: Path) -> Path:
