@@ -39,7 +39,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 def _of_its_time(values: dict[str, Any]) -> dict[str, Any]:
     """Complete a run's own file, which lists every setting, by those that are younger than the run, as it was run."""
     unlearn = values.get("unlearn")
-    if values.keys() >= BASE_FIELDS and isinstance(unlearn, dict):
+    if values.keys() >= BASE_FIELDS and isinstance(unlearn, dict) and unlearn.get("target") in ("uniform", "gaussian"):
         # Raw predictions were compared before there was the setting.
         unlearn.setdefault("target_space", "prediction")
     return values
