@@ -175,11 +175,11 @@ def _listed(samples: Samples, batches: Batches) -> tuple[ListedImage, ...]:
     """The images that ``batches`` are of."""
     assert isinstance(batches, CachedBatches)
     assert not isinstance(samples, Images)
-    by_path = {str(image.path): image for image in samples}
+    digests = {entry.path: entry.digest for entry in batches.images.entries}
     return tuple(
-        ListedImage(entry.path, entry.digest, ("class", by_path[entry.path].attributes.get(CLASS, "")), asked)
-        for entry in batches.images.entries
-        for asked in [by_path[entry.path].selected_by]
+        ListedImage(path, digests[path], ("class", image.attributes.get(CLASS, "")), image.selected_by)
+        for image in samples
+        if (path := str(image.path)) in digests
     )
 
 
