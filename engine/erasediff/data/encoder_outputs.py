@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from erasediff.data.encoders import PromptEncoder
 from erasediff.errors import UserError
 from erasediff.utils.finite import first_row_not_finite
-
-
-class PromptEncoder(Protocol):
-    """The text encoders of a model."""
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Condition tensors, one row per prompt."""
 
 
 def check_latents(latents: Mapping[str, Tensor], images: Sequence[object]) -> None:

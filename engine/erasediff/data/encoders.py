@@ -21,11 +21,15 @@ class ImageEncoder(Protocol):
         """
 
 
-class Encoders(ImageEncoder, Protocol):
-    """The encoders of a text-to-image model."""
+class PromptEncoder(Protocol):
+    """The text encoders of a model."""
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Condition tensors, one row per prompt."""
+
+
+class Encoders(ImageEncoder, PromptEncoder, Protocol):
+    """The encoders of a text-to-image model."""
 
     def size_condition(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int
