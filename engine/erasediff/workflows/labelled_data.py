@@ -35,8 +35,8 @@ from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
-from erasediff.workflows.latent_data import listed_images, read_data
-from erasediff.workflows.load_model import described
+from erasediff.workflows.latent_data import NoiseBatches, listed_images, read_data
+from erasediff.workflows.load_model import check_fits
 
 DIGITS = "digits"
 ModelT = TypeVar("ModelT", bound=UnpromptedModel)
@@ -126,12 +126,7 @@ class TensorData:
         return channels, height, width
 
     def fit(self, model: ModelT, source: object) -> ModelT:
-        shape = tuple(self.dataset.train.sample.shape[1:])
-        if model.image_shape != shape or model.num_classes not in (None, self.dataset.num_classes):
-            raise UserError(
-                f"The model in {source} makes {described(model.image_shape, model.num_classes)}, "
-                f"but the data are {described(shape, self.dataset.num_classes)}: name its own data with --data."
-            )
+        check_fits(model, self.dataset, source)
         return model
 
 
@@ -211,6 +206,7 @@ def labelled_batches(
     batch_size: int,
     setting: str,
     dropout: Mapping[Stream, float],
+    rehearse: bool = False,
 ) -> dict[Stream, Batches]:
     """Batches of this rank for each stream, after the main rank has put into the cache what it lacks.
 
@@ -222,6 +218,7 @@ def labelled_batches(
         batch_size: Of all ranks together.
         setting: The setting that ``batch_size`` is from.
         dropout: Share of each stream's labels that become the null label.
+        rehearse: Take noise in the place of images that would have to be read.
 
     Raises:
         UserError: An image is broken or has no class, or two streams share an image.
@@ -243,6 +240,11 @@ def labelled_batches(
                 **share,
             )
             for stream, images in in_memory.items()
+        }
+    if rehearse:
+        return {
+            stream: NoiseBatches(_noise(config, model, batch_size, setting, labels_of(images)))
+            for stream, images in samples.items()
         }
     files = {stream: images for stream, images in samples.items() if not isinstance(images, Images)}
     if model.condition == "class":
@@ -300,7 +302,7 @@ def _in_memory(cached: CachedImages) -> Images:
     return Images(pixels, labels, torch.arange(len(labels)))
 
 
-def noise(config: Config, model: UnpromptedModel, batch_size: int, setting: str, labels: Sequence[int]) -> Batch:
+def _noise(config: Config, model: UnpromptedModel, batch_size: int, setting: str, labels: Sequence[int]) -> Batch:
     """This rank's part of a batch of noise in the place of images, all of the first of ``labels``."""
     size = batch_size // share_of(batch_size, setting)["world_size"]
     generator = torch.Generator().manual_seed(config.seed)

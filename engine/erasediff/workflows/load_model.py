@@ -13,6 +13,7 @@ from erasediff.models import PixelModel, lora
 from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint.base import WEIGHT_FILES
 from erasediff.models.checkpoint.hub import is_hub_id
+from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.models.load import load_text_to_image
 from erasediff.models.pixel_unet import is_pixel_model
 from erasediff.models.weight_masks import apply_masks, load_masks
@@ -22,13 +23,18 @@ from erasediff.training.job import set_up_device, thread_scope
 def load_model(path: Path, dataset: ClassDataset, device: torch.device) -> PixelModel:
     """Load the pixel-space model in ``path``. UserError if it cannot be read or is one of other images."""
     model = PixelModel.load(path, device)
+    check_fits(model, dataset, path)
+    return model
+
+
+def check_fits(model: UnpromptedModel, dataset: ClassDataset, source: object) -> None:
+    """Raise UserError for a model, read from ``source``, that cannot have been trained on ``dataset``."""
     image_shape = tuple(dataset.train.sample.shape[1:])
     if model.image_shape != image_shape or model.num_classes not in (None, dataset.num_classes):
         raise UserError(
-            f"The model in {path} makes {described(model.image_shape, model.num_classes)}, "
-            f"but the data are {described(image_shape, dataset.num_classes)}: name its own data with --data."
+            f"The model in {source} makes {_described(model.image_shape, model.num_classes)}, "
+            f"but the data are {_described(image_shape, dataset.num_classes)}: name its own data with --data."
         )
-    return model
 
 
 def load_unprompted(path: Path, device: torch.device, console: Console) -> PixelModel:
@@ -84,7 +90,7 @@ def read_denoiser(config: Config, model: LatentModel) -> None:
         lora.merge_into_denoiser(model, config.text_to_image.lora)
 
 
-def described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
+def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
     """Images of a shape and number of classes in words."""
     classes = "" if num_classes is None else f" in {num_classes} classes"
     return f"images of {' x '.join(map(str, image_shape))}{classes}"

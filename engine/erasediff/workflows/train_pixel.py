@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from erasediff.config import Config
-from erasediff.data import Images, ImageSet, Stream, load_digits
+from erasediff.data import ImageSet, Stream, load_digits
 from erasediff.errors import UserError
 from erasediff.io.atomic import storage_errors
 from erasediff.io.cache_dir import cache_folder
@@ -31,12 +31,9 @@ from erasediff.workflows.labelled_data import (
     Samples,
     for_data,
     labelled_batches,
-    labels_of,
-    noise,
     open_data,
     refuse_prompt_settings,
 )
-from erasediff.workflows.latent_data import NoiseBatches
 from erasediff.workflows.load_model import check_pixel_precision
 from erasediff_kernels import ConstrainedAdamW
 
@@ -89,8 +86,8 @@ def training_job(
     images = labelled.training(config.data.exclude)
     model = _untrained(config, labelled, device)
     retain = _batches(config, model, images, console or Console(quiet=True), rehearse=rehearse)
-    original = host_copy(model.unet)
-    disk_bytes = run_bytes(config, settings, model.unet, model.unet.parameters())
+    original = host_copy(model.denoiser)
+    disk_bytes = run_bytes(config, settings, model.denoiser, model.denoiser.parameters())
     trained, optimizer = parallelize(
         config,
         settings,
@@ -102,7 +99,7 @@ def training_job(
         title=title,
         config=config,
         network=model.denoiser,
-        save=partial(save_measured, model.unet, original, partial(model.save, replace=True)),
+        save=partial(save_measured, model.denoiser, original, partial(model.save, replace=True)),
         disk_bytes=disk_bytes,
         optimizer=optimizer,
         method=FineTune(
@@ -122,8 +119,6 @@ def training_job(
 
 def _batches(config: Config, model: PixelModel, images: Samples, console: Console, *, rehearse: bool) -> Batches:
     settings = config.train
-    if rehearse and not isinstance(images, Images):
-        return NoiseBatches(noise(config, model, settings.batch_size, "train.batch_size", labels_of(images)))
     batches = labelled_batches(
         config,
         model,
@@ -132,6 +127,7 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
         batch_size=settings.batch_size,
         setting="train.batch_size",
         dropout={Stream.RETAIN: settings.label_dropout},
+        rehearse=rehearse,
     )
     return batches[Stream.RETAIN]
 

@@ -35,11 +35,9 @@ from erasediff.workflows.labelled_data import (
     for_data,
     labelled_batches,
     labels_of,
-    noise,
     open_data,
     refuse_prompt_settings,
 )
-from erasediff.workflows.latent_data import NoiseBatches
 from erasediff.workflows.load_model import check_pixel_precision, load_unprompted
 
 
@@ -153,9 +151,6 @@ def _batches(
 ) -> tuple[Batches, Batches, ImageLists | None]:
     """(retain, forget), of noise for a rehearsal on images that would have to be read, and lists of a run's images."""
     settings = config.unlearn
-    if rehearse and not isinstance(split.retain, Images):
-        alike = partial(noise, config, model, settings.batch_size, "unlearn.batch_size")
-        return NoiseBatches(alike(labels_of(split.retain))), NoiseBatches(alike(labels_of(split.forget))), None
     batches = labelled_batches(
         config,
         model,
@@ -164,8 +159,11 @@ def _batches(
         batch_size=settings.batch_size,
         setting="unlearn.batch_size",
         dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
+        rehearse=rehearse,
     )
     retain, forget = batches[Stream.RETAIN], batches[Stream.FORGET]
+    if rehearse:
+        return retain, forget, None
     if isinstance(split.forget, Images) and isinstance(split.retain, Images):
         return retain, forget, lists_of_tensors(split.forget, split.retain, DIGITS)
     return retain, forget, ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
