@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +107,23 @@ def of_batches(
             batch = with_sample_ids(batch)
             sample, timesteps = objective.noised(batch, key, noise, timestep)
             parts.append({**batch, "sample": sample, "timesteps": timesteps})
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        timesteps = joined.pop("timesteps")
-        yield Observation(
-            sample=joined["sample"],
-            timesteps=timesteps,
-            condition=condition_of(joined),
-            of_concept=torch.arange(len(timesteps), device=method.device) >= len(parts[0]["timesteps"]),
-        )
+        # Buckets of other sizes cannot share a forward pass.
+        shares_a_pass = parts[0]["sample"].shape[1:] == parts[1]["sample"].shape[1:]
+        for together in [(0, 1)] if shares_a_pass else [(0,), (1,)]:
+            yield _observation([parts[number] for number in together], together)
+
+
+def _observation(parts: Sequence[Batch], concept: Sequence[int]) -> Observation:
+    """Observation of noisy batches of one size, of which those with a 1 in ``concept`` belong to the concept."""
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    timesteps = joined.pop("timesteps")
+    marks = [timesteps.new_full((len(part["timesteps"]),), mark) for part, mark in zip(parts, concept, strict=True)]
+    return Observation(
+        sample=joined["sample"],
+        timesteps=timesteps,
+        condition=condition_of(joined),
+        of_concept=torch.cat(marks).bool(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

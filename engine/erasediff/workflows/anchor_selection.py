@@ -99,11 +99,11 @@ def needs_anchor(config: Config) -> bool:
     return relabels and not config.text_to_image.anchor_prompts
 
 
-def anchor_candidates(retain: Batches) -> list[str]:
+def anchor_candidates(retain: Batches, forget: Batches) -> list[str]:
     """Captions among which ``anchored`` chooses, so that they can be encoded before."""
-    if not isinstance(retain, CachedBatches):
+    if not isinstance(retain, CachedBatches) or not isinstance(forget, CachedBatches):
         return [NULL_CAPTION]
-    return _candidates([entry.text for entry in retain.images.entries])
+    return _captions_apart(retain.images, forget.images)
 
 
 def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batches, console: Console) -> Config:
@@ -130,9 +130,13 @@ def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImag
     """Find the caption of ``retain`` under which the images of ``forget`` have the least loss.
 
     Among at most ``CANDIDATES`` different captions: the most frequent and, among equally frequent ones, evenly spaced.
+    A caption that a forgotten image has too would relabel it to itself, so it is none of them; where there is no other,
+    the empty caption is the anchor.
     """
+    captions = _captions_apart(retain, forget)
+    if captions == [NULL_CAPTION]:
+        return NULL_CAPTION
     keys = {entry.text: entry.caption for entry in retain.entries}
-    captions = _candidates([entry.text for entry in retain.entries])
     batch = _sample_batch(model, forget)
     denoiser = model.materialize_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
@@ -149,6 +153,12 @@ def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImag
         best = losses.argsort(stable=True)[:count].tolist()
         captions = [captions[number] for number in best]
     return captions[0]
+
+
+def _captions_apart(retain: CachedImages, forget: CachedImages) -> list[str]:
+    """Candidates among the captions of ``retain`` that no image of ``forget`` has."""
+    forgotten = {entry.text for entry in forget.entries}
+    return _candidates([entry.text for entry in retain.entries if entry.text not in forgotten])
 
 
 def _candidates(captions: Sequence[str]) -> list[str]:

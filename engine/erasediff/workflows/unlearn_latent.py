@@ -73,7 +73,7 @@ def text_to_image_job(
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget, lists = _batches(config, model, console, load_denoiser, rehearse=rehearse)
     encode = _cached_encoder(model)
-    for prompts in _encoded_prompts(config, retain):
+    for prompts in _encoded_prompts(config, retain, forget):
         encode(prompts)
     model.release_encoders()
     if not loads_sharded(config):
@@ -157,11 +157,11 @@ def _cached_encoder(model: LatentModel) -> Encode:
     return cache(lambda prompts: encode_prompts(model, prompts))
 
 
-def _encoded_prompts(config: Config, retain: Batches) -> Iterator[tuple[str, ...]]:
+def _encoded_prompts(config: Config, retain: Batches, forget: Batches) -> Iterator[tuple[str, ...]]:
     """Lists of prompts that the method may encode."""
     spec = METHOD_SPECS[config.unlearn.method]
     if needs_anchor(config):
-        yield from ((caption,) for caption in anchor_candidates(retain))
+        yield from ((caption,) for caption in anchor_candidates(retain, forget))
     elif spec.needs(config).relabel:
         yield config.text_to_image.anchor_prompts
     yield from (tuple(prompts) for prompts in spec.prompts(config) if prompts)

@@ -174,6 +174,22 @@ def test_correlation_is_the_weight_times_the_difference_of_its_inputs(
     torch.testing.assert_close(found[:, -8:], expected)
 
 
+def test_batches_of_two_sizes_are_observed_apart(
+    model: nn.Module, process: Process, make_batch: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    """Images come in buckets: a batch to retain and one to forget need not be of one size."""
+    method = PrunedEraseDiff(
+        model, ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.5), process=process, barrier=Fixed(1.0)
+    )
+    retain, forget = make_batch(1), make_batch(2)
+    wide = forget | {"sample": torch.cat([forget["sample"]] * 2, dim=-1)}
+    seen = list(of_batches(method, lambda count: [retain] * count, lambda count: [wide] * count, 2))
+    assert [tuple(o.sample.shape) for o in seen] == [tuple(retain["sample"].shape), tuple(wide["sample"].shape)] * 2
+    assert [o.of_concept.unique().tolist() for o in seen] == [[False], [True]] * 2
+    together = next(of_batches(method, lambda count: [retain] * count, lambda count: [forget] * count, 1))
+    assert torch.equal(seen[0].sample, together.sample[~together.of_concept])
+
+
 def test_training_free_prunes_the_largest_scores_that_are_the_concepts_own(
     model: nn.Module, process: Process, make_batch: Callable[..., dict[str, torch.Tensor]]
 ) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from erasediff.diffusion import Batch, NoiseRole, Process, noise_key
-from erasediff.workflows.anchor_selection import CANDIDATES, _candidates, condition_losses
+from erasediff.workflows.anchor_selection import CANDIDATES, _candidates, _captions_apart, condition_losses
 from erasediff_kernels import philox_noise
 
 NANO = """
@@ -64,6 +65,16 @@ def test_candidates_are_the_frequent_captions_and_some_of_all_parts_of_the_other
     gaps = {after - before for before, after in pairwise(numbers)}
     assert gaps <= {15, 16}
     assert _candidates(["a", "b", "a"]) == ["a", "b"]
+
+
+def test_a_caption_of_a_forgotten_image_is_no_candidate() -> None:
+    """Relabelled to its own caption, an image would not be forgotten at all."""
+
+    def images(*captions: str) -> Any:
+        return SimpleNamespace(entries=[SimpleNamespace(text=caption) for caption in captions])
+
+    assert _captions_apart(images("a cat", "a dog", "a cat"), images("a cat")) == ["a dog"]
+    assert _captions_apart(images("a cat", ""), images("a cat")) == [""]
 
 
 @pytest.mark.usefixtures("here", "one_thread")
