@@ -5,7 +5,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(gt=0)]
+MAX_COUNT = 2**31 - 1
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Bytes = Annotated[int, Field(gt=0, lt=2**63)]
+Side = Annotated[int, Field(gt=0, le=16_384)]
+"""Side of an image in pixels."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -27,4 +32,4 @@ ClassReference = Annotated[Any, BeforeValidator(_class_reference)]
 class Section(BaseModel):
     """Base class of configuration sections; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

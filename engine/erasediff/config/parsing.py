@@ -1,11 +1,11 @@
 """Configuration parsing: YAML files, flags and assignments, and the error messages for mistakes in them."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -13,6 +13,7 @@ from erasediff.config.fields import Section
 from erasediff.config.method_index import import_methods, method_index
 from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, SectionT
 from erasediff.config.unlearn_config import default_eta
+from erasediff.config.yaml_reader import read_yaml
 from erasediff.errors import UserError
 
 
@@ -47,9 +48,17 @@ def _of_its_time(values: dict[str, Any]) -> dict[str, Any]:
 
 def _validate(values: dict[str, Any], path: Path | None) -> Config:
     try:
-        return Config.model_validate(values)
+        # As JSON, whose strict types know paths and tuples, but take neither true nor "3" for a number.
+        return Config.model_validate_json(json.dumps(values, default=_as_text), strict=True)
     except ValidationError as error:
         raise UserError(_explain(error.errors()[0], path)) from None
+
+
+def _as_text(value: Any) -> str:
+    """A path that a flag or a caller gave; TypeError for what no YAML file could hold."""
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no setting is a {type(value).__name__}")
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -60,9 +69,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not separator or not name:
             raise UserError(f'"{assignment}" is not of the form section.key=value, as in train.lr=1e-3.')
         try:
-            overrides[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f'The value of "{name}" is not valid YAML: {value}.') from None
+            overrides[name.strip()] = read_yaml(value)
+        except UserError as error:
+            raise UserError(f'The value of "{name}" {error}') from None
     return overrides
 
 
@@ -91,11 +100,13 @@ def given_settings(config: Config) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not valid YAML: it is not in UTF-8.") from None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

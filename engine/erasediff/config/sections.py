@@ -5,7 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from erasediff.config.fields import ClassReference, Count, Fraction, NonNegative, Positive, Section, Share
+from erasediff.config.fields import (
+    Bytes,
+    ClassReference,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Side,
+)
 
 
 class ModelConfig(Section):
@@ -21,7 +32,7 @@ class ModelConfig(Section):
     """
 
     conditional: bool = True
-    block_out_channels: tuple[Count, ...] = (16, 32, 64)
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32, 64)
     layers_per_block: Count = 1
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
@@ -61,7 +72,7 @@ class TrainConfig(Section):
     batch_size: Count = 128
     lr: Positive = 2e-3
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    warmup_steps: CountOrZero = 20
     weight_decay: NonNegative = 0.0
     ema_decay: Fraction | None = 0.99
     label_dropout: Fraction = 0.1
@@ -80,7 +91,7 @@ class SampleConfig(Section):
         batch_size: Images per call.
     """
 
-    guidance_scale: NonNegative | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     negative_prompt: str = ""
     num_inference_steps: Count = 10
     batch_size: Count = 256
@@ -152,8 +163,8 @@ class ImagesConfig(Section):
     split: str = "train"
     caption_column: str | None = None
     caption_template: str | None = None
-    height: Count | None = None
-    width: Count | None = None
+    height: Side | None = None
+    width: Side | None = None
     bucket_step: Count | Literal["auto"] | None = "auto"
     mirror: bool = False
     skip_broken: bool = False
@@ -210,5 +221,5 @@ class OutputConfig(Section):
 
     layout: Literal["diffusers", "single-file"] = "diffusers"
     dtype: Literal["stored", "float32", "float16", "bfloat16"] | None = None
-    max_shard_bytes: Count = 10_000_000_000
+    max_shard_bytes: Bytes = 10_000_000_000
     lora_keys: Literal["diffusers", "kohya"] = "diffusers"

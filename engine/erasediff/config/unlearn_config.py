@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from erasediff.config.fields import ClassReference, Count, Fraction, NonNegative, Positive, Section
+from erasediff.config.fields import ClassReference, Count, CountOrZero, Fraction, NonNegative, Positive, Section
 from erasediff.config.method_index import barrier_names, method_index
 
 
@@ -90,7 +90,7 @@ class UnlearnConfig(Section):
     batch_size: Count = 64
     lr: Positive | None = None
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrZero = 0
     weight_decay: NonNegative = 0.0
     ema_decay: Fraction | None = 0.9
     moments: Literal["float", "8-bit"] = "float"

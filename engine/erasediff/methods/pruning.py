@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from erasediff.config import Config
-from erasediff.config.fields import Count, NonNegative, Positive, Section, Share
+from erasediff.config.fields import Count, CountOrZero, NonNegative, Positive, Section, Share
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import RunFailedError, UserError
 from erasediff.io.atomic import atomic_write
@@ -191,7 +190,7 @@ class PruningConfig(Section):
     sparsity_weight: NonNegative = 0.0
     lr: Positive = 0.1
     timestep_bins: Count = 10
-    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    finetune_steps: CountOrZero = 0
     mask: Path | None = None
     attack_prompts: tuple[str, ...] = ()
 
