@@ -17,7 +17,9 @@ from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli.crash import as_user_error, log_crash
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
+from erasediff.cli.streams import lossy_streams, lost_results
 from erasediff.cli.worker import is_rank, run_as_rank
 from erasediff.errors import Interrupted, RunFailedError, UserError
 
@@ -36,18 +38,34 @@ app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 2 invalid user input, 3 a run that diverged or changed no weight (no model is written), 130
-    stopped by Ctrl-C (128 + the signal).
+    Exit codes: 0 done, 1 an unexpected error (its traceback is in ``crash.log``) or results that could not be printed,
+    2 invalid user input, 3 a run that diverged or changed no weight (no model is written), 130 stopped by Ctrl-C (128 +
+    the signal).
     """
     # It warns that torchvision is missing, for image processors that no command uses.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
-    if is_rank():
-        run_as_rank(_exit_code)
+    with lossy_streams() as output:
+        if is_rank():
+            run_as_rank(_exit_code)
+        code = _reported_exit_code()
+        lost = lost_results(output) if code == 0 else None
+        if lost is not None:
+            print_error(lost)
+            code = 1
+    sys.exit(code)
+
+
+def _reported_exit_code() -> int:
+    """Run the command, and print why where it fails."""
     try:
-        sys.exit(_exit_code())
+        return _exit_code()
     except (UserError, RunFailedError) as error:
         print_error(str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 (the last resort)
+        known = as_user_error(error)
+        print_error(log_crash(error) if known is None else str(known))
+        return 1 if known is None else known.exit_code
 
 
 def _exit_code() -> int:

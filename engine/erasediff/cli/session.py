@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from erasediff.cli.crash import keep_crash_log_in
 from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.worker import is_rank
@@ -33,6 +34,7 @@ def resolve_run(
     with loading(messages):
         from erasediff.training.run_dir import RunPlace
     place = RunPlace.asked_for(out, resume)
+    keep_crash_log_in(place.path)
     config = fresh or configure(file or place.stored_config, settings, **flags)
     return None if dry_run else place, config
 

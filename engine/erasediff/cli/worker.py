@@ -7,12 +7,12 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from rich.console import Console
 
+from erasediff.cli.crash import as_user_error, log_crash
 from erasediff.cli.output import print_error
 from erasediff.errors import RunFailedError, UserError
 
@@ -36,7 +36,7 @@ def is_rank() -> bool:
 def run_as_rank(command: Callable[[], int]) -> NoReturn:
     """``command``, which returns an exit code and says why it is not 0, as this rank of a run.
 
-    On all ranks but the main one, what Python prints goes nowhere, but for the traceback of a crash.
+    On all ranks but the main one, what Python prints goes nowhere.
     """
     # The launcher of deepspeed says again what it has put into the environment.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
@@ -47,7 +47,7 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     from erasediff.parallel.control_plane import ControlPlane
 
     peers = ControlPlane.connect()
-    code = _run(command, peers, Heartbeat(peers), stderr)
+    code = _run(command, peers, Heartbeat(peers))
     if code == 0:
         peers.shutdown(SHUTDOWN_TIMEOUT)
     else:
@@ -110,7 +110,7 @@ class Heartbeat:
         return bool(others)
 
 
-def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, stderr: TextIO) -> int:
+def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat) -> int:
     from erasediff.parallel.control_plane import PeerError
 
     try:
@@ -123,10 +123,11 @@ def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, 
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)
         if heartbeat.lost():
             return _lost(error, peers)
-        print(f"Rank {peers.rank} failed:\n{traceback.format_exc()}", file=stderr, flush=True)
-        peers.fail(1, f"Rank {peers.rank} failed, see its traceback: {type(error).__name__}: {error}")
-        peers.mark_reported()
-        return 1
+        known = as_user_error(error)
+        sentence = log_crash(error, peers.rank) if known is None else str(known)
+        crash = PeerError(peers.rank, 1 if known is None else known.exit_code, sentence)
+        peers.fail(crash.exit_code, sentence)
+        return _pass_on(crash, peers)
 
 
 def _pass_on(failure: PeerError, peers: ControlPlane) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def _explain(error: ErrorDetails, path: Path | None) -> str:
         matches = _near_matches(name)
         hint = f"did you mean {' or '.join(matches)}?" if matches else "`erasediff info --config` lists them all."
         return f'Unknown setting "{name}"{where}; {hint}'
-    complaint = error["msg"].removeprefix("Input ").rstrip(".")
+    complaint = re.sub(r"^(Input|Tuple|String|Value) ", "", error["msg"]).rstrip(".")
     return f'The setting "{name}"{where} cannot be {error["input"]!r}: it {complaint}.'
 
 

@@ -74,6 +74,7 @@ class _Reader:
             return self._mapping(node, depth)
         if isinstance(node, SequenceNode):
             return [self.value(item, depth - 1) for item in node.value]
+        assert isinstance(node, ScalarNode)
         return _plain(node) if node.tag == PLAIN else node.value
 
     def _mapping(self, node: MappingNode, depth: int) -> dict[str, Any]:

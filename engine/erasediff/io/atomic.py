@@ -16,7 +16,7 @@ from erasediff.errors import UserError
 TEMPORARY_SUFFIX = ".partial"
 REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EFBIG, errno.EISDIR, errno.EINVAL),
 )
 
 

@@ -225,7 +225,7 @@ def set_up_device(config: Config) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):
         raise UserError(f'There is no device "{name}" on this machine; try --device auto.') from None
     try:
         backend_for(device)

@@ -42,6 +42,7 @@ def sample(
     ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
     UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
     """
+    is_picture(out)
     model = load_unprompted(model_path, set_up_device(config), console)
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
@@ -56,16 +57,34 @@ def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: in
     if is_picture(out):
         with atomic_file(out) as partial:
             sheet = grid(images, min(columns, 25), scale)
-            sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
+            sheet.save(partial, format=PICTURE_FORMATS[out.suffix.lower()])
         return
     with atomic_directory(out) as folder:
         for name, image in zip(names, images, strict=True):
             picture(image).save(folder / f"{name}.png")
 
 
+PICTURE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""Formats of a grid, by suffix."""
+
+
 def is_picture(out: Path) -> bool:
-    """Return true if ``out`` has the suffix of an image."""
-    return out.suffix.lower() in Image.registered_extensions()
+    """Return true if ``out`` has the suffix of an image. UserError for a format that no grid is written in."""
+    suffix = out.suffix.lower()
+    if suffix not in PICTURE_FORMATS and suffix in Image.registered_extensions():
+        raise UserError(
+            f"A grid of images is not written as {suffix}: choose {', '.join(PICTURE_FORMATS)}, or a folder."
+        )
+    return suffix in PICTURE_FORMATS
 
 
 def labels_for(model: PixelModel, path: Path, classes: Sequence[int | str] | None, count: int) -> Tensor | None:

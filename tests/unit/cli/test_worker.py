@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
@@ -13,7 +14,7 @@ from erasediff.cli.worker import Heartbeat
 from erasediff.parallel.control_plane import ControlPlane
 
 
-def test_an_error_that_speaks_of_connections_keeps_its_traceback() -> None:
+def test_an_error_that_speaks_of_connections_keeps_its_traceback(tmp_path: Path) -> None:
     """Errors such as a failed download: only a lost process makes an error another rank's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,10 +27,16 @@ def command():
 run_as_rank(command)
 """
     ended = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **rank}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **rank, "ERASEDIFF_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 1
-    assert "Rank 0 failed:\nTraceback" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert "(RuntimeError: Connection reset by the hub: timed out); the traceback is in" in ended.stderr
+    assert "Traceback" in (tmp_path / "crash.log").read_text()
     assert "another process" not in ended.stderr.lower()
 
 
