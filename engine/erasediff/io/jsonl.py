@@ -13,24 +13,42 @@ Record = Mapping[str, Any]
 
 
 class MetricsFile:
-    """Metrics of a run as JSON lines, appended during the run and cut back to the checkpoint's step on resuming."""
+    """Metrics of a run as JSON lines, appended during the run.
+
+    A resumed run writes the records of its steps over those of a run that had gone further, and each of these stays
+    until then: a checkpoint that is later than the resumed one keeps its records.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._overwrites = False
 
     def append(self, records: Iterable[Record]) -> None:
         """Append one line per record and flush it to the disk. Numbers that are not finite are written as null."""
-        lines = "".join(dumps(record) + "\n" for record in records)
+        new = list(records)
+        lines = "".join(dumps(record) + "\n" for record in new)
+        if self._overwrites and new:
+            self._overwrite(lines, new[0]["step"], new[-1]["step"])
+            return
         with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
 
-    def cut_back(self, step: int) -> None:
-        """Keep the records of steps 1 to ``step``; a last line that a kill tore apart goes too."""
-        if self.path.exists():
-            lines = [dumps(record) + "\n" for record in self.read() if record["step"] <= step]
-            atomic_write(self.path, "".join(lines))
+    def continue_after(self, step: int) -> int:
+        """Prepare for the records of the steps after ``step``; a last line that a kill tore apart goes.
+
+        Returns:
+            Number of other lines that are no records, as a power loss may leave them, and that go too.
+        """
+        if not self.path.exists():
+            return 0
+        whole, damaged = self._lines()
+        self._overwrites = any(found > step for found, _ in whole)
+        content = "".join(line for _, line in whole)
+        if content.encode() != self.path.read_bytes():
+            atomic_write(self.path, content)
+        return damaged
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Records so far, oldest first."""
@@ -39,6 +57,31 @@ class MetricsFile:
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+    def _overwrite(self, lines: str, first: int, last: int) -> None:
+        """Put ``lines``, of the steps ``first`` to ``last``, in the place of those that there are of these steps."""
+        whole, _ = self._lines()
+        before = "".join(line for step, line in whole if step < first)
+        after = "".join(line for step, line in whole if step > last)
+        atomic_write(self.path, before + lines + after)
+        self._overwrites = bool(after)
+
+    def _lines(self) -> tuple[list[tuple[int, str]], int]:
+        """Whole lines with their steps, and the number of damaged ones, a torn last line not counted."""
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+        found = [(_step_of(line), line + "\n") for line in lines]
+        whole = [(step, line) for step, line in found if step is not None]
+        return whole, len(found) - len(whole)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a record; None for a line that is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing import api as elastic
 
 from erasediff.errors import UserError
+from erasediff.utils.signals import stop_signals
 
 HOST = "127.0.0.1"
 
@@ -74,7 +75,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _signals_passed_on(ranks: PContext) -> Iterator[None]:
-    """Forward Ctrl-C and SIGTERM to the ranks, which are in sessions of their own, instead of ending this process."""
+    """Forward signals to stop to the ranks, which are in sessions of their own, instead of ending this process."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for process in ranks.pids().values():
@@ -83,7 +84,7 @@ def _signals_passed_on(ranks: PContext) -> Iterator[None]:
             except ProcessLookupError:
                 continue
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         yield
     finally:

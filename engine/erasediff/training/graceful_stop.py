@@ -1,4 +1,4 @@
-"""Graceful stop: the first Ctrl-C or SIGTERM ends a run with a checkpoint, the second at once."""
+"""Graceful stop: the first Ctrl-C, SIGTERM or SIGHUP ends a run with a checkpoint, the second at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erasediff.parallel.world import World
+from erasediff.utils.signals import stop_signals
 
 
 class StopRequest:
@@ -27,7 +28,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Stop gracefully on SIGINT or SIGTERM within the block: the first sets the request, the next interrupts.
+    """Stop gracefully on ``stop_signals`` within the block: the first sets the request, the next interrupts.
 
     ``notify`` is called with a message to the user; the second signal raises KeyboardInterrupt. Outside the main thread
     signals stay as they are.
@@ -44,7 +45,7 @@ def stop_on_signal(notify: Callable[[str], None]) -> Iterator[StopRequest]:
         request.signal_number = number
         notify("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in stop_signals()}
     try:
         yield request
     finally:

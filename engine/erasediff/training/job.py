@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.loop import Batches, check_skipped_steps, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
+from erasediff.training.run_lock import run_lock
 from erasediff.training.run_size import check_storage
 from erasediff_kernels import ConstrainedAdamW, backend_for
 
@@ -94,12 +95,13 @@ class TrainingJob:
 
         Raises:
             RunFailedError: More than one in ten steps was skipped, or no weight changed; no model is written.
-            UserError: The disk has no room for the run, and as ``run_steps``.
+            UserError: Another process is writing to the run, the disk has no room for it, and as ``run_steps``.
         """
         device = next(self.network.parameters()).device
         with self.thread_scope(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
-            return self._run(place, console)
+            with _locked(place, console):
+                return self._run(place, console)
 
     def thread_scope(self) -> AbstractContextManager[None]:
         """Scope of the configuration's CPU threads; see the function ``thread_scope``."""
@@ -179,10 +181,15 @@ class StandaloneJob:
 
     def run(self, place: RunPlace, console: Console) -> dict[str, Any]:
         """Run the method in the folder of ``place``, and leave the configuration there."""
-        with thread_scope(self.config.threads):
+        with thread_scope(self.config.threads), _locked(place, console):
             report = self.procedure(place.path, console)
-        atomic_write(place.path / CONFIG, self.config.to_yaml())
+            atomic_write(place.path / CONFIG, self.config.to_yaml())
         return report
+
+
+def _locked(place: RunPlace, console: Console) -> AbstractContextManager[None]:
+    """The lock of the run's folder, on the main rank alone."""
+    return run_lock(place.path, console) if ControlPlane.current().is_main else nullcontext()
 
 
 def check_single_process(config: Config) -> None:

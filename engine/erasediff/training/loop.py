@@ -128,7 +128,7 @@ def run_steps(
         shared: Several ranks run the loop together: a collective, of which the main rank alone writes metrics.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint has been written.
         RunFailedError: More steps were skipped than a run may skip in all, whatever the remaining ones bring.
         UserError: The device ran out of memory, or the disk refuses metrics or a checkpoint.
         Exception: Any error of the method and from batches. A checkpoint under way is completed first.
@@ -138,7 +138,9 @@ def run_steps(
     if run.resume_from is not None:
         snapshot.restore(run.resume_from)
     if is_main:
-        run.metrics.cut_back(method.iteration)
+        damaged = run.metrics.continue_after(method.iteration)
+        if damaged:
+            console.print(f"{run.metrics.path} had {damaged} damaged lines, which were left out.", soft_wrap=True)
     start, began = method.iteration, time.monotonic()
     metrics = MetricBuffer()
     last: dict[str, Any] = {}

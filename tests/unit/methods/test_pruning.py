@@ -178,9 +178,7 @@ def test_batches_of_two_sizes_are_observed_apart(
     model: nn.Module, process: Process, make_batch: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     """Images come in buckets: a batch to retain and one to forget need not be of one size."""
-    method = PrunedEraseDiff(
-        model, ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.5), process=process, barrier=Fixed(1.0)
-    )
+    method = PrunedEraseDiff(model, ConstrainedAdamW(add_masks(model, names(model), 0.5), lr=0.5), process=process)
     retain, forget = make_batch(1), make_batch(2)
     wide = forget | {"sample": torch.cat([forget["sample"]] * 2, dim=-1)}
     seen = list(of_batches(method, lambda count: [retain] * count, lambda count: [wide] * count, 2))

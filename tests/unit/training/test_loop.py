@@ -240,19 +240,33 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: Tr
     assert_same(resumed, uninterrupted)
 
 
-def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path: Path, uninterrupted: TrainingJob) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
+    tmp_path: Path, uninterrupted: TrainingJob, number: signal.Signals
+) -> None:
     stopped = TrainingJob(RunFolder.create(tmp_path / "stopped", Config()))
-    stopped.method.after_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None
-    before = signal.getsignal(signal.SIGINT)
+    stopped.method.after_step = lambda step: os.kill(os.getpid(), number) if step == 6 else None
+    before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         stopped.go()
-    assert signal.getsignal(signal.SIGINT) is before
-    assert (caught.value.step, caught.value.exit_code) == (6, 130)
+    assert signal.getsignal(number) is before
+    assert (caught.value.step, caught.value.exit_code) == (6, 128 + number)
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoint-6"
     assert "Press Ctrl-C again" in stopped.output.getvalue()
     resumed = TrainingJob(RunFolder.resume(tmp_path / "stopped", Config()))
     resumed.go()
     assert_same(resumed, uninterrupted)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path, uninterrupted: TrainingJob) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        left = TrainingJob(RunFolder.create(tmp_path / "left", Config()))
+        left.method.after_step = lambda step: os.kill(os.getpid(), signal.SIGHUP) if step == 6 else None
+        left.go()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_same(left, uninterrupted)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:

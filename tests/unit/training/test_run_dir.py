@@ -101,17 +101,6 @@ def test_a_damaged_checkpoint_is_one_sentence_with_a_way_out(run: RunFolder, dam
     assert loaded(RunFolder.resume(run.path, Config(), Checkpoint.at(run.path / "checkpoint-20")))
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(run: RunFolder) -> None:
-    run.metrics.append([{"step": step, "loss": step / 3} for step in range(1, 36)])
-    whole = run.metrics.path.read_text().splitlines(keepends=True)
-    with run.metrics.path.open("a") as file:
-        file.write('{"step": 36, "lo')
-    run.metrics.cut_back(30)
-    assert run.metrics.path.read_text() == "".join(whole[:30])
-    run.metrics.append([{"step": step, "loss": step / 3} for step in range(31, 36)])
-    assert run.metrics.path.read_text() == "".join(whole)
-
-
 def test_metrics_are_valid_json_whatever_happens(run: RunFolder) -> None:
     run.metrics.append([{"step": 1, "loss": float("nan"), "norm": float("inf")}])
     assert json.loads(run.metrics.path.read_text()) == {"step": 1, "loss": None, "norm": None}
