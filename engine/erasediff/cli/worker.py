@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -41,20 +42,29 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     # The launcher of deepspeed says again what it has put into the environment.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     stderr = sys.stderr
-    rank = int(os.environ["RANK"])
-    if rank > 0:
+    if os.environ["RANK"] != "0":
         sys.stdout, sys.stderr = open(os.devnull, "w"), _NullStderr()  # noqa: SIM115
     from erasediff.parallel.control_plane import ControlPlane
 
-    peers = ControlPlane.connect()
+    try:
+        peers = ControlPlane.connect(lambda sentence: print(sentence, file=stderr, flush=True))
+    except UserError as error:
+        print_error(str(error), Console(file=stderr, highlight=False))
+        _exit(error.exit_code, stderr)
+    except KeyboardInterrupt:
+        _exit(128 + signal.SIGINT, stderr)
     code = _run(command, peers, Heartbeat(peers))
     if code == 0:
         peers.shutdown(SHUTDOWN_TIMEOUT)
     else:
         _wait_for_main_report(peers, stderr)
+    _exit(code, stderr)
+
+
+def _exit(code: int, stderr: TextIO) -> NoReturn:
+    """End this process; the interpreter's own way out would wait for what a lost process left in a collective."""
     for stream in (sys.stdout, sys.stderr, stderr):
         stream.flush()
-    # Not the interpreter's way out: what a lost process has left in a collective would hold it up.
     os._exit(code)
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, ClassVar
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from erasediff.errors import UserError
+from erasediff.parallel.rendezvous import rendezvous
 
 RENDEZVOUS_SECONDS = 600.0
 POLL_SECONDS = 0.05
@@ -56,10 +55,9 @@ class ControlPlane:
         return cls._current
 
     @classmethod
-    def connect(cls) -> ControlPlane:
-        """Meet the ranks that a launcher has started, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
-        cls._current = cls(PrefixStore("erasediff", store), rank, size)
+    def connect(cls, notify: Callable[[str], None] = lambda _: None) -> ControlPlane:
+        """Meet the ranks that a launcher has started: see ``rendezvous``."""
+        cls._current = cls(*rendezvous(RENDEZVOUS_SECONDS, notify))
         return cls._current
 
     @property
