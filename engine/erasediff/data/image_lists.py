@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from erasediff.data.digits import Images
-from erasediff.data.latent_cache import ImageRecord
+from erasediff.data.survey import ImageRecord
 from erasediff.errors import UserError
 from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write

@@ -26,8 +26,8 @@ from erasediff.data import (
     forget_retain_split,
     load_digits,
 )
-from erasediff.data.latent_cache import BrokenImagePolicy, survey
 from erasediff.data.preprocessing import open_picture
+from erasediff.data.survey import BrokenImagePolicy, survey
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder

@@ -33,9 +33,9 @@ from erasediff.data import (
 )
 from erasediff.data.encoder_outputs import check_latents, encode_prompts
 from erasediff.data.image_lists import ImageLists, lists_of_records
-from erasediff.data.latent_cache import BrokenImagePolicy, ImageRecord, content_ids, survey
 from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.data.prompt_images import Sampler
+from erasediff.data.survey import BrokenImagePolicy, ImageRecord, content_ids, survey
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
 from erasediff.models.base import LatentModel
