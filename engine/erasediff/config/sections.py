@@ -138,6 +138,8 @@ class ImagesConfig(Section):
         mirror: Flip about half of the images.
         skip_broken: Leave out images that cannot be read, with a warning, in the place of an error.
         encode_batch_size: Images that the VAE encodes at once.
+        cache: "needed" reads and encodes the images that the run's steps will see; "all" those of the whole data set,
+            of which images in buckets of several sizes are then drawn in another order.
     """
 
     data: str | None = None
@@ -158,6 +160,7 @@ class ImagesConfig(Section):
     mirror: bool = False
     skip_broken: bool = False
     encode_batch_size: Count = 4
+    cache: Literal["needed", "all"] = "needed"
 
 
 class TextToImageConfig(Section):

@@ -8,6 +8,7 @@ from erasediff.data.digits import ClassDataset, Images, load_digits
 from erasediff.data.forget_split import (
     Partition,
     check_disjoint,
+    check_disjoint_paths,
     forget_classes,
     forget_files,
     forget_phrases,
@@ -39,6 +40,7 @@ __all__ = [
     "ReadOptions",
     "Stream",
     "check_disjoint",
+    "check_disjoint_paths",
     "class_numbers",
     "forget_classes",
     "forget_files",

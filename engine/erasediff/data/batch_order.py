@@ -87,6 +87,10 @@ class BucketOrder:
         parts = [self._permutation(bucket, e)[max(first - e * size, 0) : min(end - e * size, size)] for e in epochs]
         return torch.cat(parts)
 
+    @property
+    def num_buckets(self) -> int:
+        return len(self._members)
+
     def shown(self, steps: int) -> int:
         """Number of images in the batches of the first ``steps`` steps."""
         if steps >= len(self._buckets):

@@ -27,7 +27,7 @@ class Entry:
         caption: key of its caption's embeddings; "" in a set without captions.
         path: of its file, to name it.
         label: the number of its class, if it has one.
-        number: see ``ImageRecord``.
+        number: its place in its data set.
     """
 
     digest: str
@@ -37,7 +37,7 @@ class Entry:
     caption: str
     path: str = field(compare=False)
     label: int | None = None
-    number: int | None = None
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class CachedImages:
         captions: store of embeddings.
         labelled: whether rows have the class of their image.
         null_label: the label of no class, for rows whose label is dropped.
+        chosen: int64 [n], ascending: the places in the data set of the images that were read; None for all of them.
     """
 
     entries: tuple[Entry, ...]
@@ -61,6 +62,7 @@ class CachedImages:
     captions: ShardStore
     labelled: bool = False
     null_label: int | None = None
+    chosen: Tensor | None = None
     _checked: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Keys of rows that were seen to be finite."""
 
@@ -107,8 +109,8 @@ class CachedImages:
 
     @property
     def numbers(self) -> Tensor | None:
-        """int64 [N]: the images' places in the data set that they were chosen from; None where all were."""
-        if self.entries[0].number is None:
+        """int64 [N]: the images' places in the data set, for the order of a part of it; None for the whole."""
+        if self.chosen is None:
             return None
         return torch.tensor([entry.number for entry in self.entries], dtype=torch.int64)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from erasediff.data.cached_images import CachedImages
 from erasediff.data.digits import Images
-from erasediff.data.survey import ImageRecord
+from erasediff.data.image_folder import CaptionedImage
 from erasediff.errors import UserError
 from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write
@@ -26,13 +27,13 @@ class ListedImage:
 
     Attributes:
         name: path of its file, or its name in a data set.
-        sha256: of its file's content, or of its pixels.
+        sha256: of its file's content, or of its pixels; None for an image that the run does not read.
         condition: ``caption`` or ``class``, and its value.
         selected_by: what asks to forget it: pairs such as ("phrase", "sneaker").
     """
 
     name: str
-    sha256: str
+    sha256: str | None
     condition: tuple[str, str]
     selected_by: tuple[tuple[str, str], ...] = ()
 
@@ -44,22 +45,32 @@ class ListedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageLists:
-    """Images that a run forgets and retains, each in the order of its batches' numbers."""
+    """Images that a run forgets and retains, each in the order of its data set.
+
+    Attributes:
+        forget: all images to forget.
+        retain: all images to retain.
+        warning: a sentence about images to forget that the run never sees, if there are any.
+    """
 
     forget: tuple[ListedImage, ...]
     retain: tuple[ListedImage, ...]
+    warning: str | None = None
 
     def summary(self) -> str:
         """A line such as "forgetting 3 of 6 images (by phrase: 3), retaining 3".
 
-        An image that is asked for in several ways counts in each of them.
+        An image that is asked for in several ways counts in each of them. Of retained images that the run does not all
+        read, it says how many it does.
         """
         ways = Counter(way for image in self.forget for way in {way for way, _ in image.selected_by})
         counted = ", ".join(f"by {way}: {count:,}" for way, count in sorted(ways.items()))
+        read = sum(image.sha256 is not None for image in self.retain)
+        seen = "" if read == len(self.retain) else f", of which the run sees {read:,}"
         every = len(self.forget) + len(self.retain)
         return (
             f"Request: forgetting {len(self.forget):,} of {every:,} images{f' ({counted})' if counted else ''}, "
-            f"retaining {len(self.retain):,}."
+            f"retaining {len(self.retain):,}{seen}."
         )
 
     def record(self, run: Path) -> None:
@@ -77,14 +88,23 @@ class ImageLists:
                 atomic_write(path, "".join(jsonl.dumps(image.record()) + "\n" for image in images))
 
 
-def lists_of_records(forget: Iterable[ImageRecord], retain: Iterable[ImageRecord]) -> ImageLists:
-    """Lists of surveyed images."""
+def listed_images(
+    images: Sequence[CaptionedImage], cached: CachedImages, condition: Callable[[CaptionedImage], tuple[str, str]]
+) -> tuple[ListedImage, ...]:
+    """List the images of a data set, without those that proved broken.
 
-    def listed(record: ImageRecord) -> ListedImage:
-        image = record.image
-        return ListedImage(str(image.path), record.digest, ("caption", image.caption), image.selected_by)
-
-    return ImageLists(tuple(map(listed, forget)), tuple(map(listed, retain)))
+    Args:
+        images: the data set.
+        cached: those of them that the run reads.
+        condition: ``caption`` or ``class`` of an image, and its value.
+    """
+    digests = {entry.number: entry.digest for entry in cached.entries}
+    read = range(len(images)) if cached.chosen is None else set(cached.chosen.tolist())
+    return tuple(
+        ListedImage(str(image.path), digests.get(number), condition(image), image.selected_by)
+        for number, image in enumerate(images)
+        if number in digests or number not in read
+    )
 
 
 def lists_of_tensors(forget: Images, retain: Images, source: str) -> ImageLists:

@@ -85,6 +85,7 @@ class LatentCache:
         null_label: int | None,
         mirror: bool = False,
         batch_size: int = 8,
+        chosen: Tensor | None = None,
     ) -> CachedImages:
         """``encode`` for a model without prompts: captions are left out, and rows have class labels if ``labelled``."""
         keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
@@ -97,7 +98,7 @@ class LatentCache:
         )
         if not entries:
             raise UserError("No image is left to learn from: none was given, or all are broken.")
-        return CachedImages(entries, "", mirror, self.latents, self.captions, labelled, null_label)
+        return CachedImages(entries, "", mirror, self.latents, self.captions, labelled, null_label, chosen)
 
     def encode(
         self,
@@ -108,8 +109,9 @@ class LatentCache:
         *,
         mirror: bool = False,
         batch_size: int = 8,
+        chosen: Tensor | None = None,
     ) -> CachedImages:
-        """``fill`` for images that were surveyed already."""
+        """``fill`` for images that were surveyed already; ``chosen`` are their places, if they are not all."""
         keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
         captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in records))}
 
@@ -131,7 +133,7 @@ class LatentCache:
         )
         if not entries:
             raise UserError("No image is left to learn from: none was given, or all are broken.")
-        return CachedImages(entries, captions[NULL_CAPTION], mirror, self.latents, self.captions)
+        return CachedImages(entries, captions[NULL_CAPTION], mirror, self.latents, self.captions, chosen=chosen)
 
     def _fill_captions(self, keys: dict[str, str], model: Encoders, batch_size: int, console: Console) -> None:
         missing = [caption for caption, key in keys.items() if key not in self.captions]

@@ -32,14 +32,14 @@ class ImageRecord:
         digest: SHA-256 of its file's content.
         original: its upright size.
         fit: its resize and crop.
-        number: its place among the images that it was chosen from; None where all were.
+        number: its place in its data set.
     """
 
     image: CaptionedImage
     digest: str
     original: Size
     fit: Fit
-    number: int | None = None
+    number: int
 
     def picture(self) -> Image.Image:
         """Decode, resize and crop the image, RGB.
@@ -107,8 +107,8 @@ def survey(
             original = Size(*picture_size(content, str(image.path)))
         except BrokenImage as error:
             return error
-        digest, number = hashlib.sha256(content).hexdigest(), None if numbers is None else place
-        return ImageRecord(image, digest, original, buckets.fit(*original), number)
+        digest = hashlib.sha256(content).hexdigest()
+        return ImageRecord(image, digest, original, buckets.fit(*original), place)
 
     places: Sequence[int] = range(len(images)) if numbers is None else numbers.tolist()
     surveyed = []

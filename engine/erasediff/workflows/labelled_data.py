@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from erasediff.config import Config, ImagesConfig
 from erasediff.data import (
@@ -37,6 +38,7 @@ from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 from erasediff.workflows.latent_data import NoiseBatches, listed_images, read_data
 from erasediff.workflows.load_model import check_fits
+from erasediff.workflows.seen_images import seen_numbers
 
 DIGITS = "digits"
 ModelT = TypeVar("ModelT", bound=UnpromptedModel)
@@ -205,6 +207,7 @@ def labelled_batches(
     *,
     batch_size: int,
     setting: str,
+    seen: int,
     dropout: Mapping[Stream, float],
     rehearse: bool = False,
 ) -> dict[Stream, Batches]:
@@ -217,6 +220,7 @@ def labelled_batches(
         samples: Samples of each stream.
         batch_size: Of all ranks together.
         setting: The setting that ``batch_size`` is from.
+        seen: Number of batches of each stream that the run looks at.
         dropout: Share of each stream's labels that become the null label.
         rehearse: Take noise in the place of images that would have to be read.
 
@@ -251,7 +255,10 @@ def labelled_batches(
         _check_labels(files, model)
     broken = BrokenImagePolicy(console, skip=config.images.skip_broken)
     with ControlPlane.current().main_process_first():
-        cached = {stream: encoded(config, model, images, broken, console) for stream, images in files.items()}
+        cached = {}
+        for stream, images in files.items():
+            chosen = seen_numbers(config, len(images), seen * batch_size, stream)
+            cached[stream] = encoded(config, model, images, broken, console, chosen)
         if Stream.FORGET in cached:
             forget, retain = cached[Stream.FORGET], cached[Stream.RETAIN]
             names = ([entry.path for entry in images.entries] for images in (forget, retain))
@@ -318,11 +325,24 @@ def encoded(
     images: Sequence[CaptionedImage],
     broken: BrokenImagePolicy,
     console: Console,
+    chosen: Tensor | None = None,
 ) -> CachedImages:
-    """``images`` in the cache as the model's samples, those that it lacks encoded now. UserError as ``survey``."""
+    """``images`` in the cache as the model's samples, those that it lacks encoded now.
+
+    Args:
+        config: The section ``images``.
+        model: What the samples are for.
+        images: The data set.
+        broken: What becomes of a broken image.
+        console: Console for progress bars.
+        chosen: int64 [n], the places of the images that are needed; None for all.
+
+    Raises:
+        UserError: As ``survey``.
+    """
     _, height, width = model.image_shape
     return LatentCache(cache_folder()).encode_unprompted(
-        survey(images, Buckets.only(height, width), broken, console),
+        survey(images, Buckets.only(height, width), broken, console, chosen),
         model,
         broken,
         console,
@@ -330,6 +350,7 @@ def encoded(
         null_label=model.null_label,
         mirror=config.images.mirror,
         batch_size=max(config.images.encode_batch_size, ENCODED_AT_ONCE),
+        chosen=chosen,
     )
 
 
