@@ -12,11 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CLASS, CaptionedImage
+from erasediff.data.labelled_images import LabelledImages
 from erasediff.data.path_index import PathIndex, near, spellings
 from erasediff.data.phrases import contains_phrase, normal_form, words_of
 from erasediff.errors import UserError
@@ -32,7 +34,7 @@ class Partition(NamedTuple):
     """Images to forget and images to retain, each in the order of their data set."""
 
     forget: list[CaptionedImage]
-    retain: list[CaptionedImage]
+    retain: Sequence[CaptionedImage]
 
 
 def forget_files(images: Sequence[CaptionedImage], request: Path) -> Partition:
@@ -56,6 +58,12 @@ def partition(images: Sequence[CaptionedImage], *selections: Selected) -> Partit
     for selection in selections:
         for number, found in selection.items():
             requests[number].extend(found)
+    if isinstance(images, LabelledImages):
+        is_asked = np.isin(images.numbers, list(requests))
+        forget = [
+            replace(image, selected_by=tuple(requests[image.id])) for image in images.at(images.numbers[is_asked])
+        ]
+        return Partition(forget, images.at(images.numbers[~is_asked]))
     return Partition(
         [replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in images if i.id in requests],
         [i for i in images if i.id not in requests],
@@ -128,7 +136,10 @@ def select_classes(images: Sequence[CaptionedImage], classes: Iterable[str], col
         UserError: for a class of no image.
     """
     by_class: defaultdict[str, list[int]] = defaultdict(list)
-    for image in images:
+    if isinstance(images, LabelledImages) and column == CLASS:
+        for label, numbers in images.numbers_by_label().items():
+            by_class[class_form(images.class_names[label])] += numbers.tolist()
+    for image in () if by_class else images:
         for name in dict.fromkeys(name for one in image.names() for name in _classes_of(one, column)):
             by_class[name].append(image.id)
     if not by_class:

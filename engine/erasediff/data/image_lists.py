@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import repeat, zip_longest
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from erasediff.data.cached_images import CachedImages
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CaptionedImage
+from erasediff.data.labelled_images import LabelledImages, outlines
 from erasediff.errors import UserError
-from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write
 
 FORGET, RETAIN = "forget", "retain"
@@ -38,9 +39,17 @@ class ListedImage:
     selected_by: tuple[tuple[str, str], ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """The image as a line of JSON."""
-        record = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
+        """The image as a mapping."""
+        record: dict[str, Any] = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
         return record | ({"selected_by": [": ".join(pair) for pair in self.selected_by]} if self.selected_by else {})
+
+    def line(self) -> str:
+        """The image as a line of JSON."""
+        if self.selected_by or self.sha256 is not None:
+            return json.dumps(self.record())
+        # ``json.dumps`` sets up an encoder each time, which takes most of the time for a million short records.
+        kind, value = self.condition
+        return f'{{"image": {_quoted(self.name)}, "sha256": null, "{kind}": {_quoted(value)}}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +94,26 @@ class ImageLists:
                 _check_same(path, images)
         for path, images in lists:
             if not path.is_file():
-                atomic_write(path, "".join(jsonl.dumps(image.record()) + "\n" for image in images))
+                atomic_write(path, "".join(f"{image.line()}\n" for image in images))
 
 
 def listed_images(
-    images: Sequence[CaptionedImage], cached: CachedImages, condition: Callable[[CaptionedImage], tuple[str, str]]
+    images: Sequence[CaptionedImage], cached: CachedImages, condition: Literal["caption", "class"]
 ) -> tuple[ListedImage, ...]:
     """List the images of a data set, without those that proved broken.
 
     Args:
         images: the data set.
         cached: those of them that the run reads.
-        condition: ``caption`` or ``class`` of an image, and its value.
+        condition: what the model is conditioned on.
     """
     digests = {entry.number: entry.digest for entry in cached.entries}
     read = range(len(images)) if cached.chosen is None else set(cached.chosen.tolist())
+    # Retained images of a lazy data set are not made for this.
+    requests = repeat(()) if isinstance(images, LabelledImages) else (image.selected_by for image in images)
     return tuple(
-        ListedImage(str(image.path), digests.get(number), condition(image), image.selected_by)
-        for number, image in enumerate(images)
+        ListedImage(path, digests.get(number), (condition, caption if condition == "caption" else name), request)
+        for number, ((path, caption, name), request) in enumerate(zip(outlines(images), requests, strict=False))
         if number in digests or number not in read
     )
 

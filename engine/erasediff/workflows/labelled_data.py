@@ -27,6 +27,7 @@ from erasediff.data import (
     forget_retain_split,
     load_digits,
 )
+from erasediff.data.labelled_images import by_label, labels_in, of_labels
 from erasediff.data.preprocessing import open_picture
 from erasediff.data.survey import BrokenImagePolicy, survey
 from erasediff.diffusion.batch import Batch
@@ -159,14 +160,16 @@ class ImageData:
             kept = class_numbers(config.unlearn.retain, names)
             if set(kept) & set(forgotten):
                 raise UserError("A class cannot be forgotten and retained: take it out of one of the two.")
-            retain = [image for image in retain if image.label in kept]
+            retain = of_labels(retain, kept)
         if not retain:
             raise UserError("Nothing is left to retain: forget fewer classes.")
         return LabelledSplit(forget, retain, forgotten)
 
     def training(self, exclude: Sequence[int | str]) -> Sequence[CaptionedImage]:
         left_out = class_numbers(exclude, self.class_names)
-        images = [image for image in self.images.images if image.label is None or image.label not in left_out]
+        images = self.images.images
+        if left_out:
+            images = of_labels(images, labels_in(images) - set(left_out))
         if not images:
             raise UserError("Nothing is left to retain: forget fewer classes.")
         return images
@@ -196,7 +199,7 @@ def labels_of(samples: Samples) -> list[int]:
     """Classes that occur among ``samples``, sorted."""
     if isinstance(samples, Images):
         return sorted(set(samples.class_labels.tolist()))
-    return sorted({image.label for image in samples if image.label is not None})
+    return sorted(label for label in labels_in(samples) if label is not None)
 
 
 def labelled_batches(
@@ -292,8 +295,7 @@ def class_dataset(config: Config, data: LabelledData, model: UnpromptedModel, co
     samples = data.training(())
     assert not isinstance(samples, Images)
     parts: dict[str, list[CaptionedImage]] = {"train": [], "test": []}
-    for number in labels_of(samples):
-        members = [image for image in samples if image.label == number]
+    for members in by_label(samples).values():
         count = min(len(members), max(CLASSIFIED // len(data.class_names), TEST_EVERY))
         chosen = [members[place * len(members) // count] for place in range(count)]
         parts["test"] += chosen[::TEST_EVERY] if count > 1 else []
@@ -356,8 +358,8 @@ def encoded(
 
 def _check_labels(samples: Mapping[Stream, Sequence[CaptionedImage]], model: UnpromptedModel) -> None:
     for images in samples.values():
-        missing = next((image for image in images if image.label is None), None)
-        if missing is not None:
+        if None in labels_in(images):
+            missing = of_labels(images, [None])[0]
             raise UserError(
                 f"{missing.path} has no class of the data, and the model is class-conditional: put it into a folder "
                 "called like its class, or name the column with --set images.class_column."

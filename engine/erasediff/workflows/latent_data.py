@@ -252,16 +252,12 @@ def _encoded(
         batch_size=settings.encode_batch_size,
     )
     retained, forgotten = encode(retain, chosen=chosen[1]), encode(forget, chosen=chosen[0])
-    lists = ImageLists(listed(sets.forget, forgotten, _caption), listed(sets.retain, retained, _caption))
+    lists = ImageLists(listed(sets.forget, forgotten, "caption"), listed(sets.retain, retained, "caption"))
     return retained, forgotten, lists
 
 
 def _paths(records: Sequence[ImageRecord]) -> list[str]:
     return [str(record.image.path) for record in records]
-
-
-def _caption(image: CaptionedImage) -> tuple[str, str]:
-    return "caption", image.caption
 
 
 def image_size(config: Config, model: LatentModel) -> tuple[int, int]:

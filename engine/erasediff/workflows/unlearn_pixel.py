@@ -13,7 +13,6 @@ from torch import nn
 from erasediff.config import Config, TextToImageConfig, UnlearnConfig
 from erasediff.data import CachedBatches, CachedImages, Images, ImageSet, Stream, class_numbers
 from erasediff.data.batches import SampleBatches
-from erasediff.data.image_folder import CLASS
 from erasediff.data.image_lists import ImageLists, ListedImage, listed_images, lists_of_tensors
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
@@ -183,7 +182,7 @@ def _cached(batches: Batches) -> CachedImages:
 def _listed(samples: Samples, batches: Batches) -> tuple[ListedImage, ...]:
     """The images that ``batches`` are of."""
     assert not isinstance(samples, Images)
-    return listed_images(samples, _cached(batches), lambda image: ("class", image.attributes.get(CLASS, "")))
+    return listed_images(samples, _cached(batches), "class")
 
 
 def resolved(config: Config, *, conditional: bool, retain: Samples, forget: Samples = ()) -> Config:
