@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CLASS, CaptionedImage
-from erasediff.data.path_index import PathIndex, near, spellings
+from erasediff.data.image_table import ImageTable
+from erasediff.data.path_index import PathIndex, name_form, near, spellings
 from erasediff.data.phrases import contains_phrase, normal_form, words_of
 from erasediff.errors import UserError
 
@@ -28,8 +30,8 @@ Selected = Mapping[int, Sequence[Request]]
 class Partition(NamedTuple):
     """Images to forget and images to retain, each in the order of their data set."""
 
-    forget: list[CaptionedImage]
-    retain: list[CaptionedImage]
+    forget: Sequence[CaptionedImage]
+    retain: Sequence[CaptionedImage]
 
 
 def forget_files(images: Sequence[CaptionedImage], request: Path) -> Partition:
@@ -53,10 +55,13 @@ def partition(images: Sequence[CaptionedImage], *selections: Selected) -> Partit
     for selection in selections:
         for number, found in selection.items():
             requests[number].extend(found)
-    return Partition(
-        [replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in images if i.id in requests],
-        [i for i in images if i.id not in requests],
-    )
+    asked: Sequence[CaptionedImage]
+    retain: Sequence[CaptionedImage]
+    if isinstance(images, ImageTable):
+        asked, retain = images.with_ids(requests), images.without(requests)
+    else:
+        asked, retain = [i for i in images if i.id in requests], [i for i in images if i.id not in requests]
+    return Partition([replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in asked], retain)
 
 
 def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
@@ -75,7 +80,7 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
         lines = request.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
-    index = PathIndex((name.path, image) for image in images for name in image.names())
+    index = _index_of(images, lines)
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     for line in lines:
         path = line.strip()
@@ -85,29 +90,51 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
         if not found and path.startswith("#"):
             continue
         if not found:
-            raise UserError(f"{request}: {_no_such_image(index, path)}.")
+            every = PathIndex((name.path, image.id) for image in images for name in image.names())
+            raise UserError(f"{request}: {_no_such_image(every, path)}.")
         if len(found) > 1:
             raise UserError(
                 f"{request}: {path} may be any of {len(found)} images; write more of its path, or all of it."
             )
-        selected[found[0].id].append(("file", path))
+        selected[found[0]].append(("file", path))
     if not selected:
         raise UserError(f"The list of files to forget, {request}, is empty: write one path per line.")
     return selected
 
 
-def _listed_images(index: PathIndex[CaptionedImage], line: str) -> list[CaptionedImage]:
-    """The images that a line may name."""
+def _index_of(images: Sequence[CaptionedImage], lines: Sequence[str]) -> PathIndex[int]:
+    """Ids of those images that ``lines`` may name: an index of all of a million takes half a minute.
+
+    An image in a shard has its key, its name up to the first dot, as a second name.
+    """
+    paths = [path for line in lines for path in spellings(line) if path and "\0" not in path]
+    wanted = {
+        name_form(os.path.basename(os.path.normpath(spelt)))
+        for path in paths
+        for spelt in (path, os.path.realpath(path))
+    }
+    found = []
+    for image in images:
+        for path in (name.path for name in image.names()):
+            if name_form(path.name) in wanted:
+                found.append((path, image.id))
+            if image.stored is not None and (key := path.name.partition(".")[0]) and name_form(key) in wanted:
+                found.append((path.with_name(key), image.id))
+    return PathIndex(found)
+
+
+def _listed_images(index: PathIndex[int], line: str) -> list[int]:
+    """Ids of the images that a line may name."""
     for path in spellings(line):
         # A name alone is looked for everywhere, not in the working folder first.
         exact = index.at(path) if "/" in path else None
         found = [exact] if exact is not None else index.ending_with(path)
         if found:
-            return list({image.id: image for image in found}.values())
+            return list(dict.fromkeys(found))
     return []
 
 
-def _no_such_image(index: PathIndex[CaptionedImage], path: str) -> str:
+def _no_such_image(index: PathIndex[int], path: str) -> str:
     within = index.in_folder(path)
     if within:
         return f"{path} is a folder of {within} images; list its files, or forget it by --forget-class"
@@ -177,11 +204,12 @@ def select_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> 
             raise UserError(f"The phrase {phrase!r} to forget is empty: choose words that the captions use.")
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     found = set()
-    for image in images:
-        captions = [normal_form(caption) for caption in image.captions()]
+    described = images.captions() if isinstance(images, ImageTable) else ((i.id, i.captions()) for i in images)
+    for number, captions in described:
+        normal = [normal_form(caption) for caption in captions]
         for phrase, form in forms.items():
-            if any(contains_phrase(caption, form) for caption in captions):
-                selected[image.id].append(("phrase", phrase))
+            if any(contains_phrase(caption, form) for caption in normal):
+                selected[number].append(("phrase", phrase))
                 found.add(phrase)
     for phrase, form in forms.items():
         if phrase not in found:
