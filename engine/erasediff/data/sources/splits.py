@@ -20,11 +20,17 @@ SPLITS = {
 
 
 def files_of_split(files: Sequence[Path], split: str, location: str) -> list[Path]:
-    """The ``files`` of ``split``: their names have its word. Files without any such word are training data.
+    """The ``files`` of ``split``, in the order of their paths.
+
+    They are called ``SPLIT-00000-of-00001``, or their names have a word of the split's; files of which none has such a
+    word are training data.
 
     Raises:
         UserError: For no such split, and files of which some belong to a split and others to none.
     """
+    pieces = [file for file in files if re.fullmatch(rf"{re.escape(split)}-\d+-of-\d+", file.stem)]
+    if pieces:
+        return sorted(pieces)
     by_split: defaultdict[str, list[Path]] = defaultdict(list)
     others: list[Path] = []
     for file in sorted(files):

@@ -45,7 +45,7 @@ class WebdatasetSource:
     has_captions = True
 
     def reads(self, location: str) -> bool:
-        return location.lower().endswith((SHARD, *COMPRESSED)) or _is_shard_folder(Path(location))
+        return location.lower().endswith((SHARD, *COMPRESSED)) or is_shard_folder(Path(location))
 
     def read(self, location: str, options: ReadOptions) -> ImageSet:
         shards = _shards(location, options.split)
@@ -101,7 +101,7 @@ def _joined(tables: Sequence[pa.Table], column: str) -> np.ndarray[tuple[int], n
     return np.concatenate([table.column(column).to_numpy() for table in tables])
 
 
-def _is_shard_folder(folder: Path) -> bool:
+def is_shard_folder(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither it nor its subfolders hold images, among which they would lie."""
     try:
         names = os.listdir(folder)
