@@ -86,7 +86,7 @@ def _images() -> Iterator[tuple[str, bytes, str]]:
 
 def losses(out: Path) -> list[dict[str, Any]]:
     """What the log says of the steps, but for times."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [{key: value for key, value in line.items() if "loss" in key} for line in lines]
     assert any(found)
     return found
@@ -99,7 +99,7 @@ def listed(out: Path, name: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     ("model", "choice"),
-    [("sd15", ("--forget-phrase", "cat")), ("ddpm_class", ("--forget-class", "cat"))],
+    [("sd", ("--forget-phrase", "cat")), ("ddpm_class", ("--forget-class", "cat"))],
     ids=("captions", "classes"),
 )
 def test_unlearning_is_that_of_a_folder(
@@ -124,7 +124,7 @@ def test_training_and_evaluation_by_class(run: Run, here: Path, data: str) -> No
     for command in (
         ("train", "--out", "base"),
         ("unlearn", "--model", "base/model", "--forget-class", "dog", "--out", "out"),
-        ("evaluate", "--model", "out/model", "--reference", "base/model", "--forget-class", "dog", "--out", "report"),
+        ("evaluate", "--model", "out/model", "--base", "base/model", "--forget", "dog"),
     ):
         ended = run(*command, *common)
         assert ended.code == 0, ended.errors

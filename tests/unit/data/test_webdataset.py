@@ -277,6 +277,13 @@ def test_compressed_shards_in_a_folder_are_named(tmp_path: Path) -> None:
             read_image_set(str(location), PLAIN)
 
 
+def test_an_image_is_read_from_a_file_that_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if another thread had pushed it out of those that are kept open.
+    monkeypatch.setattr("erasediff.data.sources.webdataset.OPEN_SHARDS", 0)
+    images = read_image_set(str(write_shard(tmp_path / "x.tar", captioned())), PLAIN).images
+    assert [image.read() for image in images] == [png(0), png(1), png(2)]
+
+
 def test_a_shard_that_changes_under_a_run_is_refused(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "x.tar", captioned())
     images = read_image_set(str(shard), PLAIN).images

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import erasediff.data.sources
-from erasediff.data.hf_datasets import class_label_names, is_saved_dataset, read_images
+from erasediff.data.hf_datasets import check_source, class_label_names, is_saved_dataset, read_images
 from erasediff.data.image_folder import CLASS, CaptionedImage, filled
 from erasediff.errors import UserError
 
@@ -73,6 +73,12 @@ def sources() -> tuple[Source, ...]:
     package = erasediff.data.sources
     modules = [import_module(f"{package.__name__}.{entry.name}") for entry in pkgutil.iter_modules(package.__path__)]
     return tuple(module.SOURCE for module in modules if hasattr(module, "SOURCE"))
+
+
+def check_location(location: str) -> None:
+    """UserError for what is neither of any format nor may be the name of a data set on the hub."""
+    if not any(source.reads(location) for source in sources()):
+        check_source(location)
 
 
 def read_image_set(location: str, options: ReadOptions) -> ImageSet:

@@ -82,13 +82,14 @@ class ShardReader:
         self._ends = np.cumsum([table.num_rows for table in tables])
         self._offsets = _joined(tables, index.OFFSET)
         self._sizes = _joined(tables, index.SIZE)
-        # A file is closed when the last thread that reads it lets go of it.
+        # Not closed here: a thread may still be reading it.
         self._opened = lru_cache(OPEN_SHARDS)(self._open)
 
     def __call__(self, number: int) -> bytes:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         size = int(self._sizes[number])
-        content = os.pread(self._opened(shard).fileno(), size, int(self._offsets[number]))
+        file = self._opened(shard)
+        content = os.pread(file.fileno(), size, int(self._offsets[number]))
         if len(content) != size:
             raise UserError(f"The shard {self._shards[shard]} changed while it was being read: run the command again.")
         return content
