@@ -185,6 +185,29 @@ def test_an_index_is_kept_until_the_shard_changes(tmp_path: Path, cache: Path, m
     assert len(list((cache / "shards").iterdir())) == 2
 
 
+def test_descriptions_of_many_images_are_kept_for_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptions = "erasediff.data.sources.descriptions"
+    monkeypatch.setattr(f"{descriptions}.CACHED_FROM", 2)
+    shard = write_shard(tmp_path / "x.tar", [*captioned(), ("b/1.png", png(9))])
+    template = ReadOptions(captions=True, template="a {class}")
+    first = read_image_set(str(shard), template)
+    assert [image.caption for image in first.images][2:] == ["a photo of number 2", "a b"]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{descriptions}.Descriptions", None)
+        again = read_image_set(str(shard), template)
+        assert [(i.path, i.caption, i.label, i.attributes, i.read()) for i in again.images] == [
+            (i.path, i.caption, i.label, i.attributes, i.read()) for i in first.images
+        ]
+        assert again.class_names == first.class_names == ("b",)
+    with pytest.raises(UserError, match=r"b/1.png has no caption"):
+        read_image_set(str(shard), CAPTIONED)
+    assert read_image_set(str(shard), ReadOptions(captions=True, template="one")).images[3].caption == "one"
+    write_shard(shard, captioned(5))
+    assert len(read_image_set(str(shard), template).images) == 5
+
+
 def cut(shard: Path) -> None:
     os.truncate(shard, 1200)
 

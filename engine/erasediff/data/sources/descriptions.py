@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from erasediff.data.image_folder import check_caption_column, check_captions, filled
 from erasediff.data.image_table import ImageRows, ImageTable
 from erasediff.data.metadata import MetadataRow
 from erasediff.data.sources.base import ImageSet, ReadOptions, class_list
+from erasediff.data.sources.table_cache import cached_table
 from erasediff.errors import UserError
+
+FORMAT = 1
+CLASS_NAMES = b"class_names"
+CACHED_FROM = 20_000
+"""Images whose descriptions take longer to put together than to read."""
 
 
 class Descriptions:
@@ -72,20 +80,14 @@ class Descriptions:
         self._are_folders = self._are_folders and (kind is None or folder_class)
         self._classes.append(self._codes.setdefault(kind, len(self._codes) - 1))
 
-    def image_set(
-        self, files: Sequence[Path], read: Callable[[int], bytes], remedy: str, names: Sequence[str] = ()
-    ) -> ImageSet:
-        """The images, with their classes numbered.
+    def table(self, names: Sequence[str]) -> pa.Table:
+        """Table of the images, with the names of their classes by number in its schema's metadata.
 
         Args:
-            files: Paths of the files, by their numbers.
-            read: Reads the image of a row.
-            remedy: What to do about an image without a caption.
             names: Names of the classes by their numbers; () for those that occur.
 
         Raises:
-            UserError: For no images, a caption column that there is not, and images without captions where they are
-                needed.
+            UserError: For no images, and a caption column that there is not.
         """
         if not self._classes:
             raise UserError(f"There are no images in {self._location}.")
@@ -94,7 +96,39 @@ class Descriptions:
         names = tuple(names) or class_list(found, are_folders=self._are_folders)
         numbers = {name: number for number, name in enumerate(names)}
         labels = np.array([*(numbers.get(kind, -1) for kind in found), -1], np.int32)[self._classes]
-        images = ImageTable(self._rows.table(labels), files, read)
-        if self._options.captions:
-            check_captions(images.uncaptioned(), remedy)
-        return ImageSet(images, names)
+        return self._rows.table(labels).replace_schema_metadata({CLASS_NAMES: json.dumps(names)})
+
+
+def described_images(
+    location: str,
+    files: Sequence[Path],
+    options: ReadOptions,
+    describe: Callable[[Descriptions], Sequence[str]],
+    read: Callable[[int], bytes],
+    remedy: str,
+) -> ImageSet:
+    """Image set of files, whose descriptions are kept in the cache if there are many.
+
+    Args:
+        location: The data set, for messages.
+        files: Paths of the files.
+        options: How captions and classes are chosen.
+        describe: Adds every image, and returns the names of the classes or ().
+        read: Reads the image of a row.
+        remedy: What to do about an image without a caption.
+
+    Raises:
+        UserError: As ``describe`` and ``Descriptions.table``; for images without captions where they are needed.
+    """
+
+    def make() -> pa.Table:
+        descriptions = Descriptions(location, options)
+        names = describe(descriptions)
+        return descriptions.table(names)
+
+    settings = [FORMAT, options.caption_column, options.template, options.class_column]
+    table = cached_table("descriptions", files, settings, make, least=CACHED_FROM)
+    images = ImageTable(table.replace_schema_metadata(None), files, read)
+    if options.captions:
+        check_captions(images.uncaptioned(), remedy)
+    return ImageSet(images, tuple(json.loads(table.schema.metadata[CLASS_NAMES])))

@@ -16,7 +16,7 @@ from erasediff.data.folder_listing import UNREAD_METADATA
 from erasediff.data.hf_datasets import SAVED
 from erasediff.data.image_folder import CLASS
 from erasediff.data.sources.base import ImageSet, ReadOptions
-from erasediff.data.sources.descriptions import Descriptions
+from erasediff.data.sources.descriptions import Descriptions, described_images
 from erasediff.data.sources.parquet_images import PATH, ImageColumn, RowGroups, dataset_features
 from erasediff.data.sources.splits import TRAIN, files_of_split
 from erasediff.data.sources.webdataset import is_shard_folder
@@ -47,19 +47,24 @@ class ParquetSource:
         files = [_File.open(path) for path in _files(location, options.split)]
         first = files[0]
         names = first.class_names(options.class_column)
-        descriptions = Descriptions(location, options)
-        for number, file in enumerate(files):
+        for file in files:
             if file.images.leaf != first.images.leaf or file.class_names(options.class_column) != names:
                 raise UserError(f"{file.path} has other images or classes than {first.path}: give one of them.")
             file.check_images()
-            for row, name, columns in file.rows():
-                label = columns.get(LABEL)
-                attributes = {} if label is None else {CLASS: label if isinstance(label, str) else json.dumps(label)}
-                place = f"{file.path}, row {row}"
-                descriptions.append(number, name, columns, place=place, attributes=attributes)
+
+        def describe(descriptions: Descriptions) -> Sequence[str]:
+            for number, file in enumerate(files):
+                for row, name, columns in file.rows():
+                    label = columns.get(LABEL)
+                    attributes = (
+                        {} if label is None else {CLASS: label if isinstance(label, str) else json.dumps(label)}
+                    )
+                    descriptions.append(number, name, columns, place=f"{file.path}, row {row}", attributes=attributes)
+            return names
+
         paths = [file.path for file in files]
         read = RowGroups(paths, first.images, [file.group_sizes for file in files])
-        return descriptions.image_set(paths, read, "name the column with captions", names)
+        return described_images(location, paths, options, describe, read, "name the column with captions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,8 @@ def _named(path: Path, column: str, names: Sequence[str], value: int | None) -> 
 
 def _name(path: str | None, row: int) -> str:
     """Name of an image in its file: its path without what would lead out of it."""
+    if path and "/" not in path and "\\" not in path and path not in (".", ".."):
+        return path
     parts = [part for part in (path or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return "/".join(parts) or f"{row:05d}"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import defaultdict
 from enum import Enum
@@ -15,10 +13,9 @@ import pyarrow as pa
 
 from erasediff.data.folder_listing import CAPTION_SUFFIXES, is_hidden
 from erasediff.data.image_formats import conversion_advice, readable_suffixes, unreadable_suffixes
+from erasediff.data.sources.table_cache import cached_table
 from erasediff.data.sources.tar_members import Member, TarScan
 from erasediff.errors import UserError
-from erasediff.io.atomic import atomic_file
-from erasediff.io.cache_dir import cache_folder
 
 FORMAT = 1
 NAME, OFFSET, SIZE, TEXTS, KIND, METADATA = "name", "offset", "size", "texts", "class", "metadata"
@@ -46,23 +43,17 @@ def shard_index(shard: Path) -> pa.Table:
         UserError: As ``TarScan.members``; for a key without an image, with two, or with a member twice, and texts that
             are not UTF-8.
     """
+    return cached_table("shards", [shard], [FORMAT, sorted(readable_suffixes())], lambda: _scanned(shard))
+
+
+def _scanned(shard: Path) -> pa.Table:
     try:
         with shard.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            identity = [FORMAT, os.path.abspath(shard), status.st_size, status.st_mtime_ns, sorted(readable_suffixes())]
-            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            cached = cache_folder() / "shards" / f"{digest[:32]}.arrow"
-            if not cached.is_file():
-                scan = TarScan(shard, lambda start, count: os.pread(file.fileno(), count, start), status.st_size)
-                table = _indexed(shard, scan)
-                with atomic_file(cached) as partial, pa.ipc.new_file(str(partial), SCHEMA) as writer:
-                    writer.write_table(table)
+            descriptor = file.fileno()
+            size = os.fstat(descriptor).st_size
+            return _indexed(shard, TarScan(shard, lambda start, count: os.pread(descriptor, count, start), size))
     except OSError as error:
         raise UserError(f"Cannot read the shard {shard}: {error.strerror or error}.") from None
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"The index {cached} is damaged: remove it. ({' '.join(str(error).split())})") from None
 
 
 class _Role(Enum):

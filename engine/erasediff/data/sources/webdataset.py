@@ -22,7 +22,7 @@ from erasediff.data.image_folder import CLASS
 from erasediff.data.image_formats import readable_suffixes
 from erasediff.data.sources import shard_index as index
 from erasediff.data.sources.base import ImageSet, ReadOptions
-from erasediff.data.sources.descriptions import Descriptions
+from erasediff.data.sources.descriptions import Descriptions, described_images
 from erasediff.data.sources.splits import TRAIN, files_of_split
 from erasediff.data.sources.tar_members import compressed
 from erasediff.errors import UserError
@@ -32,7 +32,7 @@ SHARD = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 BRACES = re.compile(r"\{([^{}]*)\}")
-MOST_SHARDS, OPEN_SHARDS, SCANNED_AT_ONCE = 100_000, 64, 8
+MOST_SHARDS, OPEN_SHARDS, SCANNED_AT_ONCE, ROWS_AT_ONCE = 100_000, 64, 8, 4096
 
 
 class WebdatasetSource:
@@ -50,23 +50,30 @@ class WebdatasetSource:
     def read(self, location: str, options: ReadOptions) -> ImageSet:
         shards = _shards(location, options.split)
         tables = _indexed(shards)
-        descriptions = Descriptions(location, options)
-        for number, (shard, table) in enumerate(zip(shards, tables, strict=True)):
-            for rows in table.select([index.NAME, index.TEXTS, index.KIND, index.METADATA]).to_batches(4096):
-                for name, texts, kind, metadata in zip(*rows.to_pydict().values(), strict=True):
-                    folder = name.rpartition("/")[0]
-                    given = kind or folder
-                    descriptions.append(
-                        number,
-                        name,
-                        {} if metadata is None else _columns(shard, name, metadata),
-                        place=f"{shard}: {name}",
-                        texts=texts,
-                        attributes={CLASS: given} if given else {},
-                        folder_class=kind is None,
-                    )
-        read = ShardReader(shards, tables)
-        return descriptions.image_set(shards, read, "give its key a .txt member, or a caption in .json")
+
+        def describe(descriptions: Descriptions) -> Sequence[str]:
+            for number, (shard, table) in enumerate(zip(shards, tables, strict=True)):
+                _describe(descriptions, number, shard, table)
+            return ()
+
+        read, remedy = ShardReader(shards, tables), "give its key a .txt member, or a caption in .json"
+        return described_images(location, shards, options, describe, read, remedy)
+
+
+def _describe(descriptions: Descriptions, number: int, shard: Path, table: pa.Table) -> None:
+    """Add the images of a shard."""
+    for rows in table.select([index.NAME, index.TEXTS, index.KIND, index.METADATA]).to_batches(ROWS_AT_ONCE):
+        for name, texts, kind, metadata in zip(*rows.to_pydict().values(), strict=True):
+            given = kind or name.rpartition("/")[0]
+            descriptions.append(
+                number,
+                name,
+                {} if metadata is None else _columns(shard, name, metadata),
+                place=f"{shard}: {name}",
+                texts=texts,
+                attributes={CLASS: given} if given else {},
+                folder_class=kind is None,
+            )
 
 
 class ShardReader:
