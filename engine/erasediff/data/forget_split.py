@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from erasediff.data.digits import Images
@@ -30,7 +31,7 @@ Selected = Mapping[int, Sequence[Request]]
 class Partition(NamedTuple):
     """Images to forget and images to retain, each in the order of their data set."""
 
-    forget: Sequence[CaptionedImage]
+    forget: list[CaptionedImage]
     retain: Sequence[CaptionedImage]
 
 
@@ -55,13 +56,18 @@ def partition(images: Sequence[CaptionedImage], *selections: Selected) -> Partit
     for selection in selections:
         for number, found in selection.items():
             requests[number].extend(found)
-    asked: Sequence[CaptionedImage]
-    retain: Sequence[CaptionedImage]
     if isinstance(images, ImageTable):
-        asked, retain = images.with_ids(requests), images.without(requests)
-    else:
-        asked, retain = [i for i in images if i.id in requests], [i for i in images if i.id not in requests]
-    return Partition([replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in asked], retain)
+        is_asked = np.isin(images.numbers, list(requests))
+        asked, retain = images.at(images.numbers[is_asked]), images.at(images.numbers[~is_asked])
+        return Partition(_selected_by(asked, requests), retain)
+    return Partition(
+        _selected_by((i for i in images if i.id in requests), requests), [i for i in images if i.id not in requests]
+    )
+
+
+def _selected_by(images: Iterable[CaptionedImage], requests: Selected) -> list[CaptionedImage]:
+    """``images``, which say what asks to forget them."""
+    return [replace(image, selected_by=(*image.selected_by, *requests[image.id])) for image in images]
 
 
 def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
@@ -204,7 +210,7 @@ def select_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> 
             raise UserError(f"The phrase {phrase!r} to forget is empty: choose words that the captions use.")
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     found = set()
-    described = images.captions() if isinstance(images, ImageTable) else ((i.id, i.captions()) for i in images)
+    described = images.captions_by_id() if isinstance(images, ImageTable) else ((i.id, i.captions()) for i in images)
     for number, captions in described:
         normal = [normal_form(caption) for caption in captions]
         for phrase, form in forms.items():

@@ -18,7 +18,7 @@ from erasediff.data.image_folder import CLASS
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.descriptions import Descriptions, described_images
 from erasediff.data.sources.parquet_images import PATH, ImageColumn, RowGroups, dataset_features
-from erasediff.data.sources.splits import TRAIN, files_of_split
+from erasediff.data.sources.splits import TRAIN, files_in, files_of_split
 from erasediff.data.sources.webdataset import is_shard_folder
 from erasediff.errors import UserError
 
@@ -161,10 +161,9 @@ class _File:
 
 def _files_in(folder: Path) -> list[Path]:
     """Parquet files of images in a folder, or in its ``data``; not those that describe shards or image files there."""
-    if not folder.is_dir() or is_shard_folder(folder):
-        return []
-    found = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"data/*{SUFFIX}")]
-    return [file for file in found if file.name != UNREAD_METADATA and not file.name.startswith(".")]
+    found = [*files_in(folder, (SUFFIX,)), *files_in(folder / "data", (SUFFIX,))]
+    found = [file for file in found if file.name != UNREAD_METADATA]
+    return [] if found and is_shard_folder(folder) else found
 
 
 def _files(location: str, split: str) -> list[Path]:

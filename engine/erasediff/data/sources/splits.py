@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from erasediff.data.folder_listing import is_hidden
 from erasediff.errors import UserError
 
 TRAIN = "train"
@@ -17,6 +19,15 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Splits by the words that stand for them."""
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files in ``folder`` with one of ``suffixes`` in any case, but for hidden ones; none if it is no folder."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [folder / name for name in names if name.lower().endswith(suffixes) and not is_hidden(name)]
 
 
 def files_of_split(files: Sequence[Path], split: str, location: str) -> list[Path]:

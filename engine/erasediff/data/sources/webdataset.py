@@ -23,7 +23,7 @@ from erasediff.data.image_formats import readable_suffixes
 from erasediff.data.sources import shard_index as index
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.descriptions import Descriptions, described_images
-from erasediff.data.sources.splits import TRAIN, files_of_split
+from erasediff.data.sources.splits import TRAIN, files_in, files_of_split
 from erasediff.data.sources.tar_members import compressed
 from erasediff.errors import UserError
 from erasediff.utils.progress import progress_bar
@@ -111,16 +111,10 @@ def _joined(tables: Sequence[pa.Table], column: str) -> np.ndarray[tuple[int], n
 
 def is_shard_folder(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither it nor its subfolders hold images, among which they would lie."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
+    if not files_in(folder, (SHARD, *COMPRESSED)):
         return False
-    if not any(name.lower().endswith((SHARD, *COMPRESSED)) and not is_hidden(name) for name in names):
-        return False
-    folders = [folder, *(folder / name for name in names if (folder / name).is_dir() and not is_hidden(name))]
-    return not any(
-        os.path.splitext(name)[1].lower() in readable_suffixes() for parent in folders for name in os.listdir(parent)
-    )
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))]
+    return not any(files_in(parent, tuple(readable_suffixes())) for parent in folders)
 
 
 def _shards(location: str, split: str) -> list[Path]:
@@ -129,9 +123,7 @@ def _shards(location: str, split: str) -> list[Path]:
         raise UserError(f"{location} is not here, and nothing is downloaded: give the path of a copy.")
     folder = Path(location)
     if folder.is_dir():
-        found = [folder / name for name in os.listdir(folder) if not is_hidden(name)]
-        found = [file for file in found if file.name.lower().endswith((SHARD, *COMPRESSED))]
-        shards = files_of_split(found, split, location)
+        shards = files_of_split(files_in(folder, (SHARD, *COMPRESSED)), split, location)
     else:
         shards = [folder] if folder.is_file() else [Path(name) for name in expand_braces(location)]
         if split != TRAIN:
