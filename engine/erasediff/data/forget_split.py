@@ -76,8 +76,8 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
     Args:
         images: the data set.
         request: a text file with one path per line; blank lines and those that begin with # do not count. A path may
-            be absolute or the end of an image's path, its name alone if no other image has it. Spaces and quotes around
-            it do not count, a backslash is a slash.
+            be absolute or the end of an image's path, its name alone if no other image has it; of an image in a shard
+            or table, its name there, or its key. Spaces and quotes around it do not count, a backslash is a slash.
 
     Raises:
         UserError: for a request that cannot be read or is empty, and a path of no image or of several.
@@ -86,13 +86,13 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
         lines = request.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
-    index = _index_of(images, lines)
+    index, are_members = _index_of(images, lines), len(images) > 0 and images[0].stored is not None
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     for line in lines:
         path = line.strip()
         if not path:
             continue
-        found = _listed_images(index, line)
+        found = _listed_images(index, line, are_members=are_members)
         if not found and path.startswith("#"):
             continue
         if not found:
@@ -119,22 +119,31 @@ def _index_of(images: Sequence[CaptionedImage], lines: Sequence[str]) -> PathInd
         for path in paths
         for spelt in (path, os.path.realpath(path))
     }
+
+    def is_wanted(name: str) -> bool:
+        return name_form(name) in wanted or name_form(name.partition(".")[0]) in wanted
+
     found = []
-    for image in images:
-        for path in (name.path for name in image.names()):
-            if name_form(path.name) in wanted:
-                found.append((path, image.id))
-            if image.stored is not None and (key := path.name.partition(".")[0]) and name_form(key) in wanted:
+    for image in images.named(is_wanted) if isinstance(images, ImageTable) else images:
+        for path in (name.path for name in image.names() if is_wanted(name.path.name)):
+            found.append((path, image.id))
+            if image.stored is not None and (key := path.name.partition(".")[0]):
                 found.append((path.with_name(key), image.id))
     return PathIndex(found)
 
 
-def _listed_images(index: PathIndex[int], line: str) -> list[int]:
-    """Ids of the images that a line may name."""
+def _listed_images(index: PathIndex[int], line: str, *, are_members: bool) -> list[int]:
+    """Ids of the images that a line may name.
+
+    Args:
+        index: The images.
+        line: A line of the request.
+        are_members: Whether the images are within files, so that an absolute path may be a name there.
+    """
     for path in spellings(line):
         # A name alone is looked for everywhere, not in the working folder first.
         exact = index.at(path) if "/" in path else None
-        found = [exact] if exact is not None else index.ending_with(path)
+        found = [exact] if exact is not None else index.ending_with(path.lstrip("/") if are_members else path)
         if found:
             return list(dict.fromkeys(found))
     return []

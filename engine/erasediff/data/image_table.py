@@ -82,6 +82,15 @@ class ImageTable(Sequence[CaptionedImage]):
             for number, caption, others in zip(rows.tolist(), *columns.values(), strict=True):
                 yield number, [caption, *(json.loads(others) if others else ())]
 
+    def named(self, is_wanted: Callable[[str], bool]) -> ImageTable:
+        """Those whose names, without the folders before them, are wanted."""
+        names = self._table.column(NAME)
+        chosen = np.empty(len(self), bool)
+        for first in range(0, len(self.numbers), MADE_AT_ONCE):
+            found = names.take(pa.array(self.numbers[first : first + MADE_AT_ONCE])).to_pylist()
+            chosen[first : first + MADE_AT_ONCE] = [is_wanted(name.rpartition("/")[2]) for name in found]
+        return self.at(self.numbers[chosen])
+
     def at(self, numbers: NDArray[np.int64]) -> ImageTable:
         """Those with some ids, in the order of ``numbers``."""
         return ImageTable(self._table, self._files, self._read, numbers)

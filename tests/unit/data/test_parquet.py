@@ -92,7 +92,7 @@ def test_a_missing_caption_is_named_or_filled(tmp_path: Path) -> None:
 
 
 def test_files_to_forget_by_path_field(tmp_path: Path) -> None:
-    hugging_face(tmp_path / "x.parquet", ["cat/1.png", "cat/2.png", "same.png", "same.png"], [0, 0, 0, 0])
+    hugging_face(tmp_path / "x.parquet", ["cat/1.png", "/once/2.png", "same.png", "same.png"], [0, 0, 0, 0])
     images = read_image_set(str(tmp_path), CAPTIONED).images
 
     def forgotten(*lines: str) -> list[int]:
@@ -100,7 +100,9 @@ def test_files_to_forget_by_path_field(tmp_path: Path) -> None:
         return [image.id for image in forget_files(images, tmp_path / "request").forget]
 
     assert forgotten("cat/1.png", "2.png") == [0, 1]
-    assert forgotten("x.parquet/cat/2.png", "00003/same.png") == [1, 3]
+    assert forgotten("x.parquet/once/2.png", "00003/same.png") == [1, 3]
+    assert forgotten("/once/2.png") == [1]
+    assert forgotten(r"C:\cat\1.png"[2:]) == [0]
     with pytest.raises(UserError, match=r"same.png may be any of 2 images"):
         forgotten("same.png")
 
