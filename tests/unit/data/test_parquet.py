@@ -102,7 +102,7 @@ def test_files_to_forget_by_path_field(tmp_path: Path) -> None:
     assert forgotten("cat/1.png", "2.png") == [0, 1]
     assert forgotten("x.parquet/once/2.png", "00003/same.png") == [1, 3]
     assert forgotten("/once/2.png") == [1]
-    assert forgotten(r"C:\cat\1.png"[2:]) == [0]
+    assert forgotten(r"\cat\1.png") == [0]
     with pytest.raises(UserError, match=r"same.png may be any of 2 images"):
         forgotten("same.png")
 
