@@ -118,8 +118,9 @@ class ImagesConfig(Section):
     """Images to forget and to retain, and their preprocessing; for a text-to-image model, with captions.
 
     Attributes:
-        data: Image folder, Hugging Face data set, .npz file, or the folder of CIFAR or STL-10. Images that one of
-            ``forget_classes``, ``forget_phrases`` and ``forget_files`` selects are forgotten, all others retained.
+        data: Image folder, Hugging Face data set, webdataset shards (a folder of .tar, or train-{000..012}.tar),
+            .parquet or .npz file, or the folder of CIFAR or STL-10. Images that one of ``forget_classes``,
+            ``forget_phrases`` and ``forget_files`` selects are forgotten, all others retained.
         forget_classes: Classes to forget, values of ``class_column``.
         class_column: Attribute of an image that holds its class.
         forget_phrases: Words of a caption to forget by.
@@ -128,7 +129,7 @@ class ImagesConfig(Section):
         forget_prompts: Prompts to forget by images that the original model draws of them.
         retain_prompts: Prompts to retain by images that the original model draws of them.
         images_per_prompt: Images that are drawn of each prompt.
-        split: Split of a Hugging Face data set.
+        split: Split of a data set that has several.
         caption_column: Column of captions; None for ``text``, ``caption`` or ``prompt``.
         caption_template: Caption of images that have none, such as "a photo of a {class}".
         height: Height of images in pixels; None for the checkpoint's own.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from erasediff.data.cached_images import CachedImages
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CaptionedImage
-from erasediff.data.labelled_images import LabelledImages, outlines
+from erasediff.data.labelled_images import NumberedImages, outlines
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 
@@ -110,7 +110,7 @@ def listed_images(
     digests = {entry.number: entry.digest for entry in cached.entries}
     read = range(len(images)) if cached.chosen is None else set(cached.chosen.tolist())
     # Retained images of a lazy data set are not made for this.
-    requests = repeat(()) if isinstance(images, LabelledImages) else (image.selected_by for image in images)
+    requests = repeat(()) if isinstance(images, NumberedImages) else (image.selected_by for image in images)
     return tuple(
         ListedImage(path, digests.get(number), (condition, caption if condition == "caption" else name), request)
         for number, ((path, caption, name), request) in enumerate(zip(outlines(images), requests, strict=False))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.data.encoder_outputs import encode_prompts
-from erasediff.data.hf_datasets import check_source
 from erasediff.data.image_lists import ImageLists
+from erasediff.data.sources import check_location
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -126,8 +126,8 @@ def _checked(config: Config) -> Path:
             "A model with prompts has no class labels: choose images with --forget-class, or say what captions have."
         )
     for source in (config.images.data, config.images.forget_data):
-        if source is not None and not Path(source).is_file():
-            check_source(source)
+        if source is not None:
+            check_location(source)
     return settings.model
 
 
