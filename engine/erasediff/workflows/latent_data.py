@@ -57,7 +57,9 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     forget, retain = listed_images(settings)
     make = partial(_synthesised, config, sampler, console)
     drawn = [replace(image, selected_by=(("prompt", image.caption),)) for image in make(settings.forget_prompts)]
-    return Partition([*forget, *drawn], [*retain, *make(settings.retain_prompts)])
+    # A lazy list of retained images stays one, unless others are drawn.
+    retained = [*retain, *make(settings.retain_prompts)] if settings.retain_prompts else retain
+    return Partition([*forget, *drawn], retained)
 
 
 def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> ImageSet:
