@@ -160,6 +160,7 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
                 "images.forget_classes": ["cat"],
                 "images.forget_data": str(here / "more"),
                 "images.retain_prompts": ["a dog", "a bird"],
+                "images.cache": "all",
             },
         ),
         Console(quiet=True),

@@ -24,6 +24,10 @@ DryRun = Annotated[
 Resume = Annotated[
     str | None, typer.Option(metavar="latest|PATH", help="Continue the run at --out, or the run or checkpoint at PATH.")
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(metavar="needed|all", help="Images to read and encode: those that the steps will see, or all."),
+]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder for the run.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.")]

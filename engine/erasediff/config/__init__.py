@@ -1,7 +1,14 @@
 """Configuration of all commands, typed and validated: a YAML file overridden by flags."""
 
 from erasediff.config.distributed_config import DistributedConfig, check_offload, check_shares
-from erasediff.config.parsing import differences, for_text_to_image, given_settings, load_config, parse_assignments
+from erasediff.config.parsing import (
+    differences,
+    for_text_to_image,
+    given_settings,
+    load_config,
+    parse_assignments,
+    read_settings,
+)
 from erasediff.config.schema import Config
 from erasediff.config.sections import (
     DataConfig,
@@ -36,4 +43,5 @@ __all__ = [
     "given_settings",
     "load_config",
     "parse_assignments",
+    "read_settings",
 ]

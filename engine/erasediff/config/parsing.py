@@ -28,7 +28,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     Raises:
         UserError: The file cannot be read, a key does not exist (with the nearest that does), or a value is invalid.
     """
-    values = _of_its_time(_read_yaml(path)) if path else {}
+    values = read_settings(path) if path else {}
     for name, value in (overrides or {}).items():
         _assign(values, name, value)
     sections = {entry.section for entry in method_index().values()}
@@ -38,12 +38,26 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     return _validate(values, path)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings that a YAML file lists, and those that a run's own file is older than, as it was run.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    return _of_its_time(_read_yaml(path))
+
+
 def _of_its_time(values: dict[str, Any]) -> dict[str, Any]:
     """Complete a run's own file, which lists every setting, by those that are younger than the run, as it was run."""
-    unlearn = values.get("unlearn")
-    if values.keys() >= BASE_FIELDS and isinstance(unlearn, dict) and unlearn.get("target") in ("uniform", "gaussian"):
+    if not values.keys() >= BASE_FIELDS:
+        return values
+    unlearn, images = values["unlearn"], values["images"]
+    if isinstance(unlearn, dict) and unlearn.get("target") in ("uniform", "gaussian"):
         # Raw predictions were compared before there was the setting.
         unlearn.setdefault("target_space", "prediction")
+    if isinstance(images, dict):
+        # Every image was read.
+        images.setdefault("cache", "all")
     return values
 
 

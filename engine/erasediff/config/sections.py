@@ -129,8 +129,9 @@ class ImagesConfig(Section):
     """Images to forget and to retain, and their preprocessing; for a text-to-image model, with captions.
 
     Attributes:
-        data: Image folder, Hugging Face data set, .npz file, or the folder of CIFAR or STL-10. Images that one of
-            ``forget_classes``, ``forget_phrases`` and ``forget_files`` selects are forgotten, all others retained.
+        data: Image folder, Hugging Face data set, webdataset shards (a folder of .tar, or train-{000..012}.tar),
+            .parquet or .npz file, or the folder of CIFAR or STL-10. Images that one of ``forget_classes``,
+            ``forget_phrases`` and ``forget_files`` selects are forgotten, all others retained.
         forget_classes: Classes to forget, values of ``class_column``.
         class_column: Attribute of an image that holds its class.
         forget_phrases: Words of a caption to forget by.
@@ -139,7 +140,7 @@ class ImagesConfig(Section):
         forget_prompts: Prompts to forget by images that the original model draws of them.
         retain_prompts: Prompts to retain by images that the original model draws of them.
         images_per_prompt: Images that are drawn of each prompt.
-        split: Split of a Hugging Face data set.
+        split: Split of a data set that has several.
         caption_column: Column of captions; None for ``text``, ``caption`` or ``prompt``.
         caption_template: Caption of images that have none, such as "a photo of a {class}".
         height: Height of images in pixels; None for the checkpoint's own.
@@ -149,6 +150,8 @@ class ImagesConfig(Section):
         mirror: Flip about half of the images.
         skip_broken: Leave out images that cannot be read, with a warning, in the place of an error.
         encode_batch_size: Images that the VAE encodes at once.
+        cache: "needed" reads and encodes the images that the run's steps will see; "all" those of the whole data set,
+            of which images in buckets of several sizes are then drawn in another order.
     """
 
     data: str | None = None
@@ -169,6 +172,7 @@ class ImagesConfig(Section):
     mirror: bool = False
     skip_broken: bool = False
     encode_batch_size: Count = 4
+    cache: Literal["needed", "all"] = "needed"
 
 
 class TextToImageConfig(Section):

@@ -1,11 +1,14 @@
 """Data sets, forget and retain sets, the latent cache, and batches addressed by step."""
 
-from erasediff.data.batches import CachedBatches, GlobalBatches, Stream
+from erasediff.data.batch_order import Stream
+from erasediff.data.batches import CachedBatches, GlobalBatches
+from erasediff.data.cached_images import CachedImages
 from erasediff.data.class_names import class_numbers
 from erasediff.data.digits import ClassDataset, Images, load_digits
 from erasediff.data.forget_split import (
     Partition,
     check_disjoint,
+    check_disjoint_paths,
     forget_classes,
     forget_files,
     forget_phrases,
@@ -17,7 +20,7 @@ from erasediff.data.forget_split import (
 )
 from erasediff.data.hf_datasets import read_images
 from erasediff.data.image_folder import CaptionedImage
-from erasediff.data.latent_cache import CachedImages, LatentCache
+from erasediff.data.latent_cache import LatentCache
 from erasediff.data.preprocessing import Buckets
 from erasediff.data.prompt_images import read_prompts, synthesise
 from erasediff.data.sources import ImageSet, ReadOptions, read_image_set
@@ -37,6 +40,7 @@ __all__ = [
     "ReadOptions",
     "Stream",
     "check_disjoint",
+    "check_disjoint_paths",
     "class_numbers",
     "forget_classes",
     "forget_files",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CLASS, CaptionedImage
-from erasediff.data.path_index import PathIndex, near, spellings
+from erasediff.data.image_table import ImageTable
+from erasediff.data.labelled_images import LabelledImages, NumberedImages
+from erasediff.data.path_index import PathIndex, name_form, near, spellings
 from erasediff.data.phrases import contains_phrase, normal_form, words_of
 from erasediff.errors import UserError
 
@@ -29,7 +35,7 @@ class Partition(NamedTuple):
     """Images to forget and images to retain, each in the order of their data set."""
 
     forget: list[CaptionedImage]
-    retain: list[CaptionedImage]
+    retain: Sequence[CaptionedImage]
 
 
 def forget_files(images: Sequence[CaptionedImage], request: Path) -> Partition:
@@ -53,10 +59,18 @@ def partition(images: Sequence[CaptionedImage], *selections: Selected) -> Partit
     for selection in selections:
         for number, found in selection.items():
             requests[number].extend(found)
+    if isinstance(images, NumberedImages):
+        is_asked = np.isin(images.numbers, list(requests))
+        asked, retain = images.at(images.numbers[is_asked]), images.at(images.numbers[~is_asked])
+        return Partition(_selected_by(asked, requests), retain)
     return Partition(
-        [replace(i, selected_by=(*i.selected_by, *requests[i.id])) for i in images if i.id in requests],
-        [i for i in images if i.id not in requests],
+        _selected_by((i for i in images if i.id in requests), requests), [i for i in images if i.id not in requests]
     )
+
+
+def _selected_by(images: Iterable[CaptionedImage], requests: Selected) -> list[CaptionedImage]:
+    """``images``, which say what asks to forget them."""
+    return [replace(image, selected_by=(*image.selected_by, *requests[image.id])) for image in images]
 
 
 def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
@@ -65,8 +79,8 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
     Args:
         images: the data set.
         request: a text file with one path per line; blank lines and those that begin with # do not count. A path may
-            be absolute or the end of an image's path, its name alone if no other image has it. Spaces and quotes around
-            it do not count, a backslash is a slash.
+            be absolute or the end of an image's path, its name alone if no other image has it; of an image in a shard
+            or table, its name there, or its key. Spaces and quotes around it do not count, a backslash is a slash.
 
     Raises:
         UserError: for a request that cannot be read or is empty, and a path of no image or of several.
@@ -75,39 +89,70 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
         lines = request.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
-    index = PathIndex((name.path, image) for image in images for name in image.names())
+    index, are_members = _index_of(images, lines), len(images) > 0 and images[0].stored is not None
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     for line in lines:
         path = line.strip()
         if not path:
             continue
-        found = _listed_images(index, line)
+        found = _listed_images(index, line, are_members=are_members)
         if not found and path.startswith("#"):
             continue
         if not found:
-            raise UserError(f"{request}: {_no_such_image(index, path)}.")
+            every = PathIndex((name.path, image.id) for image in images for name in image.names())
+            raise UserError(f"{request}: {_no_such_image(every, path)}.")
         if len(found) > 1:
             raise UserError(
                 f"{request}: {path} may be any of {len(found)} images; write more of its path, or all of it."
             )
-        selected[found[0].id].append(("file", path))
+        selected[found[0]].append(("file", path))
     if not selected:
         raise UserError(f"The list of files to forget, {request}, is empty: write one path per line.")
     return selected
 
 
-def _listed_images(index: PathIndex[CaptionedImage], line: str) -> list[CaptionedImage]:
-    """The images that a line may name."""
+def _index_of(images: Sequence[CaptionedImage], lines: Sequence[str]) -> PathIndex[int]:
+    """Ids of those images that ``lines`` may name: an index of all of a million takes half a minute.
+
+    An image in a shard has its key, its name up to the first dot, as a second name.
+    """
+    paths = [path for line in lines for path in spellings(line) if path and "\0" not in path]
+    wanted = {
+        name_form(os.path.basename(os.path.normpath(spelt)))
+        for path in paths
+        for spelt in (path, os.path.realpath(path))
+    }
+
+    def is_wanted(name: str) -> bool:
+        return name_form(name) in wanted or name_form(name.partition(".")[0]) in wanted
+
+    found = []
+    for image in images.named(is_wanted) if isinstance(images, ImageTable) else images:
+        for path in (name.path for name in image.names() if is_wanted(name.path.name)):
+            found.append((path, image.id))
+            if image.stored is not None and (key := path.name.partition(".")[0]):
+                found.append((path.with_name(key), image.id))
+    return PathIndex(found)
+
+
+def _listed_images(index: PathIndex[int], line: str, *, are_members: bool) -> list[int]:
+    """Ids of the images that a line may name.
+
+    Args:
+        index: The images.
+        line: A line of the request.
+        are_members: Whether the images are within files, so that an absolute path may be a name there.
+    """
     for path in spellings(line):
         # A name alone is looked for everywhere, not in the working folder first.
         exact = index.at(path) if "/" in path else None
-        found = [exact] if exact is not None else index.ending_with(path)
+        found = [exact] if exact is not None else index.ending_with(path.lstrip("/") if are_members else path)
         if found:
-            return list({image.id: image for image in found}.values())
+            return list(dict.fromkeys(found))
     return []
 
 
-def _no_such_image(index: PathIndex[CaptionedImage], path: str) -> str:
+def _no_such_image(index: PathIndex[int], path: str) -> str:
     within = index.in_folder(path)
     if within:
         return f"{path} is a folder of {within} images; list its files, or forget it by --forget-class"
@@ -125,7 +170,10 @@ def select_classes(images: Sequence[CaptionedImage], classes: Iterable[str], col
         UserError: for a class of no image.
     """
     by_class: defaultdict[str, list[int]] = defaultdict(list)
-    for image in images:
+    if isinstance(images, LabelledImages) and column == CLASS:
+        for label, numbers in images.numbers_by_label().items():
+            by_class[class_form(images.class_names[label])] += numbers.tolist()
+    for image in () if by_class else images:
         for name in dict.fromkeys(name for one in image.names() for name in _classes_of(one, column)):
             by_class[name].append(image.id)
     if not by_class:
@@ -177,11 +225,12 @@ def select_phrases(images: Sequence[CaptionedImage], phrases: Iterable[str]) -> 
             raise UserError(f"The phrase {phrase!r} to forget is empty: choose words that the captions use.")
     selected: defaultdict[int, list[Request]] = defaultdict(list)
     found = set()
-    for image in images:
-        captions = [normal_form(caption) for caption in image.captions()]
+    described = images.captions_by_id() if isinstance(images, ImageTable) else ((i.id, i.captions()) for i in images)
+    for number, captions in described:
+        normal = [normal_form(caption) for caption in captions]
         for phrase, form in forms.items():
-            if any(contains_phrase(caption, form) for caption in captions):
-                selected[image.id].append(("phrase", phrase))
+            if any(contains_phrase(caption, form) for caption in normal):
+                selected[number].append(("phrase", phrase))
                 found.add(phrase)
     for phrase, form in forms.items():
         if phrase not in found:
@@ -236,6 +285,9 @@ def check_disjoint(
 ) -> None:
     """Check that no image is in both sets, where it would be forgotten and relearned at once.
 
+    A run tells images that it reads by their content. A copy of a forgotten image among retained ones that it does not
+    read is not found, and does no harm; nor is one of a forgotten image that it does not read, of which it warns.
+
     Args:
         forget_ids: int64 [N].
         retain_ids: int64 [M].
@@ -255,6 +307,19 @@ def check_disjoint(
         f"The forget set and the retain set share {len(shared)} of {len(forget_ids)} forgotten images"
         f"{named if pairs else ''}; take them out of one of the two."
     )
+
+
+def check_disjoint_paths(forget: Sequence[CaptionedImage], retain: Sequence[CaptionedImage]) -> None:
+    """Check that no file is in both sets, without reading any. UserError as in ``check_disjoint``."""
+    numbers: dict[str, int] = {}
+    folders = cache(os.path.realpath)
+
+    def numbered(images: Sequence[CaptionedImage]) -> Tensor:
+        paths = [f"{folders(image.path.parent)}/{image.path.name}" for image in images]
+        return torch.tensor([numbers.setdefault(path, len(numbers)) for path in paths], dtype=torch.int64)
+
+    names = ([str(image.path) for image in images] for images in (forget, retain))
+    check_disjoint(numbered(forget), numbered(retain), *names)
 
 
 def _first_names(ids: Tensor, names: Sequence[str]) -> dict[int, str]:

@@ -136,7 +136,7 @@ def filled(template: str | None, attributes: Mapping[str, str]) -> str:
         ) from None
 
 
-def check_captions(images: list[CaptionedImage], remedy: str) -> None:
+def check_captions(images: Sequence[CaptionedImage], remedy: str) -> None:
     """UserError that names the first image without a caption, and counts the others."""
     missing = [image.path for image in images if not image.caption]
     if missing:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import repeat, zip_longest
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from erasediff.data.cached_images import CachedImages
 from erasediff.data.digits import Images
-from erasediff.data.latent_cache import ImageRecord
+from erasediff.data.image_folder import CaptionedImage
+from erasediff.data.labelled_images import NumberedImages, outlines
 from erasediff.errors import UserError
-from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write
 
 FORGET, RETAIN = "forget", "retain"
@@ -26,40 +28,58 @@ class ListedImage:
 
     Attributes:
         name: path of its file, or its name in a data set.
-        sha256: of its file's content, or of its pixels.
+        sha256: of its file's content, or of its pixels; None for an image that the run does not read.
         condition: ``caption`` or ``class``, and its value.
         selected_by: what asks to forget it: pairs such as ("phrase", "sneaker").
     """
 
     name: str
-    sha256: str
+    sha256: str | None
     condition: tuple[str, str]
     selected_by: tuple[tuple[str, str], ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """The image as a line of JSON."""
-        record = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
+        """The image as a mapping."""
+        record: dict[str, Any] = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
         return record | ({"selected_by": [": ".join(pair) for pair in self.selected_by]} if self.selected_by else {})
+
+    def line(self) -> str:
+        """The image as a line of JSON."""
+        if self.selected_by or self.sha256 is not None:
+            return json.dumps(self.record())
+        # ``json.dumps`` sets up an encoder each time, which takes most of the time for a million short records.
+        kind, value = self.condition
+        return f'{{"image": {_quoted(self.name)}, "sha256": null, "{kind}": {_quoted(value)}}}'
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLists:
-    """Images that a run forgets and retains, each in the order of its batches' numbers."""
+    """Images that a run forgets and retains, each in the order of its data set.
+
+    Attributes:
+        forget: all images to forget.
+        retain: all images to retain.
+        warning: a sentence about images to forget that the run never sees, if there are any.
+    """
 
     forget: tuple[ListedImage, ...]
     retain: tuple[ListedImage, ...]
+    warning: str | None = None
 
     def summary(self) -> str:
         """A line such as "forgetting 3 of 6 images (by phrase: 3), retaining 3".
 
-        An image that is asked for in several ways counts in each of them.
+        An image that is asked for in several ways counts in each of them. Of retained images that the run does not all
+        read, it says how many it does.
         """
         ways = Counter(way for image in self.forget for way in {way for way, _ in image.selected_by})
         counted = ", ".join(f"by {way}: {count:,}" for way, count in sorted(ways.items()))
+        read = sum(image.sha256 is not None for image in self.retain)
+        seen = "" if read == len(self.retain) else f", of which the run sees {read:,}"
         every = len(self.forget) + len(self.retain)
         return (
             f"Request: forgetting {len(self.forget):,} of {every:,} images{f' ({counted})' if counted else ''}, "
-            f"retaining {len(self.retain):,}."
+            f"retaining {len(self.retain):,}{seen}."
         )
 
     def record(self, run: Path) -> None:
@@ -74,17 +94,28 @@ class ImageLists:
                 _check_same(path, images)
         for path, images in lists:
             if not path.is_file():
-                atomic_write(path, "".join(jsonl.dumps(image.record()) + "\n" for image in images))
+                atomic_write(path, "".join(f"{image.line()}\n" for image in images))
 
 
-def lists_of_records(forget: Iterable[ImageRecord], retain: Iterable[ImageRecord]) -> ImageLists:
-    """Lists of surveyed images."""
+def listed_images(
+    images: Sequence[CaptionedImage], cached: CachedImages, condition: Literal["caption", "class"]
+) -> tuple[ListedImage, ...]:
+    """List the images of a data set, without those that proved broken.
 
-    def listed(record: ImageRecord) -> ListedImage:
-        image = record.image
-        return ListedImage(str(image.path), record.digest, ("caption", image.caption), image.selected_by)
-
-    return ImageLists(tuple(map(listed, forget)), tuple(map(listed, retain)))
+    Args:
+        images: the data set.
+        cached: those of them that the run reads.
+        condition: what the model is conditioned on.
+    """
+    digests = {entry.number: entry.digest for entry in cached.entries}
+    read = range(len(images)) if cached.chosen is None else set(cached.chosen.tolist())
+    # Retained images of a lazy data set are not made for this.
+    requests = repeat(()) if isinstance(images, NumberedImages) else (image.selected_by for image in images)
+    return tuple(
+        ListedImage(path, digests.get(number), (condition, caption if condition == "caption" else name), request)
+        for number, ((path, caption, name), request) in enumerate(zip(outlines(images), requests, strict=False))
+        if number in digests or number not in read
+    )
 
 
 def lists_of_tensors(forget: Images, retain: Images, source: str) -> ImageLists:

@@ -5,214 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from erasediff.data.encoder_outputs import check_embeddings, check_latents, encode_prompts
+from erasediff.data.cached_images import LATENT, MIRRORED, CachedImages, Entry
+from erasediff.data.encoder_outputs import check_latents, encode_prompts
 from erasediff.data.encoders import Encoders, ImageEncoder
 from erasediff.data.image_folder import CaptionedImage
-from erasediff.data.preprocessing import BrokenImage, Buckets, Fit, Size, fitted, open_picture, picture_size, to_pixels
+from erasediff.data.preprocessing import BrokenImage, Buckets, to_pixels
+from erasediff.data.survey import BrokenImagePolicy, ImageRecord, ahead, survey
 from erasediff.data.tensor_store import ShardStore
 from erasediff.errors import UserError
 from erasediff.utils.progress import progress_bar
 
 FORMAT = 1
-LATENT, MIRRORED = "latent", "mirrored"
 NULL_CAPTION = ""
 
-A = TypeVar("A")
-B = TypeVar("B")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """A surveyed image.
-
-    Attributes:
-        image: not decoded.
-        digest: SHA-256 of its file's content.
-        original: its upright size.
-        fit: its resize and crop.
-    """
-
-    image: CaptionedImage
-    digest: str
-    original: Size
-    fit: Fit
-
-    def picture(self) -> Image.Image:
-        """Decode, resize and crop the image, RGB.
-
-        Raises:
-            BrokenImage: if it does not decode to its end.
-            UserError: if the file has changed since the survey.
-        """
-        content = self.image.read()
-        if hashlib.sha256(content).hexdigest() != self.digest:
-            raise UserError(f"The image {self.image.path} changed while it was being read: run the command again.")
-        return fitted(open_picture(content, str(self.image.path)), self.fit)
-
-
-class Digested(Protocol):
-    """Anything with the SHA-256 of an image file's content."""
-
-    @property
-    def digest(self) -> str: ...
-
-
-def content_ids(images: Iterable[Digested]) -> Tensor:
-    """int64 [N], 63 bits of each image's SHA-256: equal for copies, as ``check_disjoint`` needs it."""
-    return torch.tensor([int(image.digest[:16], 16) >> 1 for image in images], dtype=torch.int64)
-
-
-class BrokenImagePolicy:
-    """Refuses the first broken image, or reports each by name and skips it."""
-
-    def __init__(self, console: Console, *, skip: bool) -> None:
-        self._console = console
-        self._skip = skip
-
-    def report(self, error: BrokenImage) -> None:
-        """Print ``error`` if broken images are skipped; raise ``UserError`` that says how to skip them if not."""
-        if not self._skip:
-            raise UserError(f"{str(error).rstrip('.')}; repair or remove it, or give --skip-broken.") from error
-        self._console.print(f"[yellow]Skipped:[/] {error}", highlight=False)
-
-
-def survey(
-    images: Sequence[CaptionedImage], buckets: Buckets, broken: BrokenImagePolicy, console: Console
-) -> list[ImageRecord]:
-    """Read every image file once, for its digest, size and bucket.
-
-    Raises:
-        UserError: as ``BrokenImagePolicy.report``, and for a file that cannot be read.
-    """
-
-    def read(image: CaptionedImage) -> ImageRecord | BrokenImage:
-        content = image.read()
-        try:
-            original = Size(*picture_size(content, str(image.path)))
-        except BrokenImage as error:
-            return error
-        return ImageRecord(image, hashlib.sha256(content).hexdigest(), original, buckets.fit(*original))
-
-    surveyed = []
-    with progress_bar(console, "Reading images", len(images)) as bar:
-        for result in ahead(read, images):
-            bar.advance()
-            if isinstance(result, BrokenImage):
-                broken.report(result)
-            else:
-                surveyed.append(result)
-    return surveyed
-
-
-def ahead(function: Callable[[A], B], items: Iterable[A], depth: int = 32) -> Iterator[B]:
-    """``map`` in threads, in order, at most ``depth`` results ahead of the caller."""
-    with ThreadPoolExecutor() as pool:
-        remaining = iter(items)
-        running: list[Future[B]] = [pool.submit(function, item) for item in islice(remaining, depth)]
-        try:
-            while running:
-                result = running.pop(0).result()
-                running.extend(pool.submit(function, item) for item in islice(remaining, 1))
-                yield result
-        finally:
-            for future in running:
-                future.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An image in the cache.
-
-    Attributes:
-        digest: SHA-256 of its file's content.
-        size: of its bucket.
-        text: its caption.
-        latent: key of its latents.
-        caption: key of its caption's embeddings; "" in a set without captions.
-        path: of its file, to name it.
-        label: the number of its class, if it has one.
-    """
-
-    digest: str
-    size: Size
-    text: str
-    latent: str
-    caption: str
-    path: str = field(compare=False)
-    label: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CachedImages:
-    """Images with latents and embeddings in the cache, in the order of their data set, without broken ones.
-
-    Attributes:
-        entries: one for each image.
-        null_caption: key of the embeddings of the empty prompt; "" in a set without captions.
-        mirrored: whether the latents of mirror images are there too.
-        latents: store of latents and size conditions.
-        captions: store of embeddings.
-        labelled: whether rows have the class of their image.
-        null_label: the label of no class, for rows whose label is dropped.
-    """
-
-    entries: tuple[Entry, ...]
-    null_caption: str
-    mirrored: bool
-    latents: ShardStore
-    captions: ShardStore
-    labelled: bool = False
-    null_label: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def ids(self) -> Tensor:
-        """As ``content_ids``."""
-        return content_ids(self.entries)
-
-    def row(self, entry: Entry, *, flipped: bool = False, dropped: bool = False) -> dict[str, Tensor]:
-        """One sample as batches stack it.
-
-        Args:
-            entry: of the image.
-            flipped: take the mirror image.
-            dropped: take the empty caption, or the null label.
-
-        Returns:
-            ``"sample"`` [C, h, w], the latent, and the condition tensors.
-
-        Raises:
-            UserError: for a latent or an embedding that is not finite, which earlier versions kept in the cache.
-        """
-        latents = self.latents.row(entry.latent)
-        condition = {name: tensor for name, tensor in latents.items() if name not in (LATENT, MIRRORED)}
-        prompted = self.captions.row(self.null_caption if dropped else entry.caption) if self.null_caption else {}
-        sample = latents[MIRRORED if flipped else LATENT]
-        check_latents({"sample": sample[None]}, [entry.path])
-        check_embeddings({name: tensor[None] for name, tensor in prompted.items()}, ["" if dropped else entry.text])
-        if self.labelled:
-            prompted["class_labels"] = torch.tensor(self.null_label if dropped else entry.label)
-        return {"sample": sample, **prompted, **condition}
-
-    @property
-    def buckets(self) -> Tensor:
-        """int64 [N]: each image's bucket, numbered from 0 among those that occur."""
-        numbers = {size: number for number, size in enumerate(sorted({entry.size for entry in self.entries}))}
-        return torch.tensor([numbers[entry.size] for entry in self.entries], dtype=torch.int64)
 
 
 class LatentCache:
@@ -271,19 +85,20 @@ class LatentCache:
         null_label: int | None,
         mirror: bool = False,
         batch_size: int = 8,
+        chosen: Tensor | None = None,
     ) -> CachedImages:
         """``encode`` for a model without prompts: captions are left out, and rows have class labels if ``labelled``."""
         keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
         with torch.no_grad():
             self._fill_latents(dict(keyed), model, mirror, batch_size, broken, console)
         entries = tuple(
-            Entry(item.digest, item.fit.size, "", key, "", str(item.image.path), item.image.label)
+            Entry(item.digest, item.fit.size, "", key, "", str(item.image.path), item.image.label, item.number)
             for key, item in keyed
             if key in self.latents
         )
         if not entries:
             raise UserError("No image is left to learn from: none was given, or all are broken.")
-        return CachedImages(entries, "", mirror, self.latents, self.captions, labelled, null_label)
+        return CachedImages(entries, "", mirror, self.latents, self.captions, labelled, null_label, chosen)
 
     def encode(
         self,
@@ -294,8 +109,9 @@ class LatentCache:
         *,
         mirror: bool = False,
         batch_size: int = 8,
+        chosen: Tensor | None = None,
     ) -> CachedImages:
-        """``fill`` for images that were surveyed already."""
+        """``fill`` for images that were surveyed already; ``chosen`` are their places, if they are not all."""
         keyed = [(_key(model, item.digest, item.fit, mirror), item) for item in records]
         captions = {caption: _key(model, caption) for caption in (NULL_CAPTION, *(i.image.caption for i in records))}
 
@@ -310,13 +126,14 @@ class LatentCache:
                 key,
                 captions[item.image.caption],
                 str(item.image.path),
+                number=item.number,
             )
             for key, item in keyed
             if key in self.latents
         )
         if not entries:
             raise UserError("No image is left to learn from: none was given, or all are broken.")
-        return CachedImages(entries, captions[NULL_CAPTION], mirror, self.latents, self.captions)
+        return CachedImages(entries, captions[NULL_CAPTION], mirror, self.latents, self.captions, chosen=chosen)
 
     def _fill_captions(self, keys: dict[str, str], model: Encoders, batch_size: int, console: Console) -> None:
         missing = [caption for caption, key in keys.items() if key not in self.captions]

@@ -58,6 +58,8 @@ def captions_in(value: Any, place: str) -> tuple[str, ...]:
     Raises:
         UserError: for another value, which names ``place``.
     """
+    if isinstance(value, str):
+        return (text,) if (text := value.strip()) else ()
     values = value if isinstance(value, list | tuple) else (value,)
     for one in values:
         if one is not None and not isinstance(one, str):

@@ -30,15 +30,15 @@ class PathIndex(Generic[T]):
         if not path or "\0" in path:
             return None
         absolute = os.path.abspath(path)
-        found = self._by_path.get(absolute, self._by_path.get(_form(absolute)))
+        found = self._by_path.get(absolute, self._by_path.get(name_form(absolute)))
         if found is not None:
             return found
         real = os.path.realpath(path)
-        return self._by_real_path.get(_form(real)) if os.path.exists(real) else None
+        return self._by_real_path.get(name_form(real)) if os.path.exists(real) else None
 
     def ending_with(self, path: str) -> list[T]:
         """The items with a path that ends with the whole names of ``path``."""
-        parts = tuple(_form(part) for part in PurePath(os.path.normpath(path)).parts)
+        parts = tuple(name_form(part) for part in PurePath(os.path.normpath(path)).parts)
         if not path or not parts:
             return []
         candidates = self._by_name.get(parts[-1], ()) if len(parts) == 1 else self._by_last_two.get(parts[-2:], ())
@@ -46,7 +46,7 @@ class PathIndex(Generic[T]):
 
     def in_folder(self, path: str) -> int:
         """Number of paths below a folder that ends with the whole names of ``path``."""
-        parts = tuple(_form(part) for part in PurePath(os.path.normpath(path)).parts)
+        parts = tuple(name_form(part) for part in PurePath(os.path.normpath(path)).parts)
         return sum(
             any(folder[end - len(parts) : end] == parts for end in range(len(parts), len(folder) + 1))
             for folder in (_absolute_parts(other)[:-1] for other, _ in self._items)
@@ -61,7 +61,7 @@ class PathIndex(Generic[T]):
     def _by_path(self) -> dict[str, T]:
         absolute = [(os.path.abspath(path), item) for path, item in self._items]
         # Exact names last: a folder may hold two that differ in their Unicode form alone.
-        return {_form(path): item for path, item in absolute} | dict(absolute)
+        return {name_form(path): item for path, item in absolute} | dict(absolute)
 
     @cached_property
     def _by_real_path(self) -> dict[str, T]:
@@ -70,15 +70,15 @@ class PathIndex(Generic[T]):
         for path, item in self._items:
             parent = str(path.parent)
             if parent not in parents:
-                parents[parent] = _form(os.path.realpath(parent))
-            found[f"{parents[parent]}/{_form(path.name)}"] = item
+                parents[parent] = name_form(os.path.realpath(parent))
+            found[f"{parents[parent]}/{name_form(path.name)}"] = item
         return found
 
     @cached_property
     def _by_name(self) -> dict[str, list[tuple[Path, T]]]:
         found = defaultdict(list)
         for path, item in self._items:
-            found[_form(path.name)].append((path, item))
+            found[name_form(path.name)].append((path, item))
         return dict(found)
 
     @cached_property
@@ -99,15 +99,16 @@ def spellings(text: str) -> Iterator[str]:
 
 def near(word: str, choices: Sequence[str]) -> list[str]:
     """Up to three ``choices`` that resemble ``word``, those that differ in case alone first."""
-    folded = _form(word).casefold()
-    same = [choice for choice in choices if _form(choice).casefold() == folded]
+    folded = name_form(word).casefold()
+    same = [choice for choice in choices if name_form(choice).casefold() == folded]
     # Comparing with each of a million names would take minutes.
     return same[:3] or (difflib.get_close_matches(word, choices) if len(choices) <= MANY else [])
 
 
-def _form(text: str) -> str:
+def name_form(text: str) -> str:
+    """A name as names are compared: in one Unicode form."""
     return unicodedata.normalize("NFC", text)
 
 
 def _absolute_parts(path: Path) -> tuple[str, ...]:
-    return tuple(_form(part) for part in PurePath(os.path.abspath(path)).parts)
+    return tuple(name_form(part) for part in PurePath(os.path.abspath(path)).parts)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from erasediff.data.image_folder import CLASS, CaptionedImage
+from erasediff.data.labelled_images import UNLABELLED, LabelledImages
 from erasediff.data.sources.base import ImageSet
 from erasediff.data.sources.pixel_arrays import netpbm
 
@@ -38,18 +37,20 @@ def from_torch_dataset(dataset: Any, *, class_names: Sequence[str] | None = None
         raise ValueError("the data set has no length: give a map-style torch.utils.data.Dataset")
     targets = getattr(dataset, "targets", None)
     items = [_described(dataset[number]) for number in range(len(dataset))] if targets is None else []
-    labels = [label for _, label in items] if targets is None else [int(label) for label in targets]
-    count = max((label for label in labels if label is not None), default=-1) + 1
+    if targets is None:
+        labels = np.array([UNLABELLED if label is None else label for _, label in items], np.int64)
+    elif isinstance(targets, Tensor | np.ndarray):
+        labels = np.asarray(targets, np.int64)
+    else:
+        labels = np.fromiter(map(int, targets), np.int64)
+    count = int(labels.max(initial=UNLABELLED)) + 1
     names = tuple(class_names or getattr(dataset, "classes", ()) or map(str, range(count)))
     if count > len(names):
         raise ValueError(f"the data set has labels up to {count - 1}, but only {len(names)} class names")
-    images = []
-    for number, label in enumerate(labels):
-        attributes = {} if label is None else {CLASS: str(names[label])}
-        caption = items[number][0] if items else ""
-        read = partial(_stored, dataset, number)
-        images.append(CaptionedImage(Path(name, f"{number:05d}"), caption, number, attributes, read, label))
-    return ImageSet(images, tuple(map(str, names)) if count else ())
+    captions = [caption for caption, _ in items] if any(caption for caption, _ in items) else []
+    names = tuple(map(str, names))
+    images = LabelledImages.all_of(name, partial(_stored, dataset), labels, class_names=names, captions=captions)
+    return ImageSet(images, names if count else ())
 
 
 def _described(item: Any) -> tuple[str, int | None]:

@@ -311,7 +311,8 @@ def prunes_by_prompts(config: Config) -> bool:
 def needs(config: Config) -> Requirements:
     if prunes_by_prompts(config):
         return Requirements(retain=False, forget=False)
-    return Requirements(relabel=erasediff.needs(config).relabel)
+    observed = max(config.section(PruningConfig).observations, NEURON_OBSERVATIONS)
+    return Requirements(relabel=erasediff.needs(config).relabel, batches=observed)
 
 
 def defaults(config: Config, _space: Space) -> dict[str, float | int]:

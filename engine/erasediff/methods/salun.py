@@ -195,6 +195,8 @@ SPEC = MethodSpec(
     summary="relabelling under a saliency mask (SalUn, arXiv 2310.12508)",
     config=SalunConfig,
     reads=lambda _: SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS | {"target", "relabel_to", "teacher"},
-    needs=lambda config: Requirements(teacher=config.unlearn.teacher == "frozen", relabel=True),
+    needs=lambda config: Requirements(
+        teacher=config.unlearn.teacher == "frozen", relabel=True, batches=config.section(SalunConfig).batches
+    ),
     build=build,
 )

@@ -30,12 +30,14 @@ class Requirements:
         forget: batches of forgotten data.
         teacher: a frozen copy of the network; where ranks share the network, it is copied before they do.
         relabel: an anchor, whose condition replaces that of what is forgotten.
+        batches: batches of either kind that are looked at outside of the steps, from the first on.
     """
 
     retain: bool = True
     forget: bool = True
     teacher: bool = False
     relabel: bool = False
+    batches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

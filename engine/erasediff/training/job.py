@@ -149,6 +149,8 @@ class TrainingJob:
             if peers.is_main and self.lists is not None:
                 self.lists.record(run)
                 console.print(self.lists.summary(), highlight=False, markup=False, soft_wrap=True)
+                if self.lists.warning is not None:
+                    console.print(self.lists.warning, highlight=False, markup=False, soft_wrap=True, style="yellow")
 
     def _export(self, path: Path) -> WeightUpdate | None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""

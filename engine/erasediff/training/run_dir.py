@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erasediff.config import Config, differences, load_config
-from erasediff.config.yaml_reader import read_yaml
+from erasediff.config import Config, differences, load_config, read_settings
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
 from erasediff.io.disk_room import check_writable
@@ -67,7 +66,7 @@ class RunFolder:
             UserError: There is no run, or ``config`` changes its results.
         """
         differing = differences(cls.read_config(path), config)
-        listed = read_yaml(_config_file(path).read_text(encoding="utf-8"))
+        listed = read_settings(_config_file(path))
         changed = [name for name in differing if not name.startswith(FREE) and _is_listed(listed, name)]
         if changed:
             raise UserError(f"The run in {path} was started with another {' and '.join(changed)}: begin a new one.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from erasediff.config import Config
 from erasediff.data import CachedBatches, CachedImages
 from erasediff.data.batches import stacked
+from erasediff.data.image_lists import ImageLists
 from erasediff.data.latent_cache import NULL_CAPTION
 from erasediff.diffusion.batch import Batch, Denoiser, condition_of, diffusers_denoiser, with_sample_ids
 from erasediff.diffusion.noise_schedule import Process
@@ -21,6 +22,9 @@ from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.loop import Batches
 from erasediff_kernels import add_noise, denoising_loss
+
+Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]
+"""The condition tensors [N, ...] of N prompts."""
 
 
 @torch.no_grad()
@@ -99,52 +103,71 @@ def needs_anchor(config: Config) -> bool:
     return relabels and not config.text_to_image.anchor_prompts
 
 
-def anchor_candidates(retain: Batches, forget: Batches) -> list[str]:
-    """Captions among which ``anchored`` chooses, so that they can be encoded before."""
-    if not isinstance(retain, CachedBatches) or not isinstance(forget, CachedBatches):
+def anchor_candidates(lists: ImageLists | None) -> list[str]:
+    """Captions among which ``anchored`` chooses, so that they can be encoded before.
+
+    At most ``CANDIDATES`` captions of the data set, of images that the run does not see as well: the most frequent and,
+    among equally frequent ones, evenly spaced. A caption that a forgotten image has too would relabel it to itself, so
+    it is none of them; where there is no other, the empty caption is the only one.
+
+    Args:
+        lists: Images of the run; None for a rehearsal, which has no captions.
+    """
+    if lists is None:
         return [NULL_CAPTION]
-    return _captions_apart(retain.images, forget.images)
+    retained, forgotten = ([image.condition[1] for image in images] for images in (lists.retain, lists.forget))
+    return _captions_apart(retained, forgotten)
 
 
-def anchored(config: Config, model: LatentModel, retain: Batches, forget: Batches, console: Console) -> Config:
+def anchored(
+    config: Config, model: LatentModel, lists: ImageLists | None, forget: Batches, encode: Encode, console: Console
+) -> Config:
     """Fill in the anchor prompt of ``config`` if ``needs_anchor``.
 
     The anchor is the retained caption under which the model denoises the forgotten images best: its answer to what they
     show if their own caption is not among the choices. A rehearsal, which has no captions, takes the empty one.
+
+    Args:
+        config: Configuration with all other defaults.
+        model: The model before the run.
+        lists: Images of the run; None for a rehearsal.
+        forget: Batches of forgotten images.
+        encode: Encodes prompts; it has encoded the ``anchor_candidates``, each alone.
+        console: Console for the choice.
     """
     if not needs_anchor(config):
         return config
     prompt = NULL_CAPTION
-    if isinstance(retain, CachedBatches) and isinstance(forget, CachedBatches):
+    if lists is not None and isinstance(forget, CachedBatches):
         peers = ControlPlane.current()
         # The main rank alone where the denoiser is still on the disk: no other need hold all of it.
         searches = peers.is_main or not model.denoiser_is_meta
-        nearest = nearest_caption(model, retain.images, forget.images, seed=config.seed) if searches else None
+        captions = anchor_candidates(lists)
+        nearest = nearest_caption(model, captions, forget.images, encode, seed=config.seed) if searches else None
         prompt = peers.broadcast_object(nearest)
         console.print(f'Anchor: "{prompt}"; another can be given with --anchor-prompts.', markup=False, highlight=False)
     settings = config.text_to_image.model_copy(update={"anchor_prompts": (prompt,)})
     return config.model_copy(update={"text_to_image": settings})
 
 
-def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImages, *, seed: int) -> str:
-    """Find the caption of ``retain`` under which the images of ``forget`` have the least loss.
+def nearest_caption(
+    model: LatentModel, captions: Sequence[str], forget: CachedImages, encode: Encode, *, seed: int
+) -> str:
+    """Find the one of ``captions`` under which the images of ``forget`` have the least loss.
 
-    Among at most ``CANDIDATES`` different captions: the most frequent and, among equally frequent ones, evenly spaced.
-    A caption that a forgotten image has too would relabel it to itself, so it is none of them; where there is no other,
-    the empty caption is the anchor.
+    They are ``anchor_candidates``: where that is the empty caption alone, it is the anchor.
     """
-    captions = _captions_apart(retain, forget)
+    captions = list(captions)
     if captions == [NULL_CAPTION]:
         return NULL_CAPTION
-    keys = {entry.text: entry.caption for entry in retain.entries}
     batch = _sample_batch(model, forget)
     denoiser = model.materialize_denoiser()
     for count, draws in ((FINALISTS, 1), (1, DRAWS)):
-        conditions = stacked([retain.captions.row(keys[caption]) for caption in captions], model.device)
+        encoded = [encode((caption,)) for caption in captions]
         losses = condition_losses(
             denoiser,
             batch,
-            conditions,
+            {name: torch.cat([one[name] for one in encoded]).to(torch.float32) for name in encoded[0]},
             process=model.process,
             denoiser=model.predict,
             draws=draws,
@@ -155,10 +178,10 @@ def nearest_caption(model: LatentModel, retain: CachedImages, forget: CachedImag
     return captions[0]
 
 
-def _captions_apart(retain: CachedImages, forget: CachedImages) -> list[str]:
-    """Candidates among the captions of ``retain`` that no image of ``forget`` has."""
-    forgotten = {entry.text for entry in forget.entries}
-    return _candidates([entry.text for entry in retain.entries if entry.text not in forgotten])
+def _captions_apart(retained: Sequence[str], forgotten: Sequence[str]) -> list[str]:
+    """Candidates among the captions ``retained`` that no forgotten image has."""
+    known = set(forgotten)
+    return _candidates([caption for caption in retained if caption not in known])
 
 
 def _candidates(captions: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from erasediff.config import Config, ImagesConfig
 from erasediff.data import (
@@ -26,8 +27,9 @@ from erasediff.data import (
     forget_retain_split,
     load_digits,
 )
-from erasediff.data.latent_cache import BrokenImagePolicy, survey
+from erasediff.data.labelled_images import by_label, labels_in, of_labels
 from erasediff.data.preprocessing import open_picture
+from erasediff.data.survey import BrokenImagePolicy, survey
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
@@ -37,6 +39,7 @@ from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 from erasediff.workflows.latent_data import NoiseBatches, listed_images, read_data
 from erasediff.workflows.load_model import check_fits
+from erasediff.workflows.seen_images import seen_numbers
 
 DIGITS = "digits"
 ModelT = TypeVar("ModelT", bound=UnpromptedModel)
@@ -157,14 +160,16 @@ class ImageData:
             kept = class_numbers(config.unlearn.retain, names)
             if set(kept) & set(forgotten):
                 raise UserError("A class cannot be forgotten and retained: take it out of one of the two.")
-            retain = [image for image in retain if image.label in kept]
+            retain = of_labels(retain, kept)
         if not retain:
             raise UserError("Nothing is left to retain: forget fewer classes.")
         return LabelledSplit(forget, retain, forgotten)
 
     def training(self, exclude: Sequence[int | str]) -> Sequence[CaptionedImage]:
         left_out = class_numbers(exclude, self.class_names)
-        images = [image for image in self.images.images if image.label is None or image.label not in left_out]
+        images = self.images.images
+        if left_out:
+            images = of_labels(images, labels_in(images) - set(left_out))
         if not images:
             raise UserError("Nothing is left to retain: forget fewer classes.")
         return images
@@ -194,7 +199,7 @@ def labels_of(samples: Samples) -> list[int]:
     """Classes that occur among ``samples``, sorted."""
     if isinstance(samples, Images):
         return sorted(set(samples.class_labels.tolist()))
-    return sorted({image.label for image in samples if image.label is not None})
+    return sorted(label for label in labels_in(samples) if label is not None)
 
 
 def labelled_batches(
@@ -205,6 +210,7 @@ def labelled_batches(
     *,
     batch_size: int,
     setting: str,
+    seen: int,
     dropout: Mapping[Stream, float],
     rehearse: bool = False,
 ) -> dict[Stream, Batches]:
@@ -217,6 +223,7 @@ def labelled_batches(
         samples: Samples of each stream.
         batch_size: Of all ranks together.
         setting: The setting that ``batch_size`` is from.
+        seen: Number of batches of each stream that the run looks at.
         dropout: Share of each stream's labels that become the null label.
         rehearse: Take noise in the place of images that would have to be read.
 
@@ -251,7 +258,10 @@ def labelled_batches(
         _check_labels(files, model)
     broken = BrokenImagePolicy(console, skip=config.images.skip_broken)
     with ControlPlane.current().main_process_first():
-        cached = {stream: encoded(config, model, images, broken, console) for stream, images in files.items()}
+        cached = {}
+        for stream, images in files.items():
+            chosen = seen_numbers(config, len(images), seen * batch_size, stream)
+            cached[stream] = encoded(config, model, images, broken, console, chosen)
         if Stream.FORGET in cached:
             forget, retain = cached[Stream.FORGET], cached[Stream.RETAIN]
             names = ([entry.path for entry in images.entries] for images in (forget, retain))
@@ -285,8 +295,7 @@ def class_dataset(config: Config, data: LabelledData, model: UnpromptedModel, co
     samples = data.training(())
     assert not isinstance(samples, Images)
     parts: dict[str, list[CaptionedImage]] = {"train": [], "test": []}
-    for number in labels_of(samples):
-        members = [image for image in samples if image.label == number]
+    for members in by_label(samples).values():
         count = min(len(members), max(CLASSIFIED // len(data.class_names), TEST_EVERY))
         chosen = [members[place * len(members) // count] for place in range(count)]
         parts["test"] += chosen[::TEST_EVERY] if count > 1 else []
@@ -318,11 +327,24 @@ def encoded(
     images: Sequence[CaptionedImage],
     broken: BrokenImagePolicy,
     console: Console,
+    chosen: Tensor | None = None,
 ) -> CachedImages:
-    """``images`` in the cache as the model's samples, those that it lacks encoded now. UserError as ``survey``."""
+    """``images`` in the cache as the model's samples, those that it lacks encoded now.
+
+    Args:
+        config: The section ``images``.
+        model: What the samples are for.
+        images: The data set.
+        broken: What becomes of a broken image.
+        console: Console for progress bars.
+        chosen: int64 [n], the places of the images that are needed; None for all.
+
+    Raises:
+        UserError: As ``survey``.
+    """
     _, height, width = model.image_shape
     return LatentCache(cache_folder()).encode_unprompted(
-        survey(images, Buckets.only(height, width), broken, console),
+        survey(images, Buckets.only(height, width), broken, console, chosen),
         model,
         broken,
         console,
@@ -330,13 +352,14 @@ def encoded(
         null_label=model.null_label,
         mirror=config.images.mirror,
         batch_size=max(config.images.encode_batch_size, ENCODED_AT_ONCE),
+        chosen=chosen,
     )
 
 
 def _check_labels(samples: Mapping[Stream, Sequence[CaptionedImage]], model: UnpromptedModel) -> None:
     for images in samples.values():
-        missing = next((image for image in images if image.label is None), None)
-        if missing is not None:
+        if None in labels_in(images):
+            missing = of_labels(images, [None])[0]
             raise UserError(
                 f"{missing.path} has no class of the data, and the model is class-conditional: put it into a folder "
                 "called like its class, or name the column with --set images.class_column."

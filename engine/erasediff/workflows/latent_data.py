@@ -23,6 +23,7 @@ from erasediff.data import (
     ReadOptions,
     Stream,
     check_disjoint,
+    check_disjoint_paths,
     class_numbers,
     partition,
     read_image_set,
@@ -32,16 +33,18 @@ from erasediff.data import (
     synthesise,
 )
 from erasediff.data.encoder_outputs import check_latents, encode_prompts
-from erasediff.data.image_lists import ImageLists, lists_of_records
-from erasediff.data.latent_cache import BrokenImagePolicy, ImageRecord, content_ids, survey
+from erasediff.data.image_lists import ImageLists
+from erasediff.data.image_lists import listed_images as listed
 from erasediff.data.preprocessing import DEFAULT_STEP
 from erasediff.data.prompt_images import Sampler
+from erasediff.data.survey import BrokenImagePolicy, ImageRecord, content_ids, survey
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
 from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
+from erasediff.workflows.seen_images import batches_seen, seen_numbers, unseen_warning
 
 
 def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
@@ -54,7 +57,9 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     forget, retain = listed_images(settings)
     make = partial(_synthesised, config, sampler, console)
     drawn = [replace(image, selected_by=(("prompt", image.caption),)) for image in make(settings.forget_prompts)]
-    return Partition([*forget, *drawn], [*retain, *make(settings.retain_prompts)])
+    # A lazy list of retained images stays one, unless others are drawn.
+    retained = [*retain, *make(settings.retain_prompts)] if settings.retain_prompts else retain
+    return Partition([*forget, *drawn], retained)
 
 
 def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> ImageSet:
@@ -88,6 +93,7 @@ def listed_images(settings: ImagesConfig, data: ImageSet | None = None, *, capti
         request = (("folder", settings.forget_data),)
         others = read_data(settings, settings.forget_data, captions=captions).images
         forget = [*forget, *(replace(image, selected_by=request) for image in others)]
+        check_disjoint_paths(forget, retain)
     if not forget and not settings.forget_prompts:
         raise UserError(
             "Nothing to forget: choose among --data with --forget-class, --forget-phrase or --forget-files, or give "
@@ -213,23 +219,31 @@ def latent_batches(
     )
     with ControlPlane.current().main_process_first():
         retain, forget, lists = _encoded(config, model, console, load_denoiser)
+    forgotten = batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout)
     return LatentBatches(
         batches(retain, stream=Stream.RETAIN, caption_dropout=hyper.retain_label_dropout),
-        batches(forget, stream=Stream.FORGET, caption_dropout=hyper.forget_label_dropout),
-        lists,
+        forgotten,
+        replace(lists, warning=unseen_warning(config, forgotten.order, forget, len(lists.forget))),
     )
 
 
 def _encoded(
     config: Config, model: LatentModel, console: Console, load_denoiser: Callable[[], None]
 ) -> tuple[CachedImages, CachedImages, ImageLists]:
-    """(retain, forget) in the cache, and lists of both."""
+    """(retain, forget) in the cache, those that the run will see, and lists of all images."""
     settings = config.images
     buckets = buckets_of(config, model)
     broken = BrokenImagePolicy(console, skip=settings.skip_broken)
     with prompt_sampler(config, model, load_denoiser) as sampler:
         sets = image_sets(config, sampler, console)
-    forget, retain = (survey(images, buckets, broken, console) for images in sets)
+    samples = batches_seen(config) * config.unlearn.batch_size
+    chosen = [
+        seen_numbers(config, len(images), samples, stream)
+        for images, stream in zip(sets, (Stream.FORGET, Stream.RETAIN), strict=True)
+    ]
+    forget, retain = (
+        survey(images, buckets, broken, console, numbers) for images, numbers in zip(sets, chosen, strict=True)
+    )
     check_disjoint(content_ids(forget), content_ids(retain), _paths(forget), _paths(retain))
     encode = partial(
         LatentCache(cache_folder()).encode,
@@ -239,18 +253,13 @@ def _encoded(
         mirror=settings.mirror,
         batch_size=settings.encode_batch_size,
     )
-    retained, forgotten = encode(retain), encode(forget)
-    return retained, forgotten, lists_of_records(_intact(forget, forgotten), _intact(retain, retained))
+    retained, forgotten = encode(retain, chosen=chosen[1]), encode(forget, chosen=chosen[0])
+    lists = ImageLists(listed(sets.forget, forgotten, "caption"), listed(sets.retain, retained, "caption"))
+    return retained, forgotten, lists
 
 
 def _paths(records: Sequence[ImageRecord]) -> list[str]:
     return [str(record.image.path) for record in records]
-
-
-def _intact(records: Sequence[ImageRecord], cached: CachedImages) -> list[ImageRecord]:
-    """The records that are in the cache: an image may prove broken when it is decoded."""
-    digests = {entry.digest for entry in cached.entries}
-    return [record for record in records if record.digest in digests]
 
 
 def image_size(config: Config, model: LatentModel) -> tuple[int, int]:

@@ -126,13 +126,18 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
         {Stream.RETAIN: images},
         batch_size=settings.batch_size,
         setting="train.batch_size",
+        seen=settings.steps,
         dropout={Stream.RETAIN: settings.label_dropout},
         rehearse=rehearse,
     )
     return batches[Stream.RETAIN]
 
 
-SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distributed": {"own_reduction"}}
+SETTINGS_AFTER_THE_FIRST_CACHES = {
+    "unlearn": {"target_space", "level"},
+    "images": {"cache"},
+    "distributed": {"own_reduction"},
+}
 """Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.data.encoder_outputs import encode_prompts
-from erasediff.data.hf_datasets import check_source
 from erasediff.data.image_lists import ImageLists
+from erasediff.data.sources import check_location
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -24,7 +24,7 @@ from erasediff.models.base import LatentModel
 from erasediff.training.job import TrainingJob, loads_sharded, precision_of, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.training.run_size import check_storage, run_bytes
-from erasediff.workflows.anchor_selection import anchor_candidates, anchored, needs_anchor
+from erasediff.workflows.anchor_selection import Encode, anchor_candidates, anchored, needs_anchor
 from erasediff.workflows.build_method import (
     NoBatches,
     UnlearningModel,
@@ -73,12 +73,12 @@ def text_to_image_job(
     # Before a LoRA is added: images for prompts are the original model's.
     retain, forget, lists = _batches(config, model, console, load_denoiser, rehearse=rehearse)
     encode = _cached_encoder(model)
-    for prompts in _encoded_prompts(config, retain, forget):
+    for prompts in _encoded_prompts(config, lists):
         encode(prompts)
     model.release_encoders()
     if not loads_sharded(config):
         load_denoiser()
-    config = anchored(config, model, retain, forget, console)
+    config = anchored(config, model, lists, forget, encode, console)
     parameters = method_parameters(config, model.denoiser, selected)
     job = build_training_job(
         config,
@@ -126,8 +126,8 @@ def _checked(config: Config) -> Path:
             "A model with prompts has no class labels: choose images with --forget-class, or say what captions have."
         )
     for source in (config.images.data, config.images.forget_data):
-        if source is not None and not Path(source).is_file():
-            check_source(source)
+        if source is not None:
+            check_location(source)
     return settings.model
 
 
@@ -148,20 +148,16 @@ def _differs_from_source_by_training(config: Config) -> bool:
     return config.text_to_image.lora is None or is_lora_or_mask
 
 
-Encode = Callable[[tuple[str, ...]], dict[str, Tensor]]
-"""The condition tensors [N, ...] of N prompts."""
-
-
 def _cached_encoder(model: LatentModel) -> Encode:
     """``model.encode_prompts``, which needs the text encoders once for each list of prompts."""
     return cache(lambda prompts: encode_prompts(model, prompts))
 
 
-def _encoded_prompts(config: Config, retain: Batches, forget: Batches) -> Iterator[tuple[str, ...]]:
+def _encoded_prompts(config: Config, lists: ImageLists | None) -> Iterator[tuple[str, ...]]:
     """Lists of prompts that the method may encode."""
     spec = METHOD_SPECS[config.unlearn.method]
     if needs_anchor(config):
-        yield from ((caption,) for caption in anchor_candidates(retain, forget))
+        yield from ((caption,) for caption in anchor_candidates(lists))
     elif spec.needs(config).relabel:
         yield config.text_to_image.anchor_prompts
     yield from (tuple(prompts) for prompts in spec.prompts(config) if prompts)

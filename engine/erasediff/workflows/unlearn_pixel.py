@@ -11,9 +11,9 @@ from rich.console import Console
 from torch import nn
 
 from erasediff.config import Config, TextToImageConfig, UnlearnConfig
-from erasediff.data import CachedBatches, Images, ImageSet, Stream, class_numbers
-from erasediff.data.image_folder import CLASS
-from erasediff.data.image_lists import ImageLists, ListedImage, lists_of_tensors
+from erasediff.data import CachedBatches, CachedImages, Images, ImageSet, Stream, class_numbers
+from erasediff.data.batches import SampleBatches
+from erasediff.data.image_lists import ImageLists, ListedImage, listed_images, lists_of_tensors
 from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
@@ -39,6 +39,7 @@ from erasediff.workflows.labelled_data import (
     refuse_prompt_settings,
 )
 from erasediff.workflows.load_model import check_pixel_precision, load_unprompted
+from erasediff.workflows.seen_images import batches_seen, unseen_warning
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
@@ -158,27 +159,30 @@ def _batches(
         {Stream.RETAIN: split.retain, Stream.FORGET: split.forget},
         batch_size=settings.batch_size,
         setting="unlearn.batch_size",
+        seen=batches_seen(config),
         dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
         rehearse=rehearse,
     )
     retain, forget = batches[Stream.RETAIN], batches[Stream.FORGET]
     if rehearse:
         return retain, forget, None
+    assert isinstance(forget, SampleBatches)
     if isinstance(split.forget, Images) and isinstance(split.retain, Images):
-        return retain, forget, lists_of_tensors(split.forget, split.retain, DIGITS)
-    return retain, forget, ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
+        images, lists = None, lists_of_tensors(split.forget, split.retain, DIGITS)
+    else:
+        images, lists = _cached(forget), ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
+    return retain, forget, replace(lists, warning=unseen_warning(config, forget.order, images, len(lists.forget)))
+
+
+def _cached(batches: Batches) -> CachedImages:
+    assert isinstance(batches, CachedBatches)
+    return batches.images
 
 
 def _listed(samples: Samples, batches: Batches) -> tuple[ListedImage, ...]:
     """The images that ``batches`` are of."""
-    assert isinstance(batches, CachedBatches)
     assert not isinstance(samples, Images)
-    digests = {entry.path: entry.digest for entry in batches.images.entries}
-    return tuple(
-        ListedImage(path, digests[path], ("class", image.attributes.get(CLASS, "")), image.selected_by)
-        for image in samples
-        if (path := str(image.path)) in digests
-    )
+    return listed_images(samples, _cached(batches), "class")
 
 
 def resolved(config: Config, *, conditional: bool, retain: Samples, forget: Samples = ()) -> Config:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erasediff.data import GlobalBatches, Images, Stream
+from erasediff.data.batch_order import BucketOrder, first_shown
 from erasediff.data.batches import stacked
 
 
@@ -33,6 +34,49 @@ def test_a_step_can_be_looked_up_without_those_before_it() -> None:
         reached = ran.at(step)
     resumed = GlobalBatches(numbered(50), 16, seed=3, label_dropout=0.3, null_label=50).at(99)
     assert all(torch.equal(reached[name], resumed[name]) for name in reached)
+
+
+def test_samples_order_and_dropped_labels_are_those_of_earlier_versions() -> None:
+    """A run that an earlier version began goes on with the images that it would have seen."""
+    arguments = {"seed": 11, "stream": Stream.FORGET}
+    shown = [[0, 2, 5, 1], [4, 3, 6, 0], [4, 3, 2, 1], [6, 5, 3, 0], [2, 6, 5, 4]]
+    labels = [[9, 2, 9, 9], [4, 9, 6, 9], [9, 3, 2, 1], [6, 9, 3, 9], [2, 9, 9, 4]]
+    batches = GlobalBatches(numbered(7), 4, **arguments, label_dropout=0.4, null_label=9)
+    assert [drawn(batches, range(step, step + 1)) for step in range(5)] == shown
+    assert [batches.at(step)["class_labels"].tolist() for step in range(5)] == labels
+    order = BucketOrder(torch.tensor([0, 2, 1, 0, 0, 2, 0, 0, 0, 1]), 3, seed=11, stream=Stream.RETAIN)
+    of_three_sizes = [[3, 7, 6], [8, 4, 0], [1, 5, 5], [7, 4, 8], [6, 3, 0], [1, 1, 5]]
+    of_three_sizes += [[0, 8, 7], [2, 9, 2], [6, 4, 3], [9, 2, 9], [8, 3, 4], [7, 6, 0]]
+    assert [order.at(step).tolist() for step in range(12)] == of_three_sizes
+
+
+@given(size=st.integers(2, 60), batch_size=st.integers(1, 9), steps=st.integers(1, 9), seed=st.integers(0, 2**63 - 1))
+def test_the_images_that_a_run_sees_are_known_before_and_come_in_the_order_of_the_whole_set(
+    size: int, batch_size: int, steps: int, seed: int
+) -> None:
+    arguments = {"seed": seed, "stream": Stream.FORGET}
+    whole = BucketOrder(torch.zeros(size, dtype=torch.int64), batch_size, **arguments)
+    seen = torch.cat([whole.at(step) for step in range(steps)])
+    numbers = first_shown(size, steps * batch_size, **arguments)
+    assert whole.shown(steps) == len(seen.unique())
+    if numbers is None:
+        assert len(seen.unique()) == size
+        return
+    assert numbers.tolist() == seen.sort().values.tolist()
+    part = BucketOrder(torch.zeros(len(numbers), dtype=torch.int64), batch_size, **arguments, numbers=numbers)
+    assert torch.cat([numbers[part.at(step)] for step in range(steps)]).tolist() == seen.tolist()
+    longer = first_shown(size, (steps + 1) * batch_size, **arguments)
+    assert longer is None or set(numbers.tolist()) < set(longer.tolist())
+
+
+@given(buckets=st.lists(st.integers(0, 2), min_size=1, max_size=30), batch_size=st.integers(1, 5))
+def test_the_steps_that_show_every_image_are_counted(buckets: list[int], batch_size: int) -> None:
+    order = BucketOrder(torch.tensor(buckets), batch_size, seed=0, stream=Stream.RETAIN)
+    needed = order.steps_to_show_all()
+    for steps in (1, needed - 1, needed):
+        shown = {number for step in range(steps) for number in order.at(step).tolist()}
+        assert order.shown(steps) == len(shown)
+        assert (len(shown) == len(buckets)) == (steps >= needed)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -38,6 +38,17 @@ def test_the_files(tmp_path: Path) -> None:
     assert [record["image"] for record in retained] == ["dog.png", "bird.png"]
 
 
+def test_an_image_that_is_not_read_has_no_hash(tmp_path: Path) -> None:
+    unread = replace(BIRD, name='b"i\u00ef\nrd.png', sha256=None)
+    lists = replace(LISTS, retain=(DOG, unread))
+    assert lists.summary().endswith(", retaining 2, of which the run sees 1.")
+    lists.record(tmp_path)
+    assert json.loads((tmp_path / "retain.jsonl").read_text().splitlines()[1]) == unread.record()
+    lists.record(tmp_path)
+    with pytest.raises(UserError, match=r"other images to retain .*bird\.png is in the place of"):
+        LISTS.record(tmp_path)
+
+
 def test_a_resumed_run_has_the_same_images(tmp_path: Path) -> None:
     LISTS.record(tmp_path)
     before = [(tmp_path / name).read_bytes() for name in ("forget.jsonl", "retain.jsonl")]

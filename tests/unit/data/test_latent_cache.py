@@ -13,9 +13,10 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.data.batches import CachedBatches
+from erasediff.data.cached_images import CachedImages
 from erasediff.data.forget_split import check_disjoint
 from erasediff.data.image_folder import CaptionedImage, read_captioned_images
-from erasediff.data.latent_cache import CachedImages, LatentCache
+from erasediff.data.latent_cache import LatentCache
 from erasediff.data.preprocessing import Buckets, open_picture, to_pixels
 from erasediff.data.tensor_store import ShardStore
 from erasediff.errors import UserError
@@ -115,6 +116,14 @@ class TestNotFinite:
             cached = cache().fill(images, encoders, BUCKETS, QUIET)
         with pytest.raises(UserError, match=r"The latents of the image .*00\.png hold NaN"):
             cached.row(cached.entries[0])
+
+    def test_a_row_is_checked_once(self, cached: CachedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+        checked = []
+        monkeypatch.setattr("erasediff.data.cached_images.check_latents", lambda *args: checked.append(args))
+        monkeypatch.setattr("erasediff.data.cached_images.check_embeddings", lambda *args: checked.append(args))
+        for flipped in (False, True, False):
+            cached.row(cached.entries[0], flipped=flipped)
+        assert [set(tensors) for tensors, _ in checked] == [{"latent", "mirrored"}, {"encoder_hidden_states"}]
 
     def test_a_disk_without_room_is_told_with_the_first_row(
         self, images: list[CaptionedImage], cache: Callable[[], LatentCache], monkeypatch: pytest.MonkeyPatch

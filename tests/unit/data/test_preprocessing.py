@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from erasediff.data.batches import BucketOrder, Stream
+from erasediff.data.batch_order import BucketOrder, Stream
 from erasediff.data.preprocessing import Buckets, Fit, fitted
 from erasediff.errors import UserError
 

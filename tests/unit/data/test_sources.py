@@ -16,8 +16,8 @@ from rich.console import Console
 
 from erasediff.data import Buckets, CachedBatches, ImageSet, LatentCache, ReadOptions, class_numbers, from_torch_dataset
 from erasediff.data import read_image_set as read
-from erasediff.data.latent_cache import BrokenImagePolicy, survey
 from erasediff.data.preprocessing import open_picture
+from erasediff.data.survey import BrokenImagePolicy, survey
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
 

@@ -60,6 +60,7 @@ def build_job(
     ] = None,
     lora: options.Lora = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Report broken images and skip them.")] = False,
+    cache: options.Cache = None,
     method: Annotated[
         str | None,
         typer.Option(help=f"{or_list(list(method_index()))}; `erasediff info --methods` describes them."),
@@ -99,6 +100,7 @@ def build_job(
         images__forget_prompts=options.prompts(forget_prompts),
         images__retain_prompts=options.prompts(retain_prompts),
         images__skip_broken=skip_broken or None,
+        images__cache=cache,
         text_to_image__anchor_prompts=options.prompts(anchor_prompts),
         text_to_image__train=train,
         text_to_image__lora=lora,

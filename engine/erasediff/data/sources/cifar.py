@@ -25,6 +25,8 @@ FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary"
 class CifarSource:
     """The folder of a CIFAR archive (Krizhevsky 2009), or the one above it, as for torchvision's ``root``."""
 
+    has_captions = False
+
     def reads(self, location: str) -> bool:
         return _variant(Path(location)) is not None
 

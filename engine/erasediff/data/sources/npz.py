@@ -22,6 +22,8 @@ class NpzSource:
     ``arr_1``) integers [N], if any; ``class_names``, if any. With the split in front, such as ``test_images``, these
     come first. Nothing is unpickled; arrays that are not compressed are mapped, not loaded."""
 
+    has_captions = False
+
     def reads(self, location: str) -> bool:
         return location.lower().endswith(".npz")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erasediff.data.image_folder import CLASS, CaptionedImage
+from erasediff.data.labelled_images import UNLABELLED, LabelledImages
 from erasediff.data.sources.base import ImageSet
 from erasediff.errors import UserError
 
@@ -37,23 +36,16 @@ def array_images(location: str, arrays: Arrays, labels: Sequence[int] | None, cl
     Raises:
         UserError: A label is none of the classes', or there are more or fewer than images.
     """
+    read = partial(_read, arrays)
     if labels is None:
-        return ImageSet([_image(location, arrays, number) for number in range(len(arrays))])
+        return ImageSet(LabelledImages.all_of(location, read, np.full(len(arrays), UNLABELLED)))
     if len(labels) != len(arrays):
         raise UserError(f"{location} has {len(arrays)} images but {len(labels)} labels: it is damaged.")
     count = max(labels, default=-1) + 1
     names = tuple(class_names) or tuple(map(str, range(count)))
     if min(labels, default=0) < 0 or count > len(names):
         raise UserError(f"{location} has labels outside of 0 to {len(names) - 1}: it is damaged, or has other classes.")
-    return ImageSet([_image(location, arrays, number, names, labels[number]) for number in range(len(arrays))], names)
-
-
-def _image(
-    location: str, arrays: Arrays, number: int, names: Sequence[str] = (), label: int | None = None
-) -> CaptionedImage:
-    attributes = {} if label is None else {CLASS: names[label]}
-    read = partial(_read, arrays, number)
-    return CaptionedImage(Path(location, f"{number:05d}"), "", number, attributes, read, label)
+    return ImageSet(LabelledImages.all_of(location, read, np.array(labels, np.int64), class_names=names), names)
 
 
 def _read(arrays: Arrays, number: int) -> bytes:

@@ -18,6 +18,8 @@ SPLITS = ("train", "test", "unlabeled")
 class Stl10Source:
     """The folder stl10_binary (Coates et al. 2011), or the one above it, as for torchvision's ``root``."""
 
+    has_captions = False
+
     def reads(self, location: str) -> bool:
         return _folder(Path(location)) is not None
 
