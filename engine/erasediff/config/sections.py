@@ -150,8 +150,8 @@ class ImagesConfig(Section):
         mirror: Flip about half of the images.
         skip_broken: Leave out images that cannot be read, with a warning, in the place of an error.
         encode_batch_size: Images that the VAE encodes at once.
-        cache: "needed" reads and encodes the images that the run's steps will see; "all" those of the whole data set,
-            of which images in buckets of several sizes are then drawn in another order.
+        cache: "needed" reads and encodes the images that the run's steps will see, "all" the whole data set. Images of
+            several sizes come in another order if they are not all needed.
     """
 
     data: str | None = None

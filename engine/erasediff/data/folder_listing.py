@@ -47,15 +47,18 @@ class FolderListing:
 
     images: list[ImageFile] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
-    texts: defaultdict[tuple[Path, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
+    texts: defaultdict[tuple[str, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     def texts_beside(self, image: Path) -> list[Path]:
         """Caption files of ``image``, ``a.txt`` before ``a.caption`` and ``a.jpg.txt`` for ``a.jpg``.
 
         Case and Unicode form of the names may differ. A file may serve several images.
         """
+        if not self.texts:
+            return []
+        folder = os.path.dirname(image)
         stems = dict.fromkeys((_key(image.stem), _key(image.name)))
-        texts = [text for stem in stems for text in self.texts.get((image.parent, stem), ())]
+        texts = [text for stem in stems for text in self.texts.get((folder, stem), ())]
         return sorted(texts, key=lambda text: CAPTION_SUFFIXES.index(text.suffix.lower()))
 
 
@@ -148,7 +151,7 @@ def _add(
     elif entry.name == UNREAD_METADATA:
         unreadable.append((path, "is metadata in a format that is not read: save it as metadata.jsonl or metadata.csv"))
     elif suffix in CAPTION_SUFFIXES:
-        listing.texts[parent, _key(path.stem)].append(path)
+        listing.texts[str(parent), _key(path.stem)].append(path)
     elif suffix in unreadable_suffixes():
         unreadable.append((path, f"cannot be read as an image here: {conversion_advice(suffix)}"))
     elif suffix in readable_suffixes() and not _is_file(entry):

@@ -285,8 +285,8 @@ def check_disjoint(
 ) -> None:
     """Check that no image is in both sets, where it would be forgotten and relearned at once.
 
-    A run tells images that it reads by their content. A copy of a forgotten image among retained ones that it does not
-    read is not found, and does no harm; nor is one of a forgotten image that it does not read, of which it warns.
+    A run compares the content of the images that it reads, so copies of others are not found: a retained image that no
+    step sees does no harm, and of a forgotten one the run warns.
 
     Args:
         forget_ids: int64 [N].

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from erasediff.data.folder_listing import FolderListing, ImageFile, list_folder
@@ -82,13 +84,26 @@ def read_captioned_images(
     rows = read_metadata(listing, folder)
     check_caption_column({name for row in rows.values() for name in row.columns}, caption_column, folder)
 
+    @cache
+    def class_of(parent: str) -> dict[str, str]:
+        name = Path(parent).relative_to(folder).as_posix()
+        return {} if name == "." else {CLASS: name}
+
     files: defaultdict[tuple[int, int], list[ImageFile]] = defaultdict(list)
     for file in sorted(listing.images, key=lambda file: file.is_link):
         files[file.identity].append(file)
     images = []
     for number, same in enumerate(sorted(files.values(), key=lambda same: same[0].path)):
         image, *links = (
-            _described(file.path, number, folder, listing, rows.get(file.path), caption_column, template)
+            _described(
+                file.path,
+                number,
+                class_of(os.path.dirname(file.path)),
+                listing,
+                rows.get(file.path) if rows else None,
+                caption_column,
+                template,
+            )
             for file in same
         )
         caption = next((name.caption for name in (image, *links) if name.caption), "")
@@ -101,17 +116,16 @@ def read_captioned_images(
 def _described(
     path: Path,
     number: int,
-    folder: Path,
+    attributes: Mapping[str, str],
     listing: FolderListing,
     row: MetadataRow | None,
     caption_column: str | None,
     template: str | None,
 ) -> CaptionedImage:
-    attributes = {} if path.parent == folder else {CLASS: path.parent.relative_to(folder).as_posix()}
     captions: Sequence[str] = ()
     if row is not None:
         captions, columns = row.captions_and_attributes(caption_column)
-        attributes |= columns
+        attributes = {**attributes, **columns}
     captions = captions or [text for file in listing.texts_beside(path) if (text := _text(file))]
     captions = captions or [filled(template, attributes)]
     return CaptionedImage(path, captions[0], number, attributes, other_captions=tuple(captions[1:]))

@@ -18,6 +18,7 @@ from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.labelled_images import NumberedImages, outlines
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
+from erasediff.utils.collector import paused_collector
 
 FORGET, RETAIN = "forget", "retain"
 
@@ -97,6 +98,7 @@ class ImageLists:
                 atomic_write(path, "".join(f"{image.line()}\n" for image in images))
 
 
+@paused_collector()
 def listed_images(
     images: Sequence[CaptionedImage], cached: CachedImages, condition: Literal["caption", "class"]
 ) -> tuple[ListedImage, ...]:

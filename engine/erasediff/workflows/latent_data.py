@@ -44,6 +44,7 @@ from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
+from erasediff.utils.collector import paused_collector
 from erasediff.workflows.seen_images import batches_seen, seen_numbers, unseen_warning
 
 
@@ -62,6 +63,7 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     return Partition([*forget, *drawn], retained)
 
 
+@paused_collector()
 def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> ImageSet:
     """List the images of a data set of any format. UserError as in ``read_image_set``."""
     options = ReadOptions(
@@ -74,6 +76,7 @@ def read_data(settings: ImagesConfig, location: str, *, captions: bool) -> Image
     return read_image_set(location, options)
 
 
+@paused_collector()
 def listed_images(settings: ImagesConfig, data: ImageSet | None = None, *, captions: bool = True) -> Partition:
     """List the images that exist before any are sampled for prompts. None is opened.
 

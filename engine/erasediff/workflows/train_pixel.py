@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from erasediff.config import Config
+from erasediff.config import Config, ImagesConfig
 from erasediff.data import ImageSet, Stream, load_digits
 from erasediff.errors import UserError
 from erasediff.io.atomic import storage_errors
@@ -154,6 +154,8 @@ class CachedTraining:
             model=config.model,
             data=config.data.model_copy(update={"exclude": tuple(sorted(exclude))}),
             train=config.train,
+            # The digits are in memory: this is what runs have that an earlier version began.
+            images=ImagesConfig(cache="all"),
         )
         self.run = RunFolder(cache_folder() / f"model-{_fingerprint(self.config)}")
 
