@@ -13,7 +13,7 @@ from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.data.image_lists import ImageLists
-from erasediff.errors import RunFailedError, UserError
+from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Solver
@@ -24,14 +24,11 @@ from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, loa
 from erasediff.parallel.init import check_launch, join, local_device
 from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
-from erasediff.training.loop import Batches, prefetched, run_steps
+from erasediff.training.loop import Batches, check_skipped_steps, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
 from erasediff.training.run_size import check_storage
 from erasediff_kernels import ConstrainedAdamW, backend_for
-
-SKIPPED_LIMIT = 10
-"""A run fails if more than one in this many steps was skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +122,7 @@ class TrainingJob:
             title=self.title,
             shared=self.config.distributed.launch != "none",
         )
-        check_steps_taken(self.method, run.path)
+        check_skipped_steps(self.method, self.method.updates, run.path)
         update = self._export(run.path / self.saved_as)
         if update is not None and update.note is not None:
             console.print(update.note, soft_wrap=True)
@@ -171,20 +168,6 @@ class TrainingJob:
                 self.rate.apply(self.optimizer, index)
                 self.method.step(*batches.at(index))
                 yield index
-
-
-def check_steps_taken(method: Solver, run: Path) -> None:
-    """Check that ``method`` could take its steps, those of the runs that this one continues included.
-
-    Raises:
-        RunFailedError: More than one in ``SKIPPED_LIMIT`` steps was skipped, the same on each rank.
-    """
-    skipped, steps = int(method.skipped), method.updates
-    if skipped * SKIPPED_LIMIT > steps:
-        raise RunFailedError(
-            f"{skipped} of {steps} steps were skipped since their gradients were not finite, so no model was saved: "
-            f"lower the learning rate, or use another precision; the checkpoints stay in {run}."
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,10 @@
 """Training loop of every run: steps, metrics, checkpoints, and a stop on request."""
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from erasediff.config import RunConfig
 from erasediff.data.prefetch import Prefetcher
 from erasediff.diffusion.batch import Batch
-from erasediff.errors import Interrupted, UserError
+from erasediff.errors import Interrupted, RunFailedError, UserError
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
@@ -20,6 +22,11 @@ from erasediff.training.checkpoint_writer import CheckpointWriter
 from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
+
+SKIPPED_LIMIT = 10
+"""A run fails if more than one in this many of its steps was skipped."""
+HOPELESS = signal.NSIG
+"""In the place of a signal's number: the main rank, which reads the metrics, has seen more skipped steps than that."""
 
 
 class MetricBuffer:
@@ -122,6 +129,7 @@ def run_steps(
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        RunFailedError: More steps were skipped than a run may skip in all, whatever the remaining ones bring.
         UserError: The device ran out of memory, or the disk refuses metrics or a checkpoint.
         Exception: Any error of the method and from batches. A checkpoint under way is completed first.
     """
@@ -156,7 +164,12 @@ def run_steps(
         CheckpointWriter(background=snapshot.in_background) as writer,
         prefetched(retain, forget, stop=steps) as batches,
     ):
-        stop = AgreedStop(lambda: stop_request.signal_number)
+
+        def reason_to_stop() -> int | None:
+            is_hopeless = last.get("skipped", 0) * SKIPPED_LIMIT > steps
+            return HOPELESS if is_hopeless else stop_request.signal_number
+
+        stop = AgreedStop(reason_to_stop)
         for index in range(start, steps):
             if before_step is not None:
                 before_step(index)
@@ -168,9 +181,11 @@ def run_steps(
                 metrics.add(index + 1, report.scalars())
             bar.advance()
             writer.check()
-            signal_number = stop.after_step()
             if (index + 1) % settings.log_every == 0:
                 log()
+            signal_number = stop.after_step()
+            if signal_number == HOPELESS:
+                check_skipped_steps(method, steps, run.path)
             if (index + 1) % settings.checkpoint_every == 0 or index + 1 == steps or signal_number is not None:
                 saved = save_checkpoint()
                 if signal_number is not None:
@@ -178,6 +193,27 @@ def run_steps(
                     raise Interrupted(signal_number, saved.step, saved.path)
         stop.close()
     return Outcome(steps=steps - start, seconds=time.monotonic() - began, last=last)
+
+
+def check_skipped_steps(method: Solver, steps: int, run: Path) -> None:
+    """Check the steps that ``method`` skipped, those of the runs that this one continues included.
+
+    The count is the same on each rank, and is read from the device.
+
+    Args:
+        method: The solver.
+        steps: Steps of the whole run that are to change weights.
+        run: Folder of the run, named in the error.
+
+    Raises:
+        RunFailedError: More than one in ``SKIPPED_LIMIT`` of ``steps`` was skipped.
+    """
+    skipped = int(method.skipped)
+    if skipped * SKIPPED_LIMIT > steps:
+        raise RunFailedError(
+            f"{skipped} of {method.updates} steps were skipped since their gradients were not finite, so no model was "
+            f"saved: lower the learning rate, or use another precision; the checkpoints stay in {run}."
+        )
 
 
 def _summary(record: dict[str, Any]) -> str:
