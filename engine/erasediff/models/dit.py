@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, LabelEmbedding
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
@@ -73,6 +74,9 @@ class DiT(UnpromptedLatentModel):
             )
 
     def _set_up(self, denoiser: nn.Module) -> nn.Module:
+        # What FSDP gathers at once: the first block's embedding is also called from outside the block.
+        unit: Any = denoiser
+        unit._no_split_modules = [BasicTransformerBlock.__name__, CombinedTimestepLabelEmbeddings.__name__]
         # In training mode it would drop labels by torch's global random state; ours are dropped by address.
         for module in denoiser.modules():
             if isinstance(module, LabelEmbedding):
