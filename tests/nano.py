@@ -267,8 +267,8 @@ def ddpm_timestep() -> DDPMPipeline:
 CLASS_NAMES = {0: "airplane, aeroplane", 1: "bird", 2: "cat", 3: "deer"}
 
 
-def dit() -> DiTPipeline:
-    """Nano DiT on 4 x 16 x 16 latents of 3 x 32 x 32, in four classes and a null label, with a learned sigma."""
+def dit(names: dict[int, str] = CLASS_NAMES) -> DiTPipeline:
+    """Nano DiT on 4 x 16 x 16 latents of 3 x 32 x 32, in classes and a null label, with a learned sigma."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -276,12 +276,12 @@ def dit() -> DiTPipeline:
         out_channels=8,
         num_layers=2,
         sample_size=SIZE // 2,
-        num_embeds_ada_norm=len(CLASS_NAMES),
+        num_embeds_ada_norm=len(names),
     )
     scheduler = DDIMScheduler(num_train_timesteps=100, clip_sample=False)
-    pipeline = DiTPipeline(transformer, _vae(), scheduler, CLASS_NAMES)
+    pipeline = DiTPipeline(transformer, _vae(), scheduler, names)
     # As in the checkpoints of DiT's authors, which diffusers reads it from but does not write.
-    pipeline.register_to_config(id2label={str(number): name for number, name in CLASS_NAMES.items()})
+    pipeline.register_to_config(id2label={str(number): name for number, name in names.items()})
     return pipeline
 
 

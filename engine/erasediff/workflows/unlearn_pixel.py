@@ -140,7 +140,7 @@ def check_unprompted(config: Config) -> None:
 def for_unprompted(config: Config) -> Config:
     """Fill in what a LoRA adapts in a model without prompts, its attention, where nothing was set."""
     settings = config.text_to_image
-    if settings.lora_targets != TextToImageConfig().lora_targets:
+    if settings.train != "lora" or settings.lora_targets != TextToImageConfig().lora_targets:
         return config
     return config.model_copy(update={"text_to_image": settings.model_copy(update={"lora_targets": ATTENTION})})
 
