@@ -15,6 +15,7 @@ from erasediff.models.checkpoint.base import WEIGHT_FILES, read_json
 from erasediff.models.checkpoint.diffusers_folder import INDEX
 from erasediff.models.checkpoint.hub import is_hub_id
 from erasediff.models.checkpoint.network_folder import is_network_alone
+from erasediff.models.checkpoint.opening import open_checkpoint
 from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.models.family import known_family
@@ -123,13 +124,21 @@ ANY_MODEL = frozenset(
 
 
 def is_text_to_image(source: Path) -> bool:
-    """Return true if ``source`` is a model with prompts, or none that is known here."""
+    """Return true if ``source`` is a model with prompts, or none that is known here.
+
+    Raises:
+        UserError: It is a hub id, and the repository cannot be downloaded.
+    """
     if source.suffix in WEIGHT_FILES or is_network_alone(source):
         return source.suffix in WEIGHT_FILES
     if source.is_dir():
-        family = known_family(_pipeline_name(source / INDEX))
-        return family is None or issubclass(family, LatentModel)
-    return not source.exists() and is_hub_id(str(source))
+        pipeline = _pipeline_name(source / INDEX)
+    elif not source.exists() and is_hub_id(str(source)):
+        pipeline = open_checkpoint(source).index.get("_class_name")
+    else:
+        return False
+    family = known_family(pipeline)
+    return family is None or issubclass(family, LatentModel)
 
 
 def _pipeline_name(index: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""A denoiser's folder that belongs to no pipeline, read as the checkpoint of one."""
+"""A denoiser's folder without folders of components, read as the checkpoint of a pipeline."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ SCHEDULER = "scheduler_config.json"
 
 
 class NetworkFolder:
-    """Folder of a UNet2DModel alone as a DDPMPipeline; implements ``Checkpoint``.
+    """Folder of a UNet2DModel itself; implements ``Checkpoint``.
+
+    The first pipelines of diffusers have their model_index.json in it. Without one, it is read as a DDPMPipeline.
 
     Attributes:
-        is_schedule_assumed: The folder has no scheduler, so that it is DDPM's own (Ho et al. 2020).
+        is_schedule_assumed: The folder has neither, nor a scheduler, which is then DDPM's own (Ho et al. 2020).
     """
 
     metadata: Mapping[str, str]
@@ -32,17 +34,23 @@ class NetworkFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_schedule_assumed = not (path / SCHEDULER).exists()
+        place = path / "scheduler" if (path / "scheduler").is_dir() else path
+        has_index = (path / INDEX).exists()
+        self.is_schedule_assumed = not has_index and not (place / SCHEDULER).exists()
         self._configs = {
             "unet": read_json(path / CONFIG),
-            "scheduler": dict(DDPMScheduler().config) if self.is_schedule_assumed else read_json(path / SCHEDULER),
+            "scheduler": dict(DDPMScheduler().config) if self.is_schedule_assumed else read_json(place / SCHEDULER),
         }
-        self.index = {
+        self.index = read_json(path / INDEX) if has_index else self._assumed_index()
+        self.metadata, self.original = {}, {}
+
+    def _assumed_index(self) -> dict[str, Any]:
+        scheduler = self._configs["scheduler"].get("_class_name", DDPMScheduler.__name__)
+        return {
             "_class_name": DDPMPipeline.__name__,
-            "scheduler": ["diffusers", str(self._configs["scheduler"].get("_class_name", DDPMScheduler.__name__))],
+            "scheduler": ["diffusers", str(scheduler)],
             "unet": ["diffusers", UNet2DModel.__name__],
         }
-        self.metadata, self.original = {}, {}
 
     def header(self, component: str) -> dict[str, str]:
         return {name: value for file in self._files for name, value in file.metadata.items()}
@@ -70,8 +78,10 @@ class NetworkFolder:
 
 
 def is_network_alone(folder: Path) -> bool:
-    """Return true for the folder of a UNet2DModel that belongs to no pipeline, its own or that of the folder above."""
-    if any((place / INDEX).exists() for place in (folder, folder.parent)) or not (folder / CONFIG).is_file():
+    """Return true for the folder of a UNet2DModel that is not a component in the folder of a pipeline."""
+    if not (folder / CONFIG).is_file() or (folder / "unet").is_dir():
+        return False
+    if not (folder / INDEX).exists() and (folder.parent / INDEX).exists():
         return False
     try:
         return bool(read_json(folder / CONFIG).get("_class_name") == UNet2DModel.__name__)

@@ -17,6 +17,8 @@ FILES = (
     "LICEN[CS]E*",
     "NOTICE*",
     *(f"*/*.{suffix}" for suffix in ("json", "txt", "model", "safetensors")),
+    # Of a network in the repository itself, as of the first pipelines.
+    *("config.json", "scheduler_config.json", "classes.json", "diffusion_pytorch_model*.safetensors"),
 )
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*", "*.fp32.*", "*openvino*", "*flax*")
 
@@ -34,11 +36,15 @@ def open_checkpoint(
     if path.suffix == ".safetensors":
         return SingleFile(path, config=config, prediction_type=prediction_type)
     if path.is_dir():
-        return NetworkFolder(path) if is_network_alone(path) else DiffusersFolder(path)
+        return _in_folder(path)
     if path.suffix == ".gguf":
         raise UserError(f"{source} is quantized (GGUF): give a diffusers folder or .safetensors, unquantized.")
     if path.exists():
         raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
     if is_hub_id(str(source)):
-        return DiffusersFolder(downloaded(str(source), FILES, VARIANTS))
+        return _in_folder(downloaded(str(source), FILES, VARIANTS))
     raise UserError(f"{source} does not exist.")
+
+
+def _in_folder(path: Path) -> Checkpoint:
+    return NetworkFolder(path) if is_network_alone(path) else DiffusersFolder(path)
