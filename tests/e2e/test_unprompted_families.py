@@ -155,6 +155,7 @@ def test_a_lora_is_saved_in_keys_of_peft_loaded_back_and_merged(
 
     for source, lora, folder in ((model, ("--lora", "out/lora.safetensors"), "a"), ("out/model", (), "b")):
         told(run, "sample", "--model", source, "--count", 1, "--out", folder, "--config", "nano.yaml", "--json", *lora)
+    told(run, *unlearn(model, "--lora", "out/lora.safetensors", out="further"))
     digests = [[hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((here / f).iterdir())] for f in "ab"]
     assert digests[0] == digests[1]
 

@@ -20,6 +20,9 @@ class SampleEncoder(Protocol):
     """What turns images into the samples of a model without prompts."""
 
     @property
+    def space(self) -> Space: ...
+
+    @property
     def condition(self) -> Condition: ...
 
     @property
@@ -47,9 +50,6 @@ class UnpromptedModel(SampleEncoder, Protocol):
     The members that are not listed here are those of ``CheckpointModel``, which models with prompts have too. A batch
     has the entries ``"sample"`` and, if the model is conditioned on classes, ``"class_labels"``.
     """
-
-    @property
-    def space(self) -> Space: ...
 
     @property
     def num_classes(self) -> int | None:

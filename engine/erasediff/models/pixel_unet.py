@@ -278,6 +278,7 @@ class PixelImages:
         image_shape: (channels, height, width).
     """
 
+    space: Space = "pixel"
     condition: Condition = "class"
     null_label: int | None = None
 

@@ -311,16 +311,16 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
 
 
-def method_parameters(config: Config, network: nn.Module, selected: Sequence[str] | None = None) -> list[nn.Parameter]:
-    """Parameters that the method trains, of the weights ``selected``; None for all of them."""
+def method_parameters(config: Config, network: nn.Module, selected: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters that the method trains, of the weights ``selected``."""
     trained = METHOD_SPECS[config.unlearn.method].trained
     if trained is None:
-        return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
+        return trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
             f"The method {config.unlearn.method} trains parameters of its own; choose weights with --train, not lora."
         )
-    return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
+    return trained(config, network, selected)
 
 
 def finalize_and_save(method: Solver, save: SaveModel, path: Path) -> WeightUpdate | None:

@@ -321,6 +321,8 @@ def encoded(
 ) -> CachedImages:
     """``images`` in the cache as the model's samples, those that it lacks encoded now. UserError as ``survey``."""
     _, height, width = model.image_shape
+    # An autoencoder takes gigabytes for each image; pixels are only copied.
+    at_least = 1 if model.space == "latent" else ENCODED_AT_ONCE
     return LatentCache(cache_folder()).encode_unprompted(
         survey(images, Buckets.only(height, width), broken, console),
         model,
@@ -329,7 +331,7 @@ def encoded(
         labelled=model.condition == "class",
         null_label=model.null_label,
         mirror=config.images.mirror,
-        batch_size=max(config.images.encode_batch_size, ENCODED_AT_ONCE),
+        batch_size=max(config.images.encode_batch_size, at_least),
     )
 
 

@@ -18,7 +18,7 @@ from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.models.pixel_unet import PixelModel
-from erasediff.models.trainable import has_attention
+from erasediff.models.trainable import has_attention, select
 from erasediff.models.unprompted_latents import UnpromptedLatentModel
 from erasediff.training.job import RunResult, TrainingJob, loads_sharded, set_up_device, thread_scope
 from erasediff.training.loop import Batches
@@ -145,8 +145,8 @@ def for_unprompted(config: Config) -> Config:
     return config.model_copy(update={"text_to_image": settings.model_copy(update={"lora_targets": ATTENTION})})
 
 
-def unprompted_weights(config: Config, network: nn.Module) -> list[str] | None:
-    """Names of the weights to train, or that a LoRA is to adapt; None for all of them.
+def unprompted_weights(config: Config, network: nn.Module) -> list[str]:
+    """Names of the weights to train, or that a LoRA is to adapt.
 
     The default of models with prompts, cross-attention, is none of a network without prompts: it stands for all.
 
@@ -155,7 +155,7 @@ def unprompted_weights(config: Config, network: nn.Module) -> list[str] | None:
     """
     settings = config.text_to_image
     if settings.train == TextToImageConfig().train:
-        return None
+        return select(network, "full")
     if settings.train == "lora" and settings.lora_targets == ATTENTION and not has_attention(network):
         raise UserError(
             f"A LoRA adapts attention, of which this {type(network).__name__} has none: train its own weights by "
