@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
+from pictures import class_pictures
 from torch import Tensor
 
+from erasediff.config import load_config
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
 from erasediff.evaluation.sampling import sample_images
+from erasediff.models import checkpoint_model
 from erasediff.models.load import load_text_to_image, load_unprompted
+from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 from erasediff_kernels import philox_noise
 
 Folder = Callable[[str], Path]
@@ -123,3 +130,50 @@ def test_a_kind_of_model_that_was_not_asked_for_is_refused(nano_folder: Folder) 
         load_text_to_image(nano_folder("dit"))
     with pytest.raises(UserError, match="is a StableDiffusionPipeline, which takes prompts"):
         load_unprompted(nano_folder("sd"))
+
+
+def test_the_class_that_diffusers_first_gave_a_transformer_is_read_and_kept(
+    nano_folder: Folder, tmp_path: Path
+) -> None:
+    """facebook/DiT-XL-2-256 says Transformer2DModel."""
+    folder = Path(shutil.copytree(nano_folder("dit"), tmp_path / "dit"))
+    for file, entry in (("model_index.json", "transformer"), ("transformer/config.json", "_class_name")):
+        content = json.loads((folder / file).read_text())
+        content[entry] = "Transformer2DModel" if entry == "_class_name" else ["diffusers", "Transformer2DModel"]
+        (folder / file).write_text(json.dumps(content))
+    model: Any = load_unprompted(folder)
+    plain: Any = load_unprompted(nano_folder("dit"))
+    assert torch.equal(predicted(model, [0, 4]), predicted(plain, [0, 4]))
+    model.save(tmp_path / "out")
+    assert (tmp_path / "out/model_index.json").read_bytes() == (folder / "model_index.json").read_bytes()
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dit", "ldm"])
+def test_autoencoder_and_denoiser_take_turns(
+    nano_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nor is the autoencoder read at all where the cache has the latents."""
+    monkeypatch.setenv("ERASEDIFF_CACHE", str(tmp_path / "cache"))
+    data = class_pictures(tmp_path / "data", side=32, count=2)
+    load, read = checkpoint_model.load_component, []
+
+    def tracked(checkpoint: Any, component: str, *arguments: Any) -> Any:
+        read.append((component, [other() is not None for other in networks]))
+        module = load(checkpoint, component, *arguments)
+        networks.append(weakref.ref(module))
+        return module
+
+    networks: list[Any] = []
+    monkeypatch.setattr(checkpoint_model, "load_component", tracked)
+    settings = {"unlearn.model": nano_folder(name), "images.data": str(data), "unlearn.batch_size": 2}
+    config = load_config(None, settings | {"images.forget_classes": ["cat"], "threads": 1})
+    family = type(load_unprompted(nano_folder(name), empty=True))
+    for expected in ([family.autoencoder_component, family.denoiser_component], [family.denoiser_component]):
+        read.clear()
+        networks.clear()
+        job = pixel_unlearning_job(config)
+        assert [component for component, _ in read] == expected
+        assert not any(alive for _, others in read for alive in others)
+        list(job.trial_steps(1))
