@@ -87,6 +87,8 @@ def pixel_unlearning_job(
     labelled = open_data(config, data)
     split = labelled.split(config)
     source = config.unlearn.model
+    # A model that was given may have been trained since it was read.
+    is_measured = model is None and differs_by_training(config)
     if model is None:
         if source is None:
             raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
@@ -116,7 +118,7 @@ def pixel_unlearning_job(
             predict=model.predict,
             save=partial(save_unlearned, config, model),
             saved_bytes=saved_bytes(config, model),
-            is_measured=differs_by_training(config),
+            is_measured=is_measured,
             saved_as=output_name(config),
             weights=model.denoiser_weights if model.denoiser_is_meta else None,
             relabel=partial(relabelling, settings, model),
