@@ -16,10 +16,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LDMPipeline,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -27,6 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -165,7 +169,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(**own: Any) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=2,
@@ -178,6 +182,7 @@ def sd3() -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=32,
         pos_embed_max_size=SIZE,
+        **own,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -190,6 +195,11 @@ def sd3() -> StableDiffusion3Pipeline:
         text_encoder_3=_t5(),
         tokenizer_3=t5_tokenizer(),
     )
+
+
+def sd35() -> StableDiffusion3Pipeline:
+    """Nano SD 3.5: queries and keys are normalised, and the first block attends to the image a second time."""
+    return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
 def flux(guidance_embeds: bool = True) -> FluxPipeline:
@@ -215,42 +225,90 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-def _pixel_unet(channels: int, size: int, num_class_embeds: int | None) -> UNet2DModel:
+def _unet2d(channels: int, size: int, num_class_embeds: int | None = None, **own: Any) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        num_class_embeds=num_class_embeds,
+        **{
+            "sample_size": size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "attention_head_dim": 8,
+            "num_class_embeds": num_class_embeds,
+            **own,
+        }
     )
 
 
 def ddpm_class() -> DDPMPipeline:
     """Nano DDPM of 3 x 32 x 32 in three classes and a null label, as of CIFAR."""
-    return DDPMPipeline(_pixel_unet(3, 32, 4), DDPMScheduler(num_train_timesteps=100))
+    return DDPMPipeline(_unet2d(3, 32, 4), DDPMScheduler(num_train_timesteps=100))
 
 
 def ddim_class() -> DDIMPipeline:
     """The same in three classes without a null label, with DDIM's scheduler."""
-    return DDIMPipeline(_pixel_unet(3, 32, 3), DDIMScheduler(num_train_timesteps=100, clip_sample=False))
+    return DDIMPipeline(_unet2d(3, 32, 3), DDIMScheduler(num_train_timesteps=100, clip_sample=False))
 
 
 def ddpm_unconditional() -> DDPMPipeline:
     """Nano unconditional DDPM of 1 x 28 x 28, as of MNIST."""
-    return DDPMPipeline(_pixel_unet(1, 28, None), DDPMScheduler(num_train_timesteps=100))
+    return DDPMPipeline(_unet2d(1, 28, None), DDPMScheduler(num_train_timesteps=100))
+
+
+def ddpm_timestep() -> DDPMPipeline:
+    """Nano DDPM of 3 x 32 x 32 that embeds labels like timesteps, and predicts a variance too."""
+    unet = _unet2d(3, 32, class_embed_type="timestep", out_channels=6)
+    return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, variance_type="learned_range"))
+
+
+CLASS_NAMES = {0: "airplane, aeroplane", 1: "bird", 2: "cat", 3: "deer"}
+
+
+def dit(names: dict[int, str] = CLASS_NAMES) -> DiTPipeline:
+    """Nano DiT on 4 x 16 x 16 latents of 3 x 32 x 32, in classes and a null label, with a learned sigma."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=SIZE // 2,
+        num_embeds_ada_norm=len(names),
+    )
+    scheduler = DDIMScheduler(num_train_timesteps=100, clip_sample=False)
+    pipeline = DiTPipeline(transformer, _vae(), scheduler, names)
+    # As in the checkpoints of DiT's authors, which diffusers reads it from but does not write.
+    pipeline.register_to_config(id2label={str(number): name for number, name in names.items()})
+    return pipeline
+
+
+def ldm() -> LDMPipeline:
+    """Nano unconditional LDM on 3 x 16 x 16 latents of 3 x 32 x 32."""
+    autoencoder = VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=0.6,
+    )
+    return LDMPipeline(autoencoder, _unet2d(3, SIZE // 2), DDIMScheduler(num_train_timesteps=100, clip_sample=False))
 
 
 UNPROMPTED: dict[str, Callable[[], Any]] = {
     "ddpm_class": ddpm_class,
     "ddim_class": ddim_class,
     "ddpm_unconditional": ddpm_unconditional,
+    "ddpm_timestep": ddpm_timestep,
+    "dit": dit,
+    "ldm": ldm,
 }
-"""Models in pixels without prompts: with classes, or unconditional."""
+"""Models without prompts: in pixels or in latents, with classes or unconditional."""
 NANO: dict[str, Callable[[], Any]] = {
     "sd": sd,
     "sd_v_prediction": sd_v_prediction,
@@ -259,13 +317,15 @@ NANO: dict[str, Callable[[], Any]] = {
     "flux": flux,
 }
 FAMILY_EXAMPLES = list(NANO)
-"""Models for the tests of every family: a new family adds its model to ``NANO`` alone."""
+"""Models for the tests of every family with prompts: a new one adds its model to ``NANO`` alone."""
+VARIANTS: dict[str, Callable[[], Any]] = {"sd35": sd35}
+"""Models of these families whose network has other parts."""
 
 
 def save(name: str, folder: Path, *, seed: int = 0, **options: Any) -> Path:
-    """A model of ``NANO`` or ``UNPROMPTED`` as a diffusers folder, by diffusers itself; the random state stays."""
+    """A model of this module's tables as a diffusers folder, by diffusers itself; the random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = (NANO | UNPROMPTED)[name]()
+        pipeline = (NANO | VARIANTS | UNPROMPTED)[name]()
     pipeline.save_pretrained(folder, **options)
     return folder

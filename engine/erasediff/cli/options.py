@@ -32,7 +32,7 @@ RunOut = Annotated[Path | None, typer.Option("--out", help="Folder for the run."
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-Lora = Annotated[Path | None, typer.Option(help="Text-to-image: a LoRA to merge into the model first.")]
+Lora = Annotated[Path | None, typer.Option(help="A LoRA to merge into the model first.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")]
 
 Launch = Annotated[str | None, typer.Option(help="Parallelism: none, ddp, fsdp (FSDP2) or zero (DeepSpeed).")]

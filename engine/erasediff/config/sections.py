@@ -183,10 +183,11 @@ class TextToImageConfig(Section):
         prediction_type: Prediction type of a single file that does not record it.
         lora: A LoRA that is merged into the model first.
         weights: Dtype of the weights in memory; bfloat16 with stochastic rounding is that of precision bf16-true.
-        train: A selection of ``models.trainable.select``, or "lora".
+        train: A selection of ``models.trainable.select``, or "lora". The default is that of text-to-image models; all
+            weights of a model without prompts.
         lora_rank: Rank of the LoRA to train.
         lora_alpha: Alpha of the LoRA to train; None is the rank.
-        lora_targets: The selection of layers that the LoRA adapts.
+        lora_targets: The selection of layers that the LoRA adapts, by default of a model without prompts its attention.
         saliency: Share of weights, the most salient to what is forgotten, that is trained; None for all.
         saliency_batches: Forgotten batches that saliency is measured on.
         anchor_prompts: Prompts that the target "relabel" maps the forgotten concept to, by default the retained caption
@@ -212,7 +213,7 @@ class TextToImageConfig(Section):
 
 
 class OutputConfig(Section):
-    """Format of an unlearned text-to-image model.
+    """Format of an unlearned model.
 
     Attributes:
         layout: A diffusers folder, or one file in the family's original layout.

@@ -15,11 +15,11 @@ from torch import nn
 
 import erasediff.models
 from erasediff.errors import UserError
-from erasediff.models.diffusion_model import Condition, Space
+from erasediff.models.diffusion_model import Space
 
 if TYPE_CHECKING:
-    from erasediff.models.base import LatentModel
     from erasediff.models.checkpoint.original_layout import Place
+    from erasediff.models.checkpoint_model import CheckpointModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,14 @@ class Subsets:
         self_attention: Parts that self-attention's names have; what is cross-attention is not self-attention.
         keys_and_values: The projections of keys and values.
         outermost: Beginnings of the names of the outermost layers and the embedding of time.
+        embeddings: Parts that only the names of embeddings of time and class within blocks have.
     """
 
     cross_attention: frozenset[str]
     self_attention: frozenset[str]
     keys_and_values: frozenset[str]
     outermost: tuple[str, ...]
+    embeddings: frozenset[str] = frozenset()
 
 
 _OUTERMOST = (
@@ -54,21 +56,23 @@ JOINT_SUBSETS = Subsets(
 
 
 class ModelFamily(ABC):
-    """A family of text-to-image models, of which ``LatentModel`` is the loaded one.
+    """A family of diffusion models, of which ``CheckpointModel`` is the loaded one.
 
-    A new family is a subclass of ``LatentModel`` in a module of ``erasediff.models``, where ``families`` finds it.
+    A new family is a concrete subclass of ``CheckpointModel`` in a module of ``erasediff.models``, where ``families``
+    finds it: of ``LatentModel`` with prompts, of ``UnpromptedLatentModel`` in latents without.
 
     Attributes:
-        family: The family's name: "sd" (1.x and 2.x), "sdxl", "sd3", "flux".
+        family: The family's name: "sd" (1.x and 2.x), "sdxl", "sd3", "flux"; "ddpm" (pixels), "dit", "ldm".
         denoiser_component: "unet" or "transformer", as in model_index.json; also the prefix of diffusers' LoRA keys.
         denoiser_class: The network's class in diffusers.
-        text_encoders: All that the family has; of these, the ``optional_encoders`` may be left out.
+        autoencoder_component: As in model_index.json; None for a model of pixels.
+        text_encoders: All that the family has, none without prompts; the ``optional_encoders`` may be left out.
         pipeline_class: The diffusers pipeline that samples, by whose name a checkpoint is known.
+        other_pipelines: Pipelines of the same components, by whose names a checkpoint is known too.
         flow: Whether the network is trained by flow matching, which its scheduler then must be for.
         default_guidance: Guidance scale of a sample that asks for none.
         subsets: Where the named selections of ``trainable.select`` lie in the network.
         space: Whether samples are images themselves or latents.
-        condition: What the network is told besides the timestep.
         reference_configs: The network's configuration and default resolution in pixels, by the names that planning
             knows without a checkpoint.
     """
@@ -76,14 +80,15 @@ class ModelFamily(ABC):
     family: ClassVar[str]
     denoiser_component: ClassVar[str]
     denoiser_class: ClassVar[Any]
-    text_encoders: ClassVar[tuple[str, ...]]
+    autoencoder_component: ClassVar[str | None]
+    text_encoders: ClassVar[tuple[str, ...]] = ()
     optional_encoders: ClassVar[tuple[str, ...]] = ()
     pipeline_class: ClassVar[Any]
+    other_pipelines: ClassVar[tuple[Any, ...]] = ()
     flow: ClassVar[bool]
     default_guidance: ClassVar[float]
     subsets: ClassVar[Subsets] = UNET_SUBSETS
     space: ClassVar[Space] = "latent"
-    condition: ClassVar[Condition] = "text"
     reference_configs: ClassVar[Mapping[str, tuple[dict[str, Any], int]]] = {}
 
     @classmethod
@@ -145,17 +150,17 @@ def sides(config: Any) -> tuple[int, int]:
     return height, width
 
 
-def families() -> dict[str, type[LatentModel]]:
-    """The families by name: the concrete subclasses of ``LatentModel`` in the modules of ``erasediff.models``."""
-    from erasediff.models.base import LatentModel
+def families() -> dict[str, type[CheckpointModel]]:
+    """The families by name: the concrete subclasses of ``CheckpointModel`` in the modules of ``erasediff.models``."""
+    from erasediff.models.checkpoint_model import CheckpointModel
 
-    classes: dict[str, type[LatentModel]] = {}
+    classes: dict[str, type[CheckpointModel]] = {}
     for entry in pkgutil.iter_modules(erasediff.models.__path__):
         module = import_module(f"{erasediff.models.__name__}.{entry.name}")
         for cls in vars(module).values():
             if (
                 inspect.isclass(cls)
-                and issubclass(cls, LatentModel)
+                and issubclass(cls, CheckpointModel)
                 and not inspect.isabstract(cls)
                 and cls.__module__ == module.__name__
             ):
@@ -163,7 +168,7 @@ def families() -> dict[str, type[LatentModel]]:
     return classes
 
 
-def family_named(family: str) -> type[LatentModel]:
+def family_named(family: str) -> type[CheckpointModel]:
     """The family called ``family``. ValueError if there is none."""
     classes = families()
     if family not in classes:
@@ -171,13 +176,18 @@ def family_named(family: str) -> type[LatentModel]:
     return classes[family]
 
 
-def family_of_pipeline(pipeline: str | None, source: object) -> type[LatentModel]:
+def known_family(pipeline: str | None) -> type[CheckpointModel] | None:
+    """The family whose diffusers pipeline is called ``pipeline``; None for that of no family."""
+    return _by_pipeline().get(pipeline or "")
+
+
+def family_of_pipeline(pipeline: str | None, source: object) -> type[CheckpointModel]:
     """The family whose diffusers pipeline is called ``pipeline``, "_class_name" in the model_index.json of ``source``.
 
     Raises:
         UserError: No family has such a pipeline.
     """
-    pipelines = {cls.pipeline_class.__name__: cls for cls in families().values()}
+    pipelines = _by_pipeline()
     if pipeline not in pipelines:
         raise UserError(
             f"{source} is a {pipeline}, which is not among the families known here: {', '.join(pipelines)}."
@@ -185,7 +195,13 @@ def family_of_pipeline(pipeline: str | None, source: object) -> type[LatentModel
     return pipelines[pipeline]
 
 
-def family_of_denoiser(module: nn.Module) -> type[LatentModel] | None:
-    """The family whose denoiser ``module`` is; None for one of no family, such as a UNet of pixels."""
+def _by_pipeline() -> dict[str, type[CheckpointModel]]:
+    return {
+        pipeline.__name__: cls for cls in families().values() for pipeline in (cls.pipeline_class, *cls.other_pipelines)
+    }
+
+
+def family_of_denoiser(module: nn.Module) -> type[CheckpointModel] | None:
+    """The family whose denoiser ``module`` is; None for one of no family."""
     config: Any = getattr(module, "config", None)
     return next((cls for cls in families().values() if cls.has_denoiser(type(module).__name__, config)), None)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
-from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint import transformer_layouts
 from erasediff.models.checkpoint.original_layout import Place
+from erasediff.models.checkpoint_model import model_dtype
 from erasediff.models.family import JOINT_SUBSETS
 from erasediff.models.pipeline import build_pipeline
 

@@ -1,30 +1,22 @@
-"""Loading of text-to-image models: diffusers folder, single file or hub repository."""
+"""Loading of diffusion models: diffusers folder, single file or hub repository."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from erasediff.errors import UserError
 from erasediff.models.base import LatentModel
-from erasediff.models.checkpoint.base import HOW_TO_CONVERT, PICKLES, Checkpoint
-from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder
-from erasediff.models.checkpoint.hub import downloaded, is_hub_id
-from erasediff.models.checkpoint.single_file import SingleFile
+from erasediff.models.checkpoint.opening import open_checkpoint
+from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.models.family import family_of_pipeline
-
-FILES = (
-    "model_index.json",
-    "*.md",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    *(f"*/*.{suffix}" for suffix in ("json", "txt", "model", "safetensors")),
-)
-VARIANTS = ("*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*", "*.fp32.*", "*openvino*", "*flax*")
+from erasediff.models.pixel_unet import PixelModel
+from erasediff.models.unprompted_latents import UnpromptedLatentModel
 
 
-def load_text_to_image(
+def load_diffusion_model(
     source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -32,12 +24,13 @@ def load_text_to_image(
     config: Path | None = None,
     prediction_type: str | None = None,
     empty: bool = False,
-) -> LatentModel:
-    """Load a text-to-image model. Nothing is unpickled.
+) -> CheckpointModel:
+    """Load a diffusion model of any family. Nothing is unpickled.
 
     Args:
-        source: A diffusers folder, a single .safetensors file (SD 1.x, 2.x, SDXL), or a hub id.
-        dtype: Dtype of denoiser and text encoders; the VAE is float32.
+        source: A diffusers folder, that of a UNet2DModel alone, a single .safetensors file (SD 1.x, 2.x, SDXL), or a
+            hub id.
+        dtype: Dtype of denoiser and text encoders; the autoencoder is float32.
         device: Device of all components.
         config: For a single file of unusual size, or without access to the hub: a diffusers folder whose configurations
             and tokenizers it takes.
@@ -53,24 +46,19 @@ def load_text_to_image(
     return family(checkpoint, dtype=dtype, device=device, empty=empty)
 
 
-def open_checkpoint(
-    source: str | Path, *, config: Path | None = None, prediction_type: str | None = None
-) -> Checkpoint:
-    """Open a checkpoint: only names and shapes of its weights are read. Arguments as for ``load_text_to_image``.
+def load_text_to_image(source: str | Path, **options: Any) -> LatentModel:
+    """Load a model with prompts; arguments and errors as of ``load_diffusion_model``. UserError for one without."""
+    model = load_diffusion_model(source, **options)
+    if not isinstance(model, LatentModel):
+        raise UserError(f"{source} is a {model.pipeline_class.__name__}, which takes no prompts.")
+    return model
 
-    ``components.empty_module`` makes its modules on the meta device, to count what training would take.
-    """
-    path = Path(source)
-    if path.suffix in PICKLES and (path.is_file() or not path.exists()):
-        raise UserError(f"{source} is a pickle, which can run code when it is opened: {HOW_TO_CONVERT}")
-    if path.suffix == ".safetensors":
-        return SingleFile(path, config=config, prediction_type=prediction_type)
-    if path.is_dir():
-        return DiffusersFolder(path)
-    if path.suffix == ".gguf":
-        raise UserError(f"{source} is quantized (GGUF): give a diffusers folder or .safetensors, unquantized.")
-    if path.exists():
-        raise UserError(f"{source} is neither a diffusers folder nor a .safetensors file.")
-    if is_hub_id(str(source)):
-        return DiffusersFolder(downloaded(str(source), FILES, VARIANTS))
-    raise UserError(f"{source} does not exist.")
+
+def load_unprompted(
+    source: str | Path, device: torch.device | str = "cpu", *, empty: bool = False
+) -> PixelModel | UnpromptedLatentModel:
+    """Load a model without prompts in float32. UserError as ``load_diffusion_model``, and for one with prompts."""
+    model = load_diffusion_model(source, device=device, empty=empty)
+    if not isinstance(model, PixelModel | UnpromptedLatentModel):
+        raise UserError(f"{source} is a {model.pipeline_class.__name__}, which takes prompts.")
+    return model

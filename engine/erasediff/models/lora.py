@@ -27,7 +27,7 @@ from erasediff.models.lora_update import Adapter, Change
 from erasediff.utils.finite import first_not_finite
 
 if TYPE_CHECKING:
-    from erasediff.models.base import LatentModel
+    from erasediff.models.checkpoint_model import CheckpointModel
 
 Keys = Literal["diffusers", "kohya"]
 ADAPTER = "default"
@@ -105,7 +105,7 @@ def save(module: nn.Module, path: Path, *, family: str, keys: Keys = "diffusers"
     Args:
         module: The denoiser, with adapters of ``add``.
         path: The file.
-        family: The model's ``LatentModel.family``.
+        family: The model's ``ModelFamily.family``.
         keys: "diffusers" is read by ``pipeline.load_lora_weights`` and holds alpha / rank within its values, since not
             every reader looks elsewhere for it. "kohya" is what sd-scripts writes, SDXL's blocks counted as in the
             original layout.
@@ -137,7 +137,7 @@ def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
     Args:
         module: The denoiser.
         path: A .safetensors file, see ``lora_file.read_updates``.
-        family: The model's ``LatentModel.family``.
+        family: The model's ``ModelFamily.family``.
 
     Returns:
         The adapters' parameters, float32.
@@ -157,7 +157,7 @@ def load(module: nn.Module, path: Path, *, family: str) -> list[nn.Parameter]:
     return _add(module, adapters)
 
 
-def merge_file(model: LatentModel, path: Path) -> None:
+def merge_file(model: CheckpointModel, path: Path) -> None:
     """Merge a LoRA file into a model's denoiser and text encoders: all that it holds, or nothing.
 
     Args:
@@ -172,7 +172,7 @@ def merge_file(model: LatentModel, path: Path) -> None:
     merge_into_denoiser(model, path)
 
 
-def merge_into_denoiser(model: LatentModel, path: Path) -> None:
+def merge_into_denoiser(model: CheckpointModel, path: Path) -> None:
     """The half of ``merge_file`` that needs the denoiser's weights."""
     updates = _of_denoiser(model, _updates_of(model, path))
     adapters = {name: first for name, (first, *_) in updates.items() if isinstance(first, Adapter)}
@@ -189,7 +189,7 @@ def merge_into_denoiser(model: LatentModel, path: Path) -> None:
                     layer.bias.add_(change.bias.to(layer.bias))
 
 
-def merge_into_encoders(model: LatentModel, path: Path) -> None:
+def merge_into_encoders(model: CheckpointModel, path: Path) -> None:
     """The half of ``merge_file`` that does not need the denoiser's weights; all errors are seen by then."""
     changes: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}
     for (component, name), updates in _updates_of(model, path).items():
@@ -214,11 +214,11 @@ def _changed_bias(changes: Iterable[Change], bias: Tensor) -> Tensor:
     return bias.float() + sum(change.bias.float() for change in changes if change.bias is not None)
 
 
-def _of_denoiser(model: LatentModel, updates: Updates) -> dict[str, list[Adapter | Change]]:
+def _of_denoiser(model: CheckpointModel, updates: Updates) -> dict[str, list[Adapter | Change]]:
     return {name: changes for (component, name), changes in updates.items() if component == model.denoiser_component}
 
 
-def _updates_of(model: LatentModel, path: Path) -> Updates:
+def _updates_of(model: CheckpointModel, path: Path) -> Updates:
     encoders = {name: empty_module(model.checkpoint, name) for name in model.encoder_names}
     return _read(path, type(model), {model.denoiser_component: model.denoiser, **encoders})
 

@@ -76,7 +76,7 @@ def sample_images(
             height=height,
             width=width,
             latents=model.packed(noise.to(model.device, model.dtype)),
-            generator=_generators(ids, seed),
+            generator=image_generators(ids, seed),
             output_type="latent",
             **model.negative_arguments(negative_prompt, len(ids)),
             **model.text_length(),
@@ -89,7 +89,7 @@ def sample_images(
     return torch.cat(images)
 
 
-def _generators(ids: Tensor, seed: int) -> list[torch.Generator]:
+def image_generators(ids: Tensor, seed: int) -> list[torch.Generator]:
     """For samplers that draw noise at every step: one generator per image, on the host so that devices agree."""
     seeds = philox_bits(ids, noise_key(seed, SAMPLER_SEED, "cpu"), int(NoiseRole.SAMPLING), 1)[:, 0]
     return [torch.Generator().manual_seed(number) for number in seeds.tolist()]

@@ -3,61 +3,63 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import diffusers
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch, diffusers_denoiser
-from erasediff.diffusion.noise_schedule import Process
 from erasediff.errors import UserError
-from erasediff.io.atomic import atomic_directory
-from erasediff.models.checkpoint.base import canonical_name, component_files
-from erasediff.models.diffusion_model import Condition, Space
-from erasediff.utils.finite import first_not_finite, weights_not_finite
+from erasediff.models import unet2d
+from erasediff.models.checkpoint.base import Checkpoint, read_json
+from erasediff.models.checkpoint.in_memory import InMemoryCheckpoint
+from erasediff.models.checkpoint.opening import open_checkpoint
+from erasediff.models.checkpoint_model import CheckpointModel
+from erasediff.models.diffusion_model import Condition, Space, in_channels, mean_prediction
+from erasediff.models.family import sides
 
-PIPELINES = {"DDPMPipeline": DDPMPipeline, "DDIMPipeline": DDIMPipeline}
 CLASSES_FILE = "classes.json"
 """Names and null label of a saved model's classes, beside model_index.json; without it, classes are numbers and the
 last embedding is the null label."""
-LUMA = (0.299, 0.587, 0.114)
-"""Grey value of R, G and B (ITU-R BT.601)."""
 
 
-@dataclass(frozen=True, slots=True)
-class PixelModel:
+class PixelModel(CheckpointModel):
     """Pixel-space UNet2DModel, unconditional or class-conditional, with the scheduler that it was trained with.
 
     With a null label, a conditional UNet has one embedding more than classes: the last is that of classifier-free
-    guidance.
+    guidance. A UNet that embeds labels like timesteps has none, and the classes of its data. Of one with a learned
+    variance, the mean is trained.
 
     Attributes:
-        unet: The denoiser, of any size and number of channels.
-        scheduler: A scheduler of diffusers with ``alphas_cumprod``.
-        pipeline_class: The diffusers pipeline that the model is saved as.
         names: Names of the classes; None where they are called by their numbers.
         has_null_label: Whether the last class embedding is the null label.
-        dtypes: Dtypes of the weights on the disk, by name, in which they are saved again; float32 for all others.
-        is_schedule_assumed: Whether the files had no scheduler, so that it is DDPM's own (Ho et al. 2020).
     """
 
-    unet: UNet2DModel
-    scheduler: Any
-    pipeline_class: Any = DDPMPipeline
-    names: tuple[str, ...] | None = None
-    has_null_label: bool = True
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    is_schedule_assumed: bool = False
+    family = "ddpm"
+    denoiser_component = "unet"
+    denoiser_class = UNet2DModel
+    autoencoder_component = None
+    pipeline_class = DDPMPipeline
+    other_pipelines: ClassVar = (DDIMPipeline,)
+    flow = False
+    default_guidance = 1.5
+    subsets = unet2d.SUBSETS
     space: ClassVar[Space] = "pixel"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        empty: bool = False,
+    ) -> None:
+        super().__init__(checkpoint, dtype=dtype, device=device, empty=empty)
+        self.names, self.has_null_label = self._classes()
 
     @classmethod
     def build(
@@ -112,17 +114,71 @@ class PixelModel:
         scheduler = DDPMScheduler(
             num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, prediction_type=prediction_type
         )
-        return cls(unet, scheduler)
+        return cls(InMemoryCheckpoint(DDPMPipeline.__name__, scheduler, unet=unet))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", *, empty: bool = False) -> PixelModel:
+        """Read the folder of a DDPMPipeline or DDIMPipeline, or of a UNet2DModel alone. Nothing is unpickled.
+
+        Args:
+            path: The folder.
+            device: Device of the UNet.
+            empty: As of ``CheckpointModel``.
+
+        Raises:
+            UserError: It is missing, incomplete, damaged, quantised, of another kind, of a kind of UNet2DModel that
+                cannot be trained here, or has weights that are not finite.
+        """
+        checkpoint = open_checkpoint(path)
+        pipelines = [pipeline.__name__ for pipeline in (cls.pipeline_class, *cls.other_pipelines)]
+        if checkpoint.index.get("_class_name") not in pipelines:
+            raise UserError(
+                f"{path} is a {checkpoint.index.get('_class_name')}: of models in pixels, {' and '.join(pipelines)} "
+                "can be loaded."
+            )
+        return cls(checkpoint, device=device, empty=empty)
+
+    @classmethod
+    def dummy_inputs(
+        cls, config: Any, batch_size: int, latent_size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Any]:
+        return unet2d.dummy_inputs(config, batch_size, latent_size, dtype, device)
+
+    def _check_components(self) -> None:
+        super()._check_components()
+        config = self._config
+        unet2d.check_network(self.checkpoint.path, config)
+        if config.in_channels not in (1, 3):
+            raise UserError(
+                f"The UNet in {self.checkpoint.path} has images of {config.in_channels} channels: only 1 and 3 can be "
+                "read."
+            )
+
+    @property
+    def _config(self) -> Any:
+        return self.configs[self.denoiser_component]
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser, of any size and number of channels."""
+        return self.denoiser
+
+    @property
+    def is_schedule_assumed(self) -> bool:
+        """Whether the files had no scheduler, so that it is DDPM's own (Ho et al. 2020)."""
+        return getattr(self.checkpoint, "is_schedule_assumed", False)
 
     @property
     def condition(self) -> Condition:
-        return "none" if self.num_classes is None else "class"
+        return "class" if unet2d.is_class_conditional(self._config) else "none"
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, the null label not counted; None for an unconditional model."""
-        embeddings: int | None = self.unet.config.num_class_embeds
-        return None if embeddings is None else embeddings - self.has_null_label
+        """Number of classes, the null label not counted; None for an unconditional model, or before data tell."""
+        embeddings = unet2d.num_embeddings(self._config)
+        if embeddings is None:
+            return None if self.names is None else len(self.names)
+        return embeddings - self.has_null_label
 
     @property
     def null_label(self) -> int | None:
@@ -135,25 +191,13 @@ class PixelModel:
         return tuple(map(str, range(self.num_classes or 0))) if self.names is None else self.names
 
     @property
-    def denoiser(self) -> nn.Module:
-        unet: nn.Module = self.unet
-        return unet
-
-    @property
-    def process(self) -> Process:
-        return Process.from_scheduler(self.scheduler)
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self._config.in_channels, *sides(self._config)
 
     @property
-    def device(self) -> torch.device:
-        device: torch.device = self.unet.device
-        return device
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
 
     @property
     def hash(self) -> str:
@@ -161,12 +205,13 @@ class PixelModel:
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """uint8 images [B, C, H, W] of float32 pixels [B, 3, H, W] in [-1, 1]: the same, or their grey values."""
-        if self.image_shape[0] == 1:
-            pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor(LUMA))[:, None]
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return as_uint8(pixels, self.image_shape[0])
+
+    def decode_samples(self, samples: Tensor) -> Tensor:
+        return samples.clamp(-1, 1)
 
     def predict(self, model: nn.Module, noisy_sample: Tensor, timesteps: Tensor, condition: Batch) -> Tensor:
-        return diffusers_denoiser(model, noisy_sample, timesteps, condition)
+        return mean_prediction(diffusers_denoiser(model, noisy_sample, timesteps, condition), noisy_sample)
 
     def described_by(self, class_names: tuple[str, ...]) -> Self:
         """This model with the class names of a data set, of which there may be one fewer than class embeddings.
@@ -176,174 +221,73 @@ class PixelModel:
         Raises:
             UserError: The data set has another number of classes.
         """
-        embeddings: int | None = self.unet.config.num_class_embeds
-        if embeddings is None:
+        if self.condition == "none":
             return self
+        described = copy.copy(self)
+        embeddings = unet2d.num_embeddings(self._config)
+        if embeddings is None:
+            described.names = class_names
+            return described
         if len(class_names) not in (embeddings, embeddings - 1):
             raise UserError(
                 f"The model has {embeddings} class embeddings, of which one may be the null label, but the data have "
                 f"{len(class_names)} classes: give the data that it was trained on."
             )
-        has_null_label = len(class_names) == embeddings - 1
-        names = None if class_names == tuple(map(str, range(len(class_names)))) else class_names
-        return replace(self, names=names, has_null_label=has_null_label)
+        described.has_null_label = len(class_names) == embeddings - 1
+        described.names = None if class_names == tuple(map(str, range(len(class_names)))) else class_names
+        return described
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move the UNet's weights; return this same model."""
-        self.unet.to(device)
-        return self
+    def _documents(self) -> Mapping[str, Mapping[str, Any]]:
+        if self.names is None and (self.num_classes is None or self.has_null_label):
+            return {}
+        return {CLASSES_FILE: {"names": list(self.class_names), "null_label": self.null_label}}
 
-    def save(self, path: Path, *, replace: bool = False) -> None:
-        """Write a diffusers pipeline folder atomically. UserError if ``path`` exists and not ``replace``."""
-        with atomic_directory(path, replace=replace) as folder:
-            pipeline = self.pipeline_class(self._in_stored_dtypes(), self.scheduler)
-            pipeline.save_pretrained(folder, safe_serialization=True)
-            if self.names is not None or (self.num_classes is not None and not self.has_null_label):
-                content = {"names": list(self.class_names), "null_label": self.null_label}
-                (folder / CLASSES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def _in_stored_dtypes(self) -> UNet2DModel:
-        if not self.dtypes:
-            return self.unet
-        unet = copy.deepcopy(self.unet)
-        for name, parameter in unet.named_parameters():
-            parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
-        return unet
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> PixelModel:
-        """Read the folder of a DDPMPipeline or DDIMPipeline, or of a UNet2DModel alone. Nothing is unpickled.
-
-        Raises:
-            UserError: It is missing, incomplete, corrupt, of another kind, of a kind of UNet2DModel that cannot be
-                trained here, or has weights that are not finite.
-        """
-        pipeline = _pipeline_of(path)
-        folder = path / "unet" if (path / "unet").is_dir() else path
+    def _classes(self) -> tuple[tuple[str, ...] | None, bool]:
+        """(names, whether there is a null label), as ``CLASSES_FILE`` says. UserError if it does not fit the UNet."""
+        embeddings = unet2d.num_embeddings(self._config)
+        file = self.checkpoint.path / CLASSES_FILE
+        if self.condition == "none" or not file.exists():
+            return None, embeddings is not None
         try:
-            files = component_files(folder)
-            unet, info = UNet2DModel.from_pretrained(
-                folder,
-                variant=_variant(files[0].path),
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                local_files_only=True,
-                output_loading_info=True,
-                torch_dtype=torch.float32,
-            )
-        except (UserError, OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"The model in {path} is incomplete or corrupt: {reason}") from error
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise UserError(f"The model in {path} is incomplete: its weights do not fill its UNet.")
-        unet = unet.to(device)
-        if (name := first_not_finite(unet.state_dict().items())) is not None:
-            raise weights_not_finite(f"unet of {path}", name)
-        _check_network(path, unet.config)
-        stored = {canonical_name(name): tensor.dtype for file in files for name, tensor in file.tensors.items()}
-        scheduler, is_assumed = _scheduler(path)
-        names, has_null_label = _classes(path, unet.config.num_class_embeds)
-        return cls(
-            unet,
-            scheduler,
-            pipeline_class=pipeline,
-            names=names,
-            has_null_label=has_null_label,
-            dtypes={name: dtype for name, dtype in stored.items() if dtype != torch.float32},
-            is_schedule_assumed=is_assumed,
-        )
+            content = read_json(file)
+        except UserError:
+            content = {}
+        names: Any = content.get("names")
+        null_label = content.get("null_label")
+        if embeddings is None:
+            fits = isinstance(names, list) and null_label is None
+        else:
+            fits = isinstance(names, list) and len(names) + (null_label is not None) == embeddings
+        if not fits or null_label not in (None, (embeddings or 0) - 1):
+            kind = f"{embeddings} class embeddings" if embeddings else "class embedding without a null label"
+            raise UserError(f"{file} does not fit the {kind} of its model: correct or remove it.")
+        names = tuple(map(str, names))
+        is_numbered = embeddings is not None and names == tuple(map(str, range(len(names))))
+        return (None if is_numbered else names), null_label is not None
 
 
-def is_pixel_model(path: Path) -> bool:
-    """Return true for the folder of a pipeline whose denoiser is a UNet2DModel, or of a UNet2DModel alone."""
-    index = _json_or_none(path / "model_index.json")
-    if index is None:
-        config = _json_or_none(path / "config.json")
-        return config is not None and config.get("_class_name") == UNet2DModel.__name__
-    return index.get("unet") == ["diffusers", UNet2DModel.__name__] and "vqvae" not in index
+def as_uint8(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 images [B, C, H, W] of float32 pixels [B, 3, H, W] in [-1, 1], in 3 channels or 1."""
+    return ((in_channels(pixels, channels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _json_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+class PixelImages:
+    """Encoder of images as they are, of whichever model: what a classifier is fitted to.
 
+    Args:
+        image_shape: (channels, height, width).
+    """
 
-def _pipeline_of(path: Path) -> Any:
-    """The pipeline class of a folder, DDPMPipeline for a network alone. UserError for another kind of model."""
-    if not (path / "model_index.json").exists() and is_pixel_model(path):
-        if (path.parent / "model_index.json").exists():
-            raise UserError(f"{path} is one component of a model, not the model: give the folder above it.")
-        return DDPMPipeline
-    try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a diffusers model folder: it has no model_index.json.") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path / 'model_index.json'} cannot be read: the model folder is damaged.") from None
-    if index.get("unet") != ["diffusers", UNet2DModel.__name__]:
-        raise UserError(f"{path} does not hold a UNet2DModel pipeline: only pixel-space models can be loaded.")
-    name = index.get("_class_name", "DDPMPipeline")
-    if name not in PIPELINES:
-        raise UserError(f"{path} is a {name}: of models in pixels, {' and '.join(PIPELINES)} can be loaded.")
-    return PIPELINES[name]
+    space: Space = "pixel"
+    condition: Condition = "class"
+    null_label: int | None = None
 
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        self.image_shape = image_shape
 
-def _variant(file: Path) -> str | None:
-    """Variant of a weight file, such as "fp16" for ``diffusion_pytorch_model.fp16.safetensors`` and its shards."""
-    parts = file.name.split(".")
-    return re.sub(r"-\d+-of-\d+$", "", parts[1]) if len(parts) == 3 else None
+    @property
+    def hash(self) -> str:
+        return f"uint8 pixels, {self.image_shape[0]} channels"
 
-
-def _check_network(path: Path, config: Any) -> None:
-    if config.class_embed_type is not None:
-        raise UserError(
-            f"The UNet in {path} embeds its classes by class_embed_type {config.class_embed_type!r}, which does not "
-            "say which classes there are: only labels with an embedding each (num_class_embeds) can be unlearned."
-        )
-    if config.in_channels not in (1, 3):
-        raise UserError(f"The UNet in {path} has images of {config.in_channels} channels: only 1 and 3 can be read.")
-    if config.out_channels != config.in_channels:
-        raise UserError(
-            f"The UNet in {path} predicts {config.out_channels} channels of {config.in_channels}-channel images, as "
-            "with a learned variance, which cannot be trained here."
-        )
-    if config.sample_size is None:
-        raise UserError(f"The UNet in {path} does not say its size: write sample_size into its config.json.")
-
-
-def _scheduler(path: Path) -> tuple[Any, bool]:
-    """(scheduler, whether it is assumed). UserError for one that is damaged, or without ``alphas_cumprod``."""
-    folder = path / "scheduler" if (path / "scheduler").is_dir() else path
-    file = folder / "scheduler_config.json"
-    if not file.exists() and not (path / "model_index.json").exists():
-        return DDPMScheduler(), True
-    name = (_json_or_none(file) or {}).get("_class_name", DDPMScheduler.__name__)
-    scheduler_class: Any = getattr(diffusers, str(name), None)
-    if not hasattr(scheduler_class, "from_pretrained"):
-        raise UserError(f"The scheduler in {path} is a {name}, which diffusers does not have.")
-    try:
-        scheduler = scheduler_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The model in {path} is incomplete or corrupt: {reason}") from error
-    if getattr(scheduler, "alphas_cumprod", None) is None:
-        raise UserError(f"The scheduler in {path} is a {name}, which has no alphas_cumprod to train on.")
-    return scheduler, False
-
-
-def _classes(path: Path, embeddings: int | None) -> tuple[tuple[str, ...] | None, bool]:
-    """(names, whether there is a null label), as ``CLASSES_FILE`` says. UserError if it does not fit the network."""
-    file = path / CLASSES_FILE
-    if embeddings is None or not file.exists():
-        return None, True
-    content = _json_or_none(file) or {}
-    names: Any = content.get("names")
-    null_label = content.get("null_label")
-    fits = isinstance(names, list) and len(names) + (null_label is not None) == embeddings
-    if not fits or null_label not in (None, embeddings - 1):
-        raise UserError(f"{file} does not fit the {embeddings} class embeddings of its model: correct or remove it.")
-    names = tuple(map(str, names))
-    return (None if names == tuple(map(str, range(len(names)))) else names), null_label is not None
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return as_uint8(pixels, self.image_shape[0])

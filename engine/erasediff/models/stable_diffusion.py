@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from torch import Tensor, nn
 
 from erasediff.diffusion.batch import Batch
-from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
 from erasediff.models.checkpoint.original_layout import LAYOUTS, Place
+from erasediff.models.checkpoint_model import model_dtype
 from erasediff.models.pipeline import build_pipeline
 
 CLIP_TOKENS = 77

@@ -22,7 +22,7 @@ def select(module: nn.Module, spec: str) -> list[str]:
 
     The names were coined for UNets. SDXL's embedding of sizes counts as one of time. In the joint attention of SD3 and
     FLUX, cross-attention is taken to be the text's own projections, and self-attention the others. Where they lie is
-    the family's ``subsets``; a network of no family is taken for a UNet.
+    the family's ``subsets``; a network of no family is taken for a UNet. Without prompts there is no cross-attention.
 
     Args:
         module: The network.
@@ -47,6 +47,13 @@ def select(module: nn.Module, spec: str) -> list[str]:
     if not chosen:
         raise UserError(f"The selection {spec!r} matches no weight of this model{_hint(spec, names)}.")
     return chosen
+
+
+def has_attention(module: nn.Module) -> bool:
+    """Whether ``select`` finds self-attention in a network."""
+    family = family_of_denoiser(module)
+    parts = (UNET_SUBSETS if family is None else family.subsets).self_attention
+    return any(not parts.isdisjoint(name.split(".")) for name, _ in module.named_parameters())
 
 
 def train_only(module: nn.Module, names: Collection[str]) -> list[nn.Parameter]:
@@ -91,7 +98,7 @@ def _rules(subsets: Subsets) -> dict[str, Rule]:
         return not subsets.keys_and_values.isdisjoint(name.split("."))
 
     def inner(name: str) -> bool:
-        return not name.startswith(subsets.outermost)
+        return not name.startswith(subsets.outermost) and subsets.embeddings.isdisjoint(name.split("."))
 
     rules: dict[str, Rule] = {
         "full": lambda name: True,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DModel
 from torch import nn
 
 from erasediff.errors import UserError
 from erasediff.models.checkpoint.base import has, read_json
 from erasediff.models.checkpoint.components import empty_module
-from erasediff.models.family import families, family_of_denoiser, sides, vae_scale
-from erasediff.models.load import open_checkpoint
-from erasediff.models.pixel_unet import is_pixel_model
+from erasediff.models.checkpoint.network_folder import is_network_alone
+from erasediff.models.checkpoint.opening import open_checkpoint
+from erasediff.models.checkpoint_model import CheckpointModel
+from erasediff.models.family import families, family_of_denoiser, vae_scale
+
+DEFAULT_SCALE = 8
+"""Pixels per latent of a denoiser whose autoencoder is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +38,21 @@ class Network:
     name: str
     module: nn.Module
     resolution: int
-    latent_scale: int = 8
+    latent_scale: int = DEFAULT_SCALE
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, without adapters."""
         return next(self.module.parameters()).dtype
+
+    @property
+    def family(self) -> type[CheckpointModel]:
+        """The family whose denoiser it is. UserError if it is of none."""
+        family = family_of_denoiser(self.module)
+        if family is None:
+            known = sorted({cls.denoiser_class.__name__ for cls in families().values()})
+            raise UserError(f"A {type(self.module).__name__} cannot be planned: give one of {', '.join(known)}.")
+        return family
 
     def inputs(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
         """Keyword arguments of the module's forward for ``batch_size`` samples, floats in ``dtype``.
@@ -48,18 +60,8 @@ class Network:
         Raises:
             UserError: The module is a denoiser of no family.
         """
-        config: Any = self.module.config
         side = self.resolution // self.latent_scale
-        family = family_of_denoiser(self.module)
-        if family is not None:
-            inputs = family.dummy_inputs(config, batch_size, (side, side), dtype, device)
-        elif isinstance(self.module, UNet2DModel):
-            inputs = {"sample": torch.zeros(batch_size, config.in_channels, side, side, dtype=dtype, device=device)}
-            if config.num_class_embeds:
-                inputs["class_labels"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        else:
-            known = sorted({cls.denoiser_class.__name__ for cls in families().values()} | {UNet2DModel.__name__})
-            raise UserError(f"A {type(self.module).__name__} cannot be planned: give one of {', '.join(known)}.")
+        inputs = self.family.dummy_inputs(self.module.config, batch_size, (side, side), dtype, device)
         return {**inputs, "timestep": torch.zeros(batch_size, device=device), "return_dict": False}
 
 
@@ -79,9 +81,9 @@ def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = 
     if source in references:
         config, default = references[source]
         network = Network(name=source, module=_empty(config), resolution=resolution or default)
-    elif source.endswith(".json") or _is_network_alone(Path(source)):
+    elif source.endswith(".json") or is_network_alone(Path(source)):
         config = read_json(Path(source) if source.endswith(".json") else Path(source, "config.json"))
-        network = _with_resolution(Path(source).parent.name or source, _empty(config), resolution, 8)
+        network = _with_resolution(Path(source).parent.name or source, _empty(config), resolution)
     else:
         checkpoint = open_checkpoint(source)
         components = {cls.denoiser_component: None for cls in families().values()}
@@ -89,16 +91,13 @@ def network_of(source: str, resolution: int | None = None, dtype: torch.dtype = 
         if component is None:
             raise UserError(f"{source} has no {' or '.join(components)} that could be planned.")
         module = empty_module(checkpoint, component)
-        scale = vae_scale(checkpoint.config("vae")) if has(checkpoint, "vae") else 1
+        autoencoders = dict.fromkeys(cls.autoencoder_component for cls in families().values())
+        autoencoder = next((name for name in autoencoders if name is not None and has(checkpoint, name)), None)
+        scale = 1 if autoencoder is None else vae_scale(checkpoint.config(autoencoder))
         network = _with_resolution(Path(source).name, module, resolution, scale)
     # diffusers' own ``to`` warns of modules kept in float32 even where there are none.
     nn.Module.to(network.module, dtype)
     return _checked(network)
-
-
-def _is_network_alone(folder: Path) -> bool:
-    """Return true for the folder of a UNet2DModel that belongs to no pipeline."""
-    return is_pixel_model(folder) and not (folder / "model_index.json").exists()
 
 
 def _empty(config: dict[str, Any]) -> nn.Module:
@@ -114,13 +113,14 @@ def _empty(config: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _with_resolution(name: str, module: nn.Module, resolution: int | None, scale: int) -> Network:
-    config: Any = module.config
-    scale = 1 if isinstance(module, UNet2DModel) else scale
+def _with_resolution(name: str, module: nn.Module, resolution: int | None, scale: int | None = None) -> Network:
+    """The network at ``resolution``, or that of its configuration; ``scale`` is None where no autoencoder is known."""
+    network = Network(name=name, module=module, resolution=resolution or 0)
+    if scale is None:
+        scale = 1 if network.family.autoencoder_component is None else DEFAULT_SCALE
     if resolution is None:
-        family = family_of_denoiser(module)
-        resolution = scale * max(sides(config) if family is None else family.default_latent_size(config))
-    return Network(name=name, module=module, resolution=resolution, latent_scale=scale)
+        resolution = scale * max(network.family.default_latent_size(module.config))
+    return replace(network, resolution=resolution, latent_scale=scale)
 
 
 def _checked(network: Network) -> Network:

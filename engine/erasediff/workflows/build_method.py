@@ -18,8 +18,8 @@ from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, BuildContext, MethodSpec
 from erasediff.methods.base import Solver, SolverOptions
 from erasediff.models import lora
-from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint.base import weighted_components
+from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.models.trainable import select, train_only
 from erasediff.models.weight_update import SavedDtype, WeightUpdate, host_copy, measure_update
 from erasediff.parallel.factory import gradients_for
@@ -50,7 +50,7 @@ def trained_parameters(config: Config, network: nn.Module, selected: list[str]) 
     return lora.add(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=selected, seed=config.seed)
 
 
-def check_output(config: Config, model: LatentModel) -> None:
+def check_output(config: Config, model: CheckpointModel) -> None:
     """Raise UserError for what would fail when the model is saved, before the work instead of after it.
 
     That is a layout or LoRA keys that the family lacks, and a part of the checkpoint that cannot be copied.
@@ -71,7 +71,7 @@ def check_output(config: Config, model: LatentModel) -> None:
         )
 
 
-def saved_bytes(config: Config, model: LatentModel) -> int:
+def saved_bytes(config: Config, model: CheckpointModel) -> int:
     """Bytes of the weights that ``save_unlearned`` writes, as they are stored or in ``output.dtype``."""
     dtype = _dtype(config)
     return sum(
@@ -91,7 +91,7 @@ def output_name(config: Config) -> str:
     return MODEL if config.output.layout == "diffusers" else SINGLE_FILE
 
 
-def save_unlearned(config: Config, model: LatentModel, path: Path) -> WeightUpdate:
+def save_unlearned(config: Config, model: CheckpointModel, path: Path) -> WeightUpdate:
     """Write the model to ``path``; a LoRA also as a file of its own beside it, and merged into the model.
 
     Returns:
@@ -116,6 +116,12 @@ def save_unlearned(config: Config, model: LatentModel, path: Path) -> WeightUpda
         update=update,
     )
     return update
+
+
+def differs_by_training(config: Config) -> bool:
+    """Return false if a LoRA is merged first, and weights are trained that it may have changed."""
+    is_lora_or_mask = config.text_to_image.train == "lora" or METHOD_SPECS[config.unlearn.method].trained is not None
+    return config.text_to_image.lora is None or is_lora_or_mask
 
 
 def save_measured(network: nn.Module, original: LazyWeights, save: SaveModel, path: Path) -> WeightUpdate:
@@ -305,16 +311,16 @@ def learning_rate(settings: UnlearnConfig) -> LearningRate:
     return LearningRate(settings.lr, settings.steps, settings.warmup_steps, settings.lr_schedule)
 
 
-def method_parameters(config: Config, network: nn.Module, selected: Sequence[str] | None = None) -> list[nn.Parameter]:
-    """Parameters that the method trains, of the weights ``selected``; None for all of them."""
+def method_parameters(config: Config, network: nn.Module, selected: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters that the method trains, of the weights ``selected``."""
     trained = METHOD_SPECS[config.unlearn.method].trained
     if trained is None:
-        return list(network.parameters()) if selected is None else trained_parameters(config, network, list(selected))
+        return trained_parameters(config, network, list(selected))
     if config.text_to_image.train == "lora":
         raise UserError(
             f"The method {config.unlearn.method} trains parameters of its own; choose weights with --train, not lora."
         )
-    return trained(config, network, [name for name, _ in network.named_parameters()] if selected is None else selected)
+    return trained(config, network, selected)
 
 
 def finalize_and_save(method: Solver, save: SaveModel, path: Path) -> WeightUpdate | None:

@@ -1,4 +1,4 @@
-"""Evaluate a pixel-space model with a classifier, alone or against the model that it was unlearned from."""
+"""Evaluate a model without prompts with a classifier, alone or against the model that it was unlearned from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from erasediff.evaluation import (
     evaluation_labels,
     unconditional_metrics,
 )
-from erasediff.models import PixelModel
+from erasediff.models.diffusion_model import UnpromptedModel
+from erasediff.models.pixel_unet import PixelImages
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.workflows.labelled_data import class_dataset, for_data, open_data
 from erasediff.workflows.load_model import load_unprompted
@@ -71,7 +72,7 @@ def evaluate(
     models = {name: data.fit(load_unprompted(path, device, console), path) for name, path in paths.items()}
     if len({(loaded.num_classes, loaded.image_shape) for loaded in models.values()}) > 1:
         raise UserError(f"{model} and {base} cannot be compared: their classes or sizes of images differ.")
-    dataset = class_dataset(config, data, models["model"], console)
+    dataset = class_dataset(config, data, PixelImages(models["model"].image_shape), console)
     forget_retain_split(dataset.train, forgotten)
     judge = Judge.fit(dataset)
     evaluated = {
@@ -83,7 +84,7 @@ def evaluate(
 
 def judge_model(
     config: Config,
-    model: PixelModel,
+    model: UnpromptedModel,
     judge: Judge,
     dataset: ClassDataset,
     forget: Sequence[int],
@@ -92,7 +93,7 @@ def judge_model(
 ) -> EvaluatedModel:
     """Sample the images of ``config.evaluate`` with the configuration's seed, and evaluate them."""
     settings, forgotten = config.evaluate, tuple(forget)
-    if model.num_classes is None:
+    if model.condition == "none":
         images = draw(config, model, None, settings.unconditional, console, title)
         return EvaluatedModel(
             images=images, labels=None, metrics=unconditional_metrics(judge, images, dataset.train, forgotten)

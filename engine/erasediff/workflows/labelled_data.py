@@ -33,7 +33,7 @@ from erasediff.data.survey import BrokenImagePolicy, survey
 from erasediff.diffusion.batch import Batch
 from erasediff.errors import UserError
 from erasediff.io.cache_dir import cache_folder
-from erasediff.models.diffusion_model import UnpromptedModel
+from erasediff.models.diffusion_model import SampleEncoder, UnpromptedModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
@@ -285,7 +285,7 @@ CLASSIFIED = 5_000
 TEST_EVERY = 5
 
 
-def class_dataset(config: Config, data: LabelledData, model: UnpromptedModel, console: Console) -> ClassDataset:
+def class_dataset(config: Config, data: LabelledData, model: SampleEncoder, console: Console) -> ClassDataset:
     """Images of ``data`` in memory in the model's size, to fit a classifier to: a fifth of each class held out.
 
     Of more than ``CLASSIFIED`` images, evenly spaced ones of each class.
@@ -315,7 +315,7 @@ def _noise(config: Config, model: UnpromptedModel, batch_size: int, setting: str
     """This rank's part of a batch of noise in the place of images, all of the first of ``labels``."""
     size = batch_size // share_of(batch_size, setting)["world_size"]
     generator = torch.Generator().manual_seed(config.seed)
-    batch = {"sample": (torch.rand(size, *model.image_shape, generator=generator) * 2 - 1).to(model.device)}
+    batch = {"sample": (torch.rand(size, *model.sample_shape, generator=generator) * 2 - 1).to(model.device)}
     if model.condition == "class":
         batch["class_labels"] = torch.full((size,), next(iter(labels), 0), device=model.device)
     return batch
@@ -323,7 +323,7 @@ def _noise(config: Config, model: UnpromptedModel, batch_size: int, setting: str
 
 def encoded(
     config: Config,
-    model: UnpromptedModel,
+    model: SampleEncoder,
     images: Sequence[CaptionedImage],
     broken: BrokenImagePolicy,
     console: Console,
@@ -343,6 +343,8 @@ def encoded(
         UserError: As ``survey``.
     """
     _, height, width = model.image_shape
+    # An autoencoder takes gigabytes for each image; pixels are only copied.
+    at_least = 1 if model.space == "latent" else ENCODED_AT_ONCE
     return LatentCache(cache_folder()).encode_unprompted(
         survey(images, Buckets.only(height, width), broken, console, chosen),
         model,
@@ -351,7 +353,7 @@ def encoded(
         labelled=model.condition == "class",
         null_label=model.null_label,
         mirror=config.images.mirror,
-        batch_size=max(config.images.encode_batch_size, ENCODED_AT_ONCE),
+        batch_size=max(config.images.encode_batch_size, at_least),
         chosen=chosen,
     )
 

@@ -1,4 +1,4 @@
-"""Load models: models in pixels, text-to-image checkpoints with a LoRA, pruning masks."""
+"""Load models: without prompts or text-to-image, with a LoRA; pruning masks."""
 
 from pathlib import Path
 
@@ -9,13 +9,18 @@ from erasediff.config import Config, differences, for_text_to_image
 from erasediff.data import ClassDataset
 from erasediff.errors import UserError
 from erasediff.io.atomic import check_new
-from erasediff.models import PixelModel, lora
+from erasediff.models import PixelModel, load, lora
 from erasediff.models.base import LatentModel
-from erasediff.models.checkpoint.base import WEIGHT_FILES
+from erasediff.models.checkpoint.base import WEIGHT_FILES, read_json
+from erasediff.models.checkpoint.diffusers_folder import INDEX
 from erasediff.models.checkpoint.hub import is_hub_id
+from erasediff.models.checkpoint.network_folder import is_network_alone
+from erasediff.models.checkpoint.opening import open_checkpoint
+from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.models.diffusion_model import UnpromptedModel
+from erasediff.models.family import known_family
 from erasediff.models.load import load_text_to_image
-from erasediff.models.pixel_unet import is_pixel_model
+from erasediff.models.unprompted_latents import UnpromptedLatentModel
 from erasediff.models.weight_masks import apply_masks, load_masks
 from erasediff.training.job import set_up_device, thread_scope
 
@@ -37,20 +42,34 @@ def check_fits(model: UnpromptedModel, dataset: ClassDataset, source: object) ->
         )
 
 
-def load_unprompted(path: Path, device: torch.device, console: Console) -> PixelModel:
-    """Load a model without prompts, class-conditional or not; what had to be assumed of it is printed.
+def load_unprompted(
+    path: Path, device: torch.device, console: Console, *, lora_file: Path | None = None, empty: bool = False
+) -> PixelModel | UnpromptedLatentModel:
+    """Load a model without prompts; what had to be assumed of it is printed.
+
+    Args:
+        path: See ``load_diffusion_model``.
+        device: Device of the weights.
+        console: Console for notes.
+        lora_file: A LoRA to merge into the denoiser.
+        empty: Leave the denoiser on the meta device; ``read_denoiser`` reads its weights, and merges the LoRA.
 
     Raises:
-        UserError: As ``PixelModel.load``.
+        UserError: As ``load_diffusion_model``, and for a LoRA that is not for the model.
     """
-    model = PixelModel.load(path, device)
-    if model.is_schedule_assumed:
+    model = load.load_unprompted(path, device, empty=empty)
+    if isinstance(model, PixelModel) and model.is_schedule_assumed:
         console.print(
             f"{path} has no scheduler: the linear schedule of DDPM, 1000 timesteps and epsilon prediction are assumed. "
             "A scheduler_config.json beside its config.json says otherwise.",
             markup=False,
             highlight=False,
         )
+    if lora_file is not None and empty:
+        # All its errors are seen before anything is encoded.
+        lora.merge_into_encoders(model, lora_file)
+    elif lora_file is not None:
+        lora.merge_file(model, lora_file)
     return model
 
 
@@ -83,7 +102,7 @@ def load_checkpoint(config: Config, source: Path, device: torch.device, *, empty
     return model
 
 
-def read_denoiser(config: Config, model: LatentModel) -> None:
+def read_denoiser(config: Config, model: CheckpointModel) -> None:
     """Give a model that was opened ``empty`` its denoiser's weights, with the LoRA of ``config`` merged into them."""
     model.denoiser = model.materialize_denoiser()
     if config.text_to_image.lora is not None:
@@ -96,22 +115,43 @@ def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
     return f"images of {' x '.join(map(str, image_shape))}{classes}"
 
 
-SECTIONS = ("text_to_image.", "output.", "images.images_per_prompt")
+SECTIONS = ("text_to_image.", "images.images_per_prompt")
 """Settings of text-to-image models alone, but for ``ANY_MODEL``."""
-ANY_MODEL = frozenset({"text_to_image.train", "text_to_image.gradient_checkpointing"})
+ANY_MODEL = frozenset(
+    f"text_to_image.{name}"
+    for name in ("lora", "train", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing")
+)
 
 
 def is_text_to_image(source: Path) -> bool:
-    """Return true if ``source`` is a weight file, a folder of no pixel-space model, or a hub id."""
-    if source.suffix in WEIGHT_FILES:
-        return True
+    """Return true if ``source`` is a model with prompts, or none that is known here.
+
+    Raises:
+        UserError: It is a hub id, and the repository cannot be downloaded.
+    """
+    if source.suffix in WEIGHT_FILES or is_network_alone(source):
+        return source.suffix in WEIGHT_FILES
     if source.is_dir():
-        return not is_pixel_model(source)
-    return not source.exists() and is_hub_id(str(source))
+        pipeline = _pipeline_name(source / INDEX)
+    elif not source.exists() and is_hub_id(str(source)):
+        pipeline = open_checkpoint(source).index.get("_class_name")
+    else:
+        return False
+    family = known_family(pipeline)
+    return family is None or issubclass(family, LatentModel)
+
+
+def _pipeline_name(index: Path) -> str | None:
+    """The pipeline that a model_index.json names; None where it cannot be read, which loading will tell."""
+    try:
+        name = read_json(index).get("_class_name")
+    except UserError:
+        return None
+    return name if isinstance(name, str) else None
 
 
 def refuse_text_to_image_settings(config: Config) -> None:
-    """Raise UserError for settings of text-to-image models, given for a pixel-space model."""
+    """Raise UserError for settings of text-to-image models, given for a model without prompts."""
     changed = differences(Config(), config)
     foreign = [name for name in changed if name.startswith(SECTIONS) and name not in ANY_MODEL]
     if foreign:
@@ -119,9 +159,9 @@ def refuse_text_to_image_settings(config: Config) -> None:
 
 
 def check_pixel_precision(config: Config) -> None:
-    """Raise UserError for a precision that pixel-space models are not trained in."""
+    """Raise UserError for a precision that models without prompts are not trained in."""
     if config.precision == "bf16-true":
-        raise UserError("Pixel-space models keep float32 weights: set precision to bf16-mixed or fp32.")
+        raise UserError("Models without prompts keep float32 weights: set precision to bf16-mixed or fp32.")
 
 
 @thread_scope()

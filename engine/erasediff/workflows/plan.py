@@ -6,15 +6,14 @@ import torch
 
 from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
+from erasediff.models.base import LatentModel
 from erasediff.planning.memory import Layout, buckets_of
 from erasediff.planning.overview import Overview, overview
 from erasediff.planning.reference_models import Network, network_of
 from erasediff.planning.step_plan import dtypes, run_precision
 from erasediff.workflows.build_method import check_settings, method_parameters, needed_batches, selected_weights
 from erasediff.workflows.record_passes import step_plan
-from erasediff.workflows.unlearn_pixel import check_unprompted
-
-PIXEL_NETWORK = "UNet2DModel"
+from erasediff.workflows.unlearn_pixel import check_unprompted, for_unprompted, unprompted_weights
 
 
 def plan(config: Config, source: str, *, ranks: Sequence[int] = (1, 8, 64)) -> Overview:
@@ -30,12 +29,12 @@ def plan(config: Config, source: str, *, ranks: Sequence[int] = (1, 8, 64)) -> O
     """
     check_settings(config)
     network = network_of(source, _resolution(config), dtypes(run_precision(config))[0])
-    is_pixel = type(network.module).__name__ == PIXEL_NETWORK
-    config = _pixel_defaults(config, network) if is_pixel else for_text_to_image(config)
+    has_prompts = issubclass(network.family, LatentModel)
+    config = for_text_to_image(config) if has_prompts else _unprompted_defaults(config, network)
     step = step_plan(config)
     needed_batches(config)
     with torch.device("meta"):
-        _choose_trained(config, network, is_pixel=is_pixel)
+        _choose_trained(config, network, has_prompts=has_prompts)
     buckets: Layout = buckets_of(config.distributed.deepspeed_config)
     return overview(network, step, ranks=ranks, buckets=buckets)
 
@@ -48,19 +47,17 @@ def _resolution(config: Config) -> int | None:
     return height
 
 
-def _pixel_defaults(config: Config, network: Network) -> Config:
+def _unprompted_defaults(config: Config, network: Network) -> Config:
     """Fill in the defaults of a model without prompts wherever nothing was set. UserError for a method of prompts."""
     check_unprompted(config)
-    network_config = network.module.config
-    conditional = bool(getattr(network_config, "num_class_embeds", None))
-    return config.model_copy(update={"unlearn": config.unlearn.resolved(conditional=conditional, retained=(0, 1))})
+    config = for_unprompted(config)
+    is_conditional = "class_labels" in network.inputs(1, network.dtype, "meta")
+    return config.model_copy(update={"unlearn": config.unlearn.resolved(conditional=is_conditional, retained=(0, 1))})
 
 
-def _choose_trained(config: Config, network: Network, *, is_pixel: bool) -> None:
+def _choose_trained(config: Config, network: Network, *, has_prompts: bool) -> None:
     """Set ``requires_grad`` of the parameters that a run trains, and of no others."""
-    selected = None
-    if not is_pixel or "train" in config.text_to_image.model_fields_set:
-        selected = selected_weights(config, network.module)
-    trained = {id(parameter) for parameter in method_parameters(config, network.module, selected)}
+    select = selected_weights if has_prompts else unprompted_weights
+    trained = {id(p) for p in method_parameters(config, network.module, select(config, network.module))}
     for parameter in network.module.parameters():
         parameter.requires_grad_(id(parameter) in trained)

@@ -10,14 +10,14 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from erasediff.config import Config, for_text_to_image
+from erasediff.config import Config, SampleConfig, for_text_to_image
 from erasediff.data import class_numbers
 from erasediff.errors import UserError
-from erasediff.evaluation.sampling import DEFAULT_GUIDANCE, sample_images
+from erasediff.evaluation.sampling import sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
 from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
-from erasediff.models import PixelModel
 from erasediff.models.base import LatentModel
+from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
@@ -43,7 +43,7 @@ def sample(
     UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
     """
     is_picture(out)
-    model = load_unprompted(model_path, set_up_device(config), console)
+    model = load_unprompted(model_path, set_up_device(config), console, lora_file=config.text_to_image.lora)
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
     prefixes = [""] * len(images) if labels is None else [f"class-{label}-" for label in labels.tolist()]
@@ -87,21 +87,28 @@ def is_picture(out: Path) -> bool:
     return suffix in PICTURE_FORMATS
 
 
-def labels_for(model: PixelModel, path: Path, classes: Sequence[int | str] | None, count: int) -> Tensor | None:
+def labels_for(model: UnpromptedModel, path: Path, classes: Sequence[int | str] | None, count: int) -> Tensor | None:
     """``count`` labels of each class, int64 [N], or None for an unconditional model. UserError as in ``sample``."""
-    if model.num_classes is None:
+    if model.condition == "none":
         if classes is not None:
             raise UserError(f"The model in {path} is unconditional: omit the classes.")
         return None
+    if model.num_classes is None:
+        raise UserError(
+            f"The model in {path} does not say which classes it has: write classes.json into its folder, such as "
+            '{"names": ["cat", "dog"], "null_label": null}.'
+        )
     if classes is not None and not classes:
         raise UserError(f"Name at least one class of {', '.join(model.class_names)}.")
     chosen = range(model.num_classes) if classes is None else class_numbers(classes, model.class_names, str(path))
     return torch.tensor(chosen).repeat_interleave(count)
 
 
-def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, console: Console, title: str) -> Tensor:
+def draw(
+    config: Config, model: UnpromptedModel, labels: Tensor | None, count: int, console: Console, title: str
+) -> Tensor:
     """Images [N, C, H, W] in [-1, 1] of ``labels``, or ``count`` without labels, under a progress bar."""
-    settings = config.sample
+    settings = _latent_defaults(config.sample) if model.space == "latent" else config.sample
     if labels is not None and model.null_label is None and settings.guidance_scale not in (None, 1.0):
         raise UserError("The model has no null label to guide away from: omit --guidance.")
     total = count if labels is None else len(labels)
@@ -110,12 +117,19 @@ def draw(config: Config, model: PixelModel, labels: Tensor | None, count: int, c
             model,
             labels,
             total,
-            guidance_scale=DEFAULT_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale,
+            guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             seed=config.seed,
             batch_size=settings.batch_size,
             progress=bar.advance,
         )
+
+
+def _latent_defaults(settings: SampleConfig) -> SampleConfig:
+    """Fill in what the samplers and autoencoders of latent models take, wherever nothing was set."""
+    defaults = {"num_inference_steps": 30, "batch_size": 4}
+    unset = {name: value for name, value in defaults.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=unset)
 
 
 def grid(images: Tensor, columns: int, scale: int) -> Image.Image:

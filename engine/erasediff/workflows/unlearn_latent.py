@@ -30,6 +30,7 @@ from erasediff.workflows.build_method import (
     UnlearningModel,
     build_training_job,
     check_output,
+    differs_by_training,
     method_parameters,
     needed_batches,
     output_name,
@@ -88,7 +89,7 @@ def text_to_image_job(
             predict=model.predict,
             save=partial(save_unlearned, config, model),
             saved_bytes=saved_bytes(config, model),
-            is_measured=_differs_from_source_by_training(config),
+            is_measured=differs_by_training(config),
             saved_as=output_name(config),
             weights=model.denoiser_weights if model.denoiser_is_meta else None,
             optimizer_options={
@@ -140,12 +141,6 @@ def _batches(
     if rehearse:
         return *rehearsal_batches(config, model), None
     return latent_batches(config, model, console, load_denoiser)
-
-
-def _differs_from_source_by_training(config: Config) -> bool:
-    """Return false if a LoRA is merged first, and weights are trained that it may have changed."""
-    is_lora_or_mask = config.text_to_image.train == "lora" or METHOD_SPECS[config.unlearn.method].trained is not None
-    return config.text_to_image.lora is None or is_lora_or_mask
 
 
 def _cached_encoder(model: LatentModel) -> Encode:

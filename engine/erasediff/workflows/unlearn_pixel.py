@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,22 @@ from erasediff.diffusion.targets import Relabel
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.models.diffusion_model import UnpromptedModel
-from erasediff.training.job import RunResult, TrainingJob, set_up_device, thread_scope
+from erasediff.models.pixel_unet import PixelModel
+from erasediff.models.trainable import has_attention, select
+from erasediff.models.unprompted_latents import UnpromptedLatentModel
+from erasediff.training.job import RunResult, TrainingJob, loads_sharded, set_up_device, thread_scope
 from erasediff.training.loop import Batches
 from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.build_method import (
     UnlearningModel,
     build_training_job,
+    check_output,
+    differs_by_training,
     method_parameters,
     needed_batches,
+    output_name,
+    save_unlearned,
+    saved_bytes,
     selected_weights,
 )
 from erasediff.workflows.labelled_data import (
@@ -38,8 +45,11 @@ from erasediff.workflows.labelled_data import (
     open_data,
     refuse_prompt_settings,
 )
-from erasediff.workflows.load_model import check_pixel_precision, load_unprompted
+from erasediff.workflows.load_model import check_pixel_precision, load_unprompted, read_denoiser
 from erasediff.workflows.seen_images import batches_seen, unseen_warning
+
+ATTENTION = "selfattn"
+"""What a LoRA adapts by default where there is no cross-attention."""
 
 
 def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
@@ -50,7 +60,7 @@ def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
 @thread_scope()
 def pixel_unlearning_job(
     config: Config,
-    model: UnpromptedModel | None = None,
+    model: PixelModel | UnpromptedLatentModel | None = None,
     console: Console | None = None,
     *,
     data: ImageSet | None = None,
@@ -78,26 +88,40 @@ def pixel_unlearning_job(
     labelled = open_data(config, data)
     split = labelled.split(config)
     source = config.unlearn.model
+    # A model that was given may have been trained since it was read.
+    is_measured = model is None and differs_by_training(config)
     if model is None:
         if source is None:
             raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
-        model = load_unprompted(source, device, console)
+        model = load_unprompted(source, device, console, lora_file=config.text_to_image.lora, empty=True)
     model = labelled.fit(model, source).to(device)
-    config = _by_number(config, labelled.class_names, split)
-    config = resolved(config, conditional=model.num_classes is not None, retain=split.retain, forget=split.forget)
+    config = _by_number(for_unprompted(config), labelled.class_names, split)
+    is_conditional = model.condition == "class"
+    config = resolved(config, conditional=is_conditional, retain=split.retain, forget=split.forget)
     settings = config.unlearn
-    if model.null_label is None and model.num_classes is not None:
+    check_output(config, model)
+    if model.null_label is None and is_conditional:
         # There is no label to drop to.
         console.print("The model has no null label, so labels are not dropped.", highlight=False)
-    selected = _selected_weights(config, model.denoiser)
+    selected = unprompted_weights(config, model.denoiser)
     retain, forget, lists = _batches(config, model, console, split, rehearse=rehearse)
+    model.release_encoders()
+    if model.denoiser_is_meta and not loads_sharded(config):
+        read_denoiser(config, model)
+    if config.text_to_image.gradient_checkpointing:
+        network: Any = model.denoiser
+        network.enable_gradient_checkpointing()
     job = build_training_job(
         config,
         UnlearningModel(
             network=model.denoiser,
             process=model.process,
             predict=model.predict,
-            save=partial(_save, model),
+            save=partial(save_unlearned, config, model),
+            saved_bytes=saved_bytes(config, model),
+            is_measured=is_measured,
+            saved_as=output_name(config),
+            weights=model.denoiser_weights if model.denoiser_is_meta else None,
             relabel=partial(relabelling, settings, model),
         ),
         method_parameters(config, model.denoiser, selected),
@@ -116,25 +140,31 @@ def check_unprompted(config: Config) -> None:
         )
 
 
-def _selected_weights(config: Config, network: Any) -> list[str] | None:
-    """Names of the weights to train, None for all of them; the network is set up to train them.
+def for_unprompted(config: Config) -> Config:
+    """Fill in what a LoRA adapts in a model without prompts, its attention, where nothing was set."""
+    settings = config.text_to_image
+    if settings.train != "lora" or settings.lora_targets != TextToImageConfig().lora_targets:
+        return config
+    return config.model_copy(update={"text_to_image": settings.model_copy(update={"lora_targets": ATTENTION})})
+
+
+def unprompted_weights(config: Config, network: nn.Module) -> list[str]:
+    """Names of the weights to train, or that a LoRA is to adapt.
 
     The default of models with prompts, cross-attention, is none of a network without prompts: it stands for all.
+
+    Raises:
+        UserError: The selection is one of nothing.
     """
     settings = config.text_to_image
-    if settings.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
     if settings.train == TextToImageConfig().train:
-        return None
-    if settings.train == "lora":
+        return select(network, "full")
+    if settings.train == "lora" and settings.lora_targets == ATTENTION and not has_attention(network):
         raise UserError(
-            "A LoRA is trained on models with prompts alone: choose weights, such as --train re:attentions."
+            f"A LoRA adapts attention, of which this {type(network).__name__} has none: train its own weights by "
+            "--train full, or name the layers, such as text_to_image.lora_targets=re:resnets."
         )
     return selected_weights(config, network)
-
-
-def _save(model: UnpromptedModel, path: Path) -> None:
-    model.save(path, replace=True)
 
 
 def _by_number(config: Config, names: tuple[str, ...], split: LabelledSplit) -> Config:
@@ -207,7 +237,7 @@ def resolved(config: Config, *, conditional: bool, retain: Samples, forget: Samp
 
 def relabelling(settings: UnlearnConfig, model: UnpromptedModel, teacher: Callable[[], nn.Module]) -> Relabel:
     """Relabelling target: another class. UserError for a model without classes."""
-    if model.num_classes is None:
+    if model.condition != "class":
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
     choices = {"class_labels": torch.tensor(settings.relabel_to)}
     return Relabel(choices, teacher() if settings.teacher == "frozen" else None)

@@ -37,9 +37,8 @@ def test_every_prediction_type_recovers_the_image_that_the_model_knows(predictio
     image = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8)
     alphas_cumprod = model.scheduler.alphas_cumprod
 
-    def forward(
-        sample: torch.Tensor, timestep: torch.Tensor, class_labels: None, return_dict: bool
-    ) -> tuple[torch.Tensor]:
+    def forward(sample: torch.Tensor, timesteps: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        timestep = timesteps[0]
         alpha, sigma = alphas_cumprod[timestep].sqrt(), (1 - alphas_cumprod[timestep]).sqrt()
         noise = (sample - alpha * image) / sigma
         predictions = {"epsilon": noise, "v_prediction": alpha * noise - sigma * image, "sample": image}

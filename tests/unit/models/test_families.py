@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler, DiffusionPipeline
-from nano import FAMILY_EXAMPLES
+from nano import FAMILY_EXAMPLES, VARIANTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +25,7 @@ COUNT = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("name", FAMILIES)
+every_network = pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 Folder = Callable[[str], Path]
 
 
@@ -61,7 +62,7 @@ def assert_same_bits(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-@every_family
+@every_network
 def test_unlearned_model_predicts_and_samples_the_same_in_plain_diffusers(
     name: str, nano: Any, nano_folder: Folder, tmp_path: Path
 ) -> None:
@@ -121,7 +122,7 @@ def test_pipelines_own_prediction_is_what_is_trained(name: str, nano: Any, nano_
     torch.testing.assert_close(own, model.unpacked(prediction, model.latent_shape(size, size)))
 
 
-@every_family
+@every_network
 def test_what_was_not_trained_keeps_its_bits(name: str, nano: Any, nano_folder: Folder, tmp_path: Path) -> None:
     source = nano_folder(name)
     model: Any = load_text_to_image(source, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from nano import FAMILY_EXAMPLES
+from nano import FAMILY_EXAMPLES, UNPROMPTED
 
 import erasediff.models
 from erasediff import EraseDiff
@@ -34,7 +34,8 @@ from typing import ClassVar
 import diffusers
 import torch
 
-from erasediff.models.base import LatentModel, model_dtype
+from erasediff.models.base import LatentModel
+from erasediff.models.checkpoint_model import model_dtype
 from erasediff.models.family import Subsets
 from erasediff.models.pipeline import build_pipeline
 
@@ -117,7 +118,8 @@ def toy_folder(toy: ModuleType, nano_folder: Folder, tmp_path: Path) -> Path:
 
 
 def test_families_are_those_of_the_package() -> None:
-    assert set(families()) == {name.removesuffix("_v_prediction") for name in FAMILY_EXAMPLES}
+    prompted = {name.removesuffix("_v_prediction") for name in FAMILY_EXAMPLES}
+    assert set(families()) == prompted | {name.partition("_")[0] for name in UNPROMPTED} - {"ddim"}
     with pytest.raises(ValueError, match="no model family 'toy': give one of"):
         family_named("toy")
 

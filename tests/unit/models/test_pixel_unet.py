@@ -1,14 +1,18 @@
 """Models survive the disk, are readable by plain diffusers, and damage is told in one sentence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
+from erasediff.models.load import load_unprompted
 from erasediff.parallel.full_weights import ema_weights
+from erasediff.workflows.load_model import is_text_to_image
+from erasediff.workflows.sample import labels_for
 from erasediff_kernels import ConstrainedAdamW
 
 
@@ -54,7 +58,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a diffusers model folder"):
         PixelModel.load(tmp_path)
     (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
-    with pytest.raises(UserError, match="only pixel-space models"):
+    with pytest.raises(UserError, match="of models in pixels"):
         PixelModel.load(tmp_path)
 
 
@@ -73,6 +77,44 @@ def test_a_damaged_model_is_refused(tmp_path: Path, damaged: str, how: str) -> N
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"incomplete|corrupt|damaged|not a diffusers model folder"):
         PixelModel.load(tmp_path / "model")
+
+
+def test_a_pipeline_without_folders_of_components_is_loaded_and_saved_with_them(
+    nano: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of diffusers' first models on the hub, such as google/ddpm-cifar10-32."""
+    flat = tmp_path / "flat"
+    nano.save("ddim_class", flat)
+    for component in ("unet", "scheduler"):
+        for file in (flat / component).iterdir():
+            file.rename(flat / file.name)
+        (flat / component).rmdir()
+    (flat / "LICENSE").write_text("as is")
+    monkeypatch.setattr("erasediff.models.checkpoint.hub.snapshot_download", lambda *_, **__: str(flat))
+    assert not is_text_to_image(Path("some-one/some-model"))
+    model = load_unprompted("some-one/some-model")
+    assert isinstance(model, PixelModel)
+    assert not model.is_schedule_assumed
+    model.save(tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipeline, DDIMPipeline)
+    assert pipeline.scheduler.config.num_train_timesteps == 100
+    assert (tmp_path / "out/LICENSE").read_text() == "as is"
+
+
+def test_classes_that_only_data_tell_have_names_of_their_own_and_no_null_label(nano: Any, tmp_path: Path) -> None:
+    nano.save("ddpm_timestep", tmp_path / "in")
+    model: Any = PixelModel.load(tmp_path / "in")
+    assert (model.condition, model.num_classes, model.null_label) == ("class", None, None)
+    with pytest.raises(UserError, match="does not say which classes it has"):
+        labels_for(model, tmp_path / "in", None, 1)
+    described = model.described_by(("0", "1"))
+    described.save(tmp_path / "out")
+    again = PixelModel.load(tmp_path / "out")
+    assert (again.class_names, again.num_classes, again.null_label) == (("0", "1"), 2, None)
+    noisy = torch.randn(2, 3, 32, 32)
+    prediction = again.predict(again.denoiser, noisy, torch.tensor([1, 1]), {"class_labels": torch.tensor([0, 1])})
+    assert prediction.shape == noisy.shape
 
 
 def test_averaged_weights_are_held_within_the_block_only() -> None:

@@ -17,7 +17,7 @@ from erasediff.config import load_config
 from erasediff.data import LatentCache
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
-from erasediff.models import base, lora
+from erasediff.models import base, checkpoint_model, lora
 from erasediff.models.load import load_text_to_image
 from erasediff.models.trainable import select
 from erasediff.training.job import TrainingJob
@@ -53,7 +53,7 @@ class Residents:
         self.read: list[str] = []
         self.together: list[str] = []
         self._is_drawing = False
-        load, sample = base.load_component, base.LatentModel.sample
+        load, sample = checkpoint_model.load_component, base.LatentModel.sample
 
         def tracked(checkpoint: Any, component: str, *arguments: Any) -> nn.Module:
             others, own = (self.encoders, self.denoisers) if component in DENOISERS else (self.denoisers, self.encoders)
@@ -79,7 +79,7 @@ class Residents:
             return encode(*arguments, **options)
 
         monkeypatch.setattr(LatentCache, "encode", encoding)
-        monkeypatch.setattr(base, "load_component", tracked)
+        monkeypatch.setattr(checkpoint_model, "load_component", tracked)
         monkeypatch.setattr(base.LatentModel, "sample", drawing)
 
 

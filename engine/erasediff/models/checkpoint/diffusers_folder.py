@@ -42,7 +42,7 @@ class DiffusersFolder:
         self.index = read_json(path / INDEX)
         for name in self.index:
             check_plain_name(name, path / INDEX)
-        check_links(path, [INDEX, *self._documents(), *self._components()])
+        check_links(path, [INDEX, *documents_in(self.path), *self._components()])
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
@@ -73,7 +73,7 @@ class DiffusersFolder:
     def copy_small_files(self, folder: Path) -> None:
         # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
         shutil.copyfile(self.path / INDEX, folder / INDEX)
-        for name in self._documents():
+        for name in documents_in(self.path):
             shutil.copyfile(self.path / name, folder / name)
         for name in self._components():
             for path in (self.path / name, *(self.path / name).rglob("*")):
@@ -95,15 +95,17 @@ class DiffusersFolder:
                 )
             _check_readable(folder)
 
-    def _documents(self) -> list[str]:
-        return [
-            path.name
-            for path in sorted(self.path.iterdir())
-            if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path)
-        ]
-
     def _components(self) -> list[str]:
         return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
+
+def documents_in(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` that say what may be done with the model there."""
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.is_file() and DOCUMENTS.fullmatch(path.name) and not _is_weights(path)
+    ]
 
 
 def _check_readable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def save_folder(
     trained_dtypes: Mapping[str, torch.dtype],
     max_shard_size: int,
     replace: bool,
+    documents: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Save a diffusers folder, atomically.
 
@@ -43,6 +45,7 @@ def save_folder(
         trained_dtypes: Dtypes of single tensors of the trained components, by name, in the place of the source's.
         max_shard_size: Largest size of a weight file, in bytes.
         replace: Replace a folder that exists.
+        documents: JSON files to write beside model_index.json, by name.
 
     Raises:
         UserError: ``path`` exists and ``replace`` is false, or the disk refuses.
@@ -51,6 +54,8 @@ def save_folder(
     components = _components(checkpoint, trained, dtype, trained_dtypes)
     with atomic_directory(path, replace=replace) as folder:
         checkpoint.copy_small_files(folder)
+        for name, content in documents.items():
+            write_json(folder / name, content)
         for name, tensors in components.items():
             library = checkpoint.index[name][0]
             stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
@@ -182,7 +187,6 @@ def modelspec(
     source: Mapping[str, str], *, architecture: str, implementation: str, prediction_type: str, size: tuple[int, int]
 ) -> dict[str, str]:
     """ModelSpec metadata of an unlearned model: the source's without hashes and date, updated by the arguments."""
-    inherited = {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
     updates = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
@@ -191,4 +195,9 @@ def modelspec(
     }
     if prediction_type in PREDICTIONS:
         updates["modelspec.prediction_type"] = PREDICTIONS[prediction_type]
-    return {"modelspec.title": "Unlearned model", "format": "pt", **inherited, **updates}
+    return {"modelspec.title": "Unlearned model", "format": "pt", **inherited_metadata(source), **updates}
+
+
+def inherited_metadata(source: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of the source's denoiser that still holds of a changed one: all but hashes and date."""
+    return {name: value for name, value in source.items() if "hash" not in name and name != "modelspec.date"}
