@@ -22,8 +22,8 @@ from rich.console import Console
 from erasediff.config import Config, load_config
 from erasediff.data import from_torch_dataset
 from erasediff.models import PixelModel
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.latent_data import listed_images
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from record import append, environment
@@ -69,7 +69,7 @@ def run(config: Config, size: int, source: str, folder: Path) -> dict[str, float
         return {"listed_s": time.monotonic() - began}
     data = from_torch_dataset(DrawnImages(size)) if source == "torch" else None
     model = PixelModel.build(num_classes=CLASSES, image_shape=(3, SIDE, SIDE), block_out_channels=(8, 8))
-    job = pixel_unlearning_job(config, model, Console(stderr=True), data=data)
+    job = build_unlearning_job(config, model, Console(stderr=True), data=data)
     times["batches_s"] = time.monotonic() - began
     assert job.lists is not None
     job.lists.record(folder)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import peers
 from diffusers import UNet2DConditionModel
-from rich.console import Console
 from torch import nn
 
 import erasediff.parallel.zero.partition as loading
@@ -21,7 +20,7 @@ from erasediff.config import load_config
 from erasediff.errors import UserError
 from erasediff.parallel.full_weights import full_weights
 from erasediff.parallel.wrap import parallelize_network
-from erasediff.workflows.unlearn_latent import text_to_image_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff_kernels import ConstrainedAdamW
 
 SETTINGS = {
@@ -77,9 +76,7 @@ def unlearn(folder: str, cache: str, settings: dict[str, Any]) -> dict[str, Any]
 
     loading.partitioner = watched
     try:
-        session = text_to_image_job(
-            load_config(None, {**SETTINGS, "unlearn.model": Path(folder), **settings}), Console(quiet=True)
-        )
+        session = build_unlearning_job(load_config(None, {**SETTINGS, "unlearn.model": Path(folder), **settings}))
     finally:
         loading.partitioner = partitioner
     sizes = {name: value.numel() * value.element_size() for name, value in _shapes(session.network).items()}

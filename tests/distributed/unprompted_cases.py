@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_cases import peers
-from rich.console import Console
 
 from erasediff.config import load_config
 from erasediff.parallel.full_weights import full_weights
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 SETTINGS = {
     "threads": 1,
@@ -26,7 +25,7 @@ def unlearn(folder: str, data: str, cache: str, settings: dict[str, Any]) -> dic
     os.environ["ERASEDIFF_CACHE"] = cache
     peers()
     given = {**SETTINGS, "unlearn.model": Path(folder), "images.data": data, **settings}
-    job = pixel_unlearning_job(load_config(None, given), console=Console(quiet=True))
+    job = build_unlearning_job(load_config(None, given))
     reports = []
     for step in range(2):
         job.rate.apply(job.optimizer, step)

@@ -21,13 +21,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from helpers import folder_weights, run_command, succeed
 from nano import FAMILY_EXAMPLES
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 from erasediff.config import Config, for_text_to_image, load_config
 from erasediff.models.trainable import select
-from erasediff.workflows.unlearn_latent import text_to_image_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 FAMILIES = FAMILY_EXAMPLES
 NANO = """
@@ -151,7 +150,7 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
     (here / "prompts.txt").write_text("a dog\na bird\n")
     shutil.copytree(photos / "cat", here / "more")
     (here / "more/0.png").unlink()
-    session = text_to_image_job(
+    session = build_unlearning_job(
         load_config(
             here / "nano.yaml",
             {
@@ -163,7 +162,6 @@ def test_forget_set_by_files_and_retain_set_from_prompts(nano_folder: Folder, ph
                 "images.cache": "all",
             },
         ),
-        Console(quiet=True),
     )
     forget: Any = session.forget
     retain: Any = session.retain
@@ -289,7 +287,7 @@ def test_encoders_leave_memory_before_training(nano_folder: Folder, photos: Path
         "text_to_image.anchor_prompts": ["a dog"],
     }
     before = alive(AutoencoderKL)
-    session = text_to_image_job(load_config(here / "nano.yaml", settings), Console(quiet=True))
+    session = build_unlearning_job(load_config(here / "nano.yaml", settings))
     assert alive(AutoencoderKL) <= before
     list(session.trial_steps(1))
 

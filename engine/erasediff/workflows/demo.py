@@ -19,11 +19,12 @@ from erasediff.report import Column, Contents, render
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.training.run_dir import RunFolder, RunPlace
 from erasediff.utils.versions import library_versions
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.dry_run import DryRun, dry_run
 from erasediff.workflows.evaluate import EvaluatedModel, Evaluation, judge_model
+from erasediff.workflows.labelled_run import resolved
 from erasediff.workflows.load_model import load_model
 from erasediff.workflows.train_pixel import CachedTraining, training_job, untrained_model
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job, resolved, unlearn
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -144,7 +145,7 @@ def plan_demo(config: Config) -> dict[str, DryRun]:
     }
     for method in ("erasediff", *CONTROLS):
         base = untrained_model(config, set_up_device(config))
-        plans[method] = dry_run(pixel_unlearning_job(_with_unlearn(config, method=method), base))
+        plans[method] = dry_run(build_unlearning_job(_with_unlearn(config, method=method), base))
     return plans
 
 
@@ -168,7 +169,7 @@ def _unlearned(config: Config, folder: Path, console: Console) -> RunFolder:
     """Unlearning run at ``folder``, started, resumed, or read if it is finished."""
     run = RunFolder(folder)
     if not run.finished:
-        unlearn(config, RunPlace(folder, resuming=run.begun), console)
+        build_unlearning_job(config, console=console).run(RunPlace(folder, resuming=run.begun), console)
     return run
 
 

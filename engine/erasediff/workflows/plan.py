@@ -12,8 +12,8 @@ from erasediff.planning.overview import Overview, overview
 from erasediff.planning.reference_models import Network, network_of
 from erasediff.planning.step_plan import dtypes, run_precision
 from erasediff.workflows.build_method import check_settings, method_parameters, needed_batches, selected_weights
+from erasediff.workflows.labelled_run import check_unprompted, for_unprompted, unprompted_weights
 from erasediff.workflows.record_passes import step_plan
-from erasediff.workflows.unlearn_pixel import check_unprompted, for_unprompted, unprompted_weights
 
 
 def plan(config: Config, source: str, *, ranks: Sequence[int] = (1, 8, 64)) -> Overview:

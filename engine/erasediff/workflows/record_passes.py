@@ -24,7 +24,7 @@ from erasediff.models.trainable import frozen_copy
 from erasediff.planning.step_plan import Pass, StepPlan, merge_passes, run_precision
 from erasediff.workflows.build_method import UnlearningModel, method_parameters, unlearning_method
 from erasediff.workflows.latent_data import NoiseBatches
-from erasediff.workflows.unlearn_latent import relabelling
+from erasediff.workflows.prompted_run import relabelling
 from erasediff_kernels import ConstrainedAdamW
 
 CONDITION = "encoder_hidden_states"

@@ -15,10 +15,11 @@ from erasediff.methods.spec import RunContext
 from erasediff.training.job import StandaloneJob, TrainingJob, check_single_process, set_up_device
 from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.build_method import check_settings
-from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, refuse_text_to_image_settings
+from erasediff.workflows.build_unlearning import build_unlearning_job
+from erasediff.workflows.labelled_run import check_unprompted
+from erasediff.workflows.load_model import is_text_to_image, load_checkpoint
+from erasediff.workflows.prompted_run import with_latent_defaults
 from erasediff.workflows.sample import SampledImages, sample, sample_prompts
-from erasediff.workflows.unlearn_latent import text_to_image_job, with_latent_defaults
-from erasediff.workflows.unlearn_pixel import check_unprompted, pixel_unlearning_job
 
 
 def unlearning_job(
@@ -33,8 +34,7 @@ def unlearning_job(
         given: See ``check_settings``.
 
     Raises:
-        UserError: As ``text_to_image_job`` and ``pixel_unlearning_job`` do, and for settings that the method or the
-            kind of model does not read.
+        UserError: As ``build_unlearning_job``, and for settings that the method or the kind of model does not read.
     """
     check_settings(config, given)
     source = config.unlearn.model
@@ -46,10 +46,8 @@ def unlearning_job(
         return _standalone_job(config, spec.run, place)
     if place is not None:
         place.check()
-    if source is not None and is_text_to_image(source):
-        return text_to_image_job(config, console, rehearse=place is None, out=None if place is None else place.path)
-    refuse_text_to_image_settings(config)
-    return pixel_unlearning_job(config, console=console, rehearse=place is None)
+    out = None if place is None else place.path
+    return build_unlearning_job(config, console=console, rehearse=place is None, out=out)
 
 
 def _standalone_job(

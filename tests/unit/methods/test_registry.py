@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import erasediff
 from erasediff.config import Config, UnlearnConfig, load_config
@@ -19,10 +18,9 @@ from erasediff.config.method_index import method_index
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
 from erasediff.models import PixelModel
-from erasediff.workflows import unlearn_latent, unlearn_pixel
+from erasediff.workflows import labelled_run, prompted_run
 from erasediff.workflows.build_method import check_settings
-from erasediff.workflows.unlearn_latent import text_to_image_job
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 NANO = """
 threads: 1
@@ -116,7 +114,7 @@ def read_keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, Any]]
                 return super().__getattribute__(name)
 
         config = load_config(None, {"unlearn.method": method, **values})
-        for module, name in ((unlearn_pixel, "resolved"), (unlearn_latent, "with_latent_defaults")):
+        for module, name in ((labelled_run, "resolved"), (prompted_run, "with_latent_defaults")):
             original = getattr(module, name)
 
             def defaults(*args: Any, original: Callable[..., Config] = original, **kwargs: Any) -> Config:
@@ -147,7 +145,7 @@ def test_a_method_reads_what_it_declares(
     if method == "pruning":
         values["pruning.objective"] = "erasediff"
     config, seen = read_keys(method, values)
-    pixel_unlearning_job(config, PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1))
+    build_unlearning_job(config, PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1))
     assert seen - {"method"} == METHOD_SPECS[method].reads(config) - BEFORE - {"method"}
 
 
@@ -167,7 +165,7 @@ def test_a_method_of_prompts_reads_what_it_declares(
         **({"pruning.observations": 1} if method == "pruning" else {}),
     }
     config, seen = read_keys(method, values)
-    text_to_image_job(config, Console(quiet=True))
+    build_unlearning_job(config)
     reads = METHOD_SPECS[method].reads(config)
     # Every solver is given ``antithetic``, but trajectories bring timesteps of their own; ``relabel_to`` is refused.
     assert seen - BEFORE - {"method", "antithetic", "relabel_to"} == reads - BEFORE - {"method"}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from erasediff import Process, Relabel
@@ -16,8 +15,7 @@ from erasediff.diffusion import DenoisingObjective, micro_batches, noise_key
 from erasediff.errors import UserError
 from erasediff.methods import Fixed, SalUn
 from erasediff.models import PixelModel
-from erasediff.workflows.unlearn_latent import text_to_image_job
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff_kernels import ConstrainedSGD, unpack_mask
 
 
@@ -57,7 +55,7 @@ def small_digits_model() -> PixelModel:
 @pytest.mark.usefixtures("one_thread")
 def test_digits_move_only_under_the_mask() -> None:
     model = small_digits_model()
-    session = pixel_unlearning_job(digits_config(**{"salun.share": 0.25}), model)
+    session = build_unlearning_job(digits_config(**{"salun.share": 0.25}), model)
     before = [parameter.detach().clone() for parameter in model.unet.parameters()]
     list(session.trial_steps(2))
     moved = total = 0
@@ -72,7 +70,7 @@ def test_digits_move_only_under_the_mask() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_a_target_of_another_kind_is_refused() -> None:
     with pytest.raises(UserError, match="relabel"):
-        pixel_unlearning_job(digits_config(**{"unlearn.target": "uniform"}), small_digits_model())
+        build_unlearning_job(digits_config(**{"unlearn.target": "uniform"}), small_digits_model())
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -91,6 +89,6 @@ def test_text_to_image(nano_folder: Callable[[str], Path], tmp_path: Path, monke
         "sample.num_inference_steps": 1,
         "text_to_image.anchor_prompts": ["a dog"],
     }
-    session = text_to_image_job(load_config(None, settings), Console(quiet=True))
+    session = build_unlearning_job(load_config(None, settings))
     list(session.trial_steps(1))
     assert all("mask" in session.optimizer.state[parameter] for parameter in session.optimizer.parameters_in_order())

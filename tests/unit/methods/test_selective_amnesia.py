@@ -14,7 +14,7 @@ from erasediff.config import load_config
 from erasediff.diffusion import DenoisingObjective, NoiseRole, micro_batches, noise_key
 from erasediff.methods import SelectiveAmnesia
 from erasediff.models import PixelModel
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff_kernels import ConstrainedAdamW, ConstrainedSGD, philox_noise
 
 Batches = Callable[..., dict[str, Tensor]]
@@ -102,7 +102,7 @@ def test_a_model_of_the_digits(named: dict[str, object]) -> None:
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), seed=1)
     before = {name: value.clone() for name, value in model.unet.state_dict().items()}
     config = load_config(None, {"device": "cpu", "unlearn.forget": [3], "unlearn.batch_size": 8, **named})
-    session = pixel_unlearning_job(config, model)
+    session = build_unlearning_job(config, model)
     list(session.trial_steps(2))
     after = model.unet.state_dict()
     if named["unlearn.method"] == "retrain":

@@ -21,7 +21,7 @@ from erasediff.errors import UserError
 from erasediff.evaluation.sampling import sample_images
 from erasediff.models import checkpoint_model
 from erasediff.models.load import load_text_to_image, load_unprompted
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff_kernels import philox_noise
 
 Folder = Callable[[str], Path]
@@ -173,7 +173,7 @@ def test_autoencoder_and_denoiser_take_turns(
     for expected in ([family.autoencoder_component, family.denoiser_component], [family.denoiser_component]):
         read.clear()
         networks.clear()
-        job = pixel_unlearning_job(config)
+        job = build_unlearning_job(config)
         assert [component for component, _ in read] == expected
         assert not any(alive for _, others in read for alive in others)
         list(job.trial_steps(1))

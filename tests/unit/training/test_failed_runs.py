@@ -16,8 +16,8 @@ from erasediff.training.checkpoint import Checkpoint, snapshot_of
 from erasediff.training.job import RunResult, TrainingJob
 from erasediff.training.loop import check_skipped_steps
 from erasediff.training.run_dir import RunPlace
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.train_pixel import training_job
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 QUIET = Console(quiet=True)
 STEPS = 12
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def job(**settings: Any) -> TrainingJob:
     named = {key.replace("__", "."): value for key, value in settings.items()}
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
-    return pixel_unlearning_job(load_config(None, SETTINGS | named), model)
+    return build_unlearning_job(load_config(None, SETTINGS | named), model)
 
 
 def poison_losses(job: TrainingJob, steps: set[int]) -> TrainingJob:

@@ -14,8 +14,8 @@ from erasediff.errors import UserError
 from erasediff.models import PixelModel
 from erasediff.training.job import set_up_device
 from erasediff.training.run_dir import RunPlace
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.sample import sample
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_library_call_restores_threads_and_random_state(tmp_path: Path) -> Non
     config, console = load_config(None, settings), Console(quiet=True)
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
     random = torch.get_rng_state()
-    job = pixel_unlearning_job(config, model)
+    job = build_unlearning_job(config, model)
     assert torch.get_num_threads() == 3
     list(job.trial_steps(1))
     job.run(RunPlace(tmp_path / "run"), console)
@@ -44,7 +44,7 @@ def test_a_library_call_restores_threads_and_random_state(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("three_threads")
 def test_threads_are_restored_after_a_mistake() -> None:
     with pytest.raises(UserError):
-        pixel_unlearning_job(load_config(None, {"device": "cpu", "unlearn.forget": [3]}))
+        build_unlearning_job(load_config(None, {"device": "cpu", "unlearn.forget": [3]}))
     assert torch.get_num_threads() == 3
 
 
@@ -59,7 +59,7 @@ def test_a_run_of_the_digits_lists_its_images(tmp_path: Path, one_thread: None) 
     settings = {"device": "cpu", "unlearn.forget": [3], "unlearn.steps": 1, "unlearn.batch_size": 4}
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
     console = Console(file=io.StringIO(), width=40)
-    pixel_unlearning_job(load_config(None, settings), model).run(RunPlace(tmp_path / "run"), console)
+    build_unlearning_job(load_config(None, settings), model).run(RunPlace(tmp_path / "run"), console)
     forgotten, retained = (
         [json.loads(line) for line in (tmp_path / f"run/{name}.jsonl").read_text().splitlines()]
         for name in ("forget", "retain")

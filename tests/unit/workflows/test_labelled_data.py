@@ -15,8 +15,8 @@ from erasediff.data import ImageSet, from_torch_dataset
 from erasediff.errors import UserError
 from erasediff.models import PixelModel
 from erasediff.training.run_dir import RunPlace
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.train_pixel import training_job
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -44,7 +44,7 @@ def test_a_torch_dataset_is_trained_on_and_forgotten_from(data: ImageSet, tmp_pa
     trained = training_job(load_config(None, SETTINGS), data=data).run(RunPlace(tmp_path / "base"), QUIET)
     model = PixelModel.load(trained.model)
     assert (model.image_shape, model.class_names, model.null_label) == ((3, 8, 8), ("ant", "bee", "cow"), 3)
-    job = pixel_unlearning_job(load_config(None, SETTINGS | {"unlearn.forget": ["bee"]}), model, data=data)
+    job = build_unlearning_job(load_config(None, SETTINGS | {"unlearn.forget": ["bee"]}), model, data=data)
     assert job.config.unlearn.forget == (1,)
     assert job.config.unlearn.relabel_to == (2,)
     assert job.forget is not None
@@ -57,8 +57,8 @@ def test_a_torch_dataset_is_trained_on_and_forgotten_from(data: ImageSet, tmp_pa
 def test_classes_to_retain_and_to_relabel_to_are_named_likewise(data: ImageSet) -> None:
     model = PixelModel.build(num_classes=3, image_shape=(3, 8, 8), block_out_channels=(8, 8))
     settings = {"unlearn.forget": ["bee"], "unlearn.retain": ["ant"], "unlearn.retain_label_dropout": 0}
-    job = pixel_unlearning_job(load_config(None, SETTINGS | settings), model, data=data)
+    job = build_unlearning_job(load_config(None, SETTINGS | settings), model, data=data)
     assert (job.config.unlearn.retain, job.config.unlearn.relabel_to) == ((0,), (0,))
     assert set(job.retain.at(0)["class_labels"].tolist()) == {0}
     with pytest.raises(UserError, match="There is no class cau in the data: choose from ant, bee, cow"):
-        pixel_unlearning_job(load_config(None, SETTINGS | settings | {"unlearn.relabel_to": ["cau"]}), model, data=data)
+        build_unlearning_job(load_config(None, SETTINGS | settings | {"unlearn.relabel_to": ["cau"]}), model, data=data)

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from erasediff.config import for_text_to_image, load_config
 from erasediff.errors import UserError
 from erasediff.models import stable_diffusion
 from erasediff.planning import Network, Trace
 from erasediff.planning.trace import flop_counter
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.plan import plan
 from erasediff.workflows.record_passes import step_plan
-from erasediff.workflows.unlearn_latent import text_to_image_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +90,7 @@ def test_planned_flops_are_those_of_a_real_step(
     folder = nano_folder("sd")
     config = load_config(None, {**BASE, **settings, "unlearn.model": str(folder)})
     planned = plan(config, str(folder), ranks=(1,))
-    job = text_to_image_job(config, Console(quiet=True), rehearse=True)
+    job = build_unlearning_job(config, rehearse=True)
     # The first step may sample what later ones go on from, or only observe.
     trial = job.trial_steps(2)
     next(trial)

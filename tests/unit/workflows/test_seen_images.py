@@ -22,9 +22,9 @@ from erasediff.models import PixelModel
 from erasediff.training.job import TrainingJob
 from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.anchor_selection import anchor_candidates
+from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.latent_data import listed_images
 from erasediff.workflows.seen_images import batches_seen
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -64,7 +64,7 @@ class Counted:
 
 def job_of(data: Counted, **settings: Any) -> TrainingJob:
     model = PixelModel.build(num_classes=3, image_shape=(3, 8, 8), block_out_channels=(8, 8))
-    return pixel_unlearning_job(load_config(None, SETTINGS | settings), model, data=from_torch_dataset(data))
+    return build_unlearning_job(load_config(None, SETTINGS | settings), model, data=from_torch_dataset(data))
 
 
 def listed(run: Path, name: str) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from erasediff.config import load_config
@@ -21,7 +20,7 @@ from erasediff.models import base, checkpoint_model, lora
 from erasediff.models.load import load_text_to_image
 from erasediff.models.trainable import select
 from erasediff.training.job import TrainingJob
-from erasediff.workflows.unlearn_latent import text_to_image_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 SETTINGS: dict[str, Any] = {
     "unlearn.steps": 2,
@@ -91,7 +90,7 @@ def residents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Residents:
 
 def build(model: Path, **settings: Any) -> TrainingJob:
     named = {key.replace("__", "."): value for key, value in settings.items()}
-    return text_to_image_job(load_config(None, SETTINGS | {"unlearn.model": model} | named), Console(quiet=True))
+    return build_unlearning_job(load_config(None, SETTINGS | {"unlearn.model": model} | named))
 
 
 @pytest.mark.parametrize("method", [name for name, spec in METHOD_SPECS.items() if spec.build])

@@ -1,4 +1,4 @@
-"""Unlearn classes or images from a model without prompts, class-conditional or not, with any of the methods."""
+"""Unlearning runs of models without prompts: classes and images, in pixels or in latents."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,19 +20,11 @@ from erasediff.models.diffusion_model import UnpromptedModel
 from erasediff.models.pixel_unet import PixelModel
 from erasediff.models.trainable import has_attention, select
 from erasediff.models.unprompted_latents import UnpromptedLatentModel
-from erasediff.training.job import RunResult, TrainingJob, loads_sharded, set_up_device, thread_scope
+from erasediff.training.job import set_up_device
 from erasediff.training.loop import Batches
-from erasediff.training.run_dir import RunPlace
 from erasediff.workflows.build_method import (
-    UnlearningModel,
-    build_training_job,
-    check_output,
     differs_by_training,
-    method_parameters,
     needed_batches,
-    output_name,
-    save_unlearned,
-    saved_bytes,
     selected_weights,
 )
 from erasediff.workflows.labelled_data import (
@@ -45,90 +37,99 @@ from erasediff.workflows.labelled_data import (
     open_data,
     refuse_prompt_settings,
 )
-from erasediff.workflows.load_model import check_pixel_precision, load_unprompted, read_denoiser
+from erasediff.workflows.load_model import check_pixel_precision, load_unprompted, refuse_text_to_image_settings
 from erasediff.workflows.seen_images import batches_seen, unseen_warning
+from erasediff.workflows.unlearning_run import RunBatches, UnlearningRun
 
 ATTENTION = "selfattn"
 """What a LoRA adapts by default where there is no cross-attention."""
 
 
-def unlearn(config: Config, place: RunPlace, console: Console) -> RunResult:
-    """Make the model at ``config.unlearn.model`` forget ``config.unlearn.forget``."""
-    return pixel_unlearning_job(config, console=console).run(place, console)
-
-
-@thread_scope()
-def pixel_unlearning_job(
-    config: Config,
-    model: PixelModel | UnpromptedLatentModel | None = None,
-    console: Console | None = None,
-    *,
-    data: ImageSet | None = None,
-    rehearse: bool = False,
-) -> TrainingJob:
-    """Build the job of ``unlearn``.
+class LabelledRun(UnlearningRun):
+    """Run of a model without prompts, class-conditional or not, on images with a class or without.
 
     Args:
         config: Settings that are not set take the defaults of the kind of model.
         model: Takes the place of the configuration's.
-        console: Console for progress bars and notes; None for silence.
+        console: Console for progress bars and notes.
         data: Takes the place of the configuration's, such as one of ``from_torch_dataset``.
-        rehearse: Build a run to be measured instead, which reads no images and writes nothing.
 
     Raises:
-        UserError: There is no model, a class or file does not exist, forget and retain sets are empty or overlap, or
-            model and data do not fit.
+        UserError: A class or file does not exist, forget and retain sets are empty or overlap, or model and data do
+            not fit.
     """
-    console = console or Console(quiet=True)
-    check_pixel_precision(config)
-    refuse_prompt_settings(config.images)
-    check_unprompted(config)
-    config = for_data(config, data)
-    device = set_up_device(config)
-    labelled = open_data(config, data)
-    split = labelled.split(config)
-    source = config.unlearn.model
-    # A model that was given may have been trained since it was read.
-    is_measured = model is None and differs_by_training(config)
-    if model is None:
-        if source is None:
-            raise UserError("There is no model to unlearn from; name a diffusers folder with --model.")
-        model = load_unprompted(source, device, console, lora_file=config.text_to_image.lora, empty=True)
-    model = labelled.fit(model, source).to(device)
-    config = _by_number(for_unprompted(config), labelled.class_names, split)
-    is_conditional = model.condition == "class"
-    config = resolved(config, conditional=is_conditional, retain=split.retain, forget=split.forget)
-    settings = config.unlearn
-    check_output(config, model)
-    if model.null_label is None and is_conditional:
-        # There is no label to drop to.
-        console.print("The model has no null label, so labels are not dropped.", highlight=False)
-    selected = unprompted_weights(config, model.denoiser)
-    retain, forget, lists = _batches(config, model, console, split, rehearse=rehearse)
-    model.release_encoders()
-    if model.denoiser_is_meta and not loads_sharded(config):
-        read_denoiser(config, model)
-    if config.text_to_image.gradient_checkpointing:
-        network: Any = model.denoiser
-        network.enable_gradient_checkpointing()
-    job = build_training_job(
-        config,
-        UnlearningModel(
-            network=model.denoiser,
-            process=model.process,
-            predict=model.predict,
-            save=partial(save_unlearned, config, model),
-            saved_bytes=saved_bytes(config, model),
-            is_measured=is_measured,
-            saved_as=output_name(config),
-            weights=model.denoiser_weights if model.denoiser_is_meta else None,
-            relabel=partial(relabelling, settings, model),
-        ),
-        method_parameters(config, model.denoiser, selected),
-        retain=retain,
-        forget=forget,
-    )
-    return replace(job, lists=lists)
+
+    model: PixelModel | UnpromptedLatentModel
+
+    def __init__(
+        self,
+        config: Config,
+        model: PixelModel | UnpromptedLatentModel | None,
+        console: Console,
+        data: ImageSet | None = None,
+    ) -> None:
+        refuse_text_to_image_settings(config)
+        check_pixel_precision(config)
+        refuse_prompt_settings(config.images)
+        check_unprompted(config)
+        config = for_data(config, data)
+        device = set_up_device(config)
+        labelled = open_data(config, data)
+        self._split = labelled.split(config)
+        self.console = console
+        # A model that was given may have been trained since it was read.
+        self.is_measured = model is None and differs_by_training(config)
+        source = config.unlearn.model
+        if model is None:
+            assert source is not None
+            model = load_unprompted(source, device, console, lora_file=config.text_to_image.lora, empty=True)
+        self.model = labelled.fit(model, source).to(device)
+        self.config = resolved(
+            _by_number(for_unprompted(config), labelled.class_names, self._split),
+            conditional=self.model.condition == "class",
+            retain=self._split.retain,
+            forget=self._split.forget,
+        )
+        if self.model.null_label is None and self.model.condition == "class":
+            # There is no label to drop to.
+            console.print("The model has no null label, so labels are not dropped.", highlight=False)
+
+    def selected_weights(self) -> list[str]:
+        return unprompted_weights(self.config, self.model.denoiser)
+
+    def set_up_denoiser(self) -> None:
+        if self.config.text_to_image.gradient_checkpointing:
+            network: Any = self.model.denoiser
+            network.enable_gradient_checkpointing()
+
+    def batches(self, *, rehearse: bool) -> RunBatches:
+        """See ``UnlearningRun``; images in memory need no rehearsal, and are taken as they are."""
+        settings = self.config.unlearn
+        batches = labelled_batches(
+            self.config,
+            self.model,
+            self.console,
+            {Stream.RETAIN: self._split.retain, Stream.FORGET: self._split.forget},
+            batch_size=settings.batch_size,
+            setting="unlearn.batch_size",
+            seen=batches_seen(self.config),
+            dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
+            rehearse=rehearse,
+        )
+        retain, forget = batches[Stream.RETAIN], batches[Stream.FORGET]
+        return RunBatches(retain, forget, None if rehearse else self._lists(retain, forget))
+
+    def _lists(self, retain: Batches, forget: Batches) -> ImageLists:
+        split = self._split
+        assert isinstance(forget, SampleBatches)
+        if isinstance(split.forget, Images) and isinstance(split.retain, Images):
+            images, lists = None, lists_of_tensors(split.forget, split.retain, DIGITS)
+        else:
+            images, lists = _cached(forget), ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
+        return replace(lists, warning=unseen_warning(self.config, forget.order, images, len(lists.forget)))
+
+    def conditioning(self, batches: RunBatches) -> dict[str, Any]:
+        return {"relabel": partial(relabelling, self.config.unlearn, self.model)}
 
 
 def check_unprompted(config: Config) -> None:
@@ -175,33 +176,6 @@ def _by_number(config: Config, names: tuple[str, ...], split: LabelledSplit) -> 
     }
     settings = config.unlearn.model_copy(update={"forget": split.forgotten, **numbers})
     return config.model_copy(update={"unlearn": settings})
-
-
-def _batches(
-    config: Config, model: UnpromptedModel, console: Console, split: LabelledSplit, *, rehearse: bool
-) -> tuple[Batches, Batches, ImageLists | None]:
-    """(retain, forget), of noise for a rehearsal on images that would have to be read, and lists of a run's images."""
-    settings = config.unlearn
-    batches = labelled_batches(
-        config,
-        model,
-        console,
-        {Stream.RETAIN: split.retain, Stream.FORGET: split.forget},
-        batch_size=settings.batch_size,
-        setting="unlearn.batch_size",
-        seen=batches_seen(config),
-        dropout={Stream.RETAIN: settings.retain_label_dropout, Stream.FORGET: settings.forget_label_dropout},
-        rehearse=rehearse,
-    )
-    retain, forget = batches[Stream.RETAIN], batches[Stream.FORGET]
-    if rehearse:
-        return retain, forget, None
-    assert isinstance(forget, SampleBatches)
-    if isinstance(split.forget, Images) and isinstance(split.retain, Images):
-        images, lists = None, lists_of_tensors(split.forget, split.retain, DIGITS)
-    else:
-        images, lists = _cached(forget), ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
-    return retain, forget, replace(lists, warning=unseen_warning(config, forget.order, images, len(lists.forget)))
 
 
 def _cached(batches: Batches) -> CachedImages:
