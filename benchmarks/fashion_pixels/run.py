@@ -7,10 +7,8 @@ prints the table of all of them. The models are those of ``train.py``, made now 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,7 +64,7 @@ def main(
         console.print(str(error), style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     if table:
-        print("\n".join(map(row, read(RESULTS / f"{NAME}.jsonl"))))
+        print("\n".join([HEADER, *map(row, read(RESULTS / f"{NAME}.jsonl"))]))
 
 
 def prepare(kind: str, models: Path, data: Path) -> None:
@@ -132,19 +130,40 @@ def draw(path: Path, count: int, seed: int) -> Samples:
 draw_before = cache(draw)
 
 
+HEADER = """\
+| model | forgotten | seed | settings | forgotten, % | others, % | worst, points | of nothing, % | Fréchet | steps |
+|---|---|---:|---|---:|---:|---:|---:|---:|---:|"""
+
+
 def row(line: dict[str, Any]) -> str:
     """A line of the table."""
     before, after = line["before"], line["after"]
-    cells: Iterable[str] = (
+    percent = {key: f"{100 * before[key]:.1f} to {100 * after[key]:.1f}" for key in ("forgotten", "others", "nothing")}
+    cells = (
         line["kind"],
         line["forgotten"],
         str(line["seed"]),
-        json.dumps(line["given"]) if line["given"] else "defaults",
-        *(f"{100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key in ("forgotten", "others", "nothing")),
-        f"{before['frechet']:.2f} -> {after['frechet']:.2f}",
-        f"{line['seconds']:.0f} s",
+        " ".join(f"{name}={value}" for name, value in line["given"].items()) or "defaults",
+        percent["forgotten"],
+        percent["others"],
+        f"{100 * worst_change(line):.1f}",
+        percent["nothing"],
+        f"{before['frechet']:.1f} to {after['frechet']:.1f}",
+        f"{line['settings']['steps']}, {line['seconds']:.0f} s",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def worst_change(line: dict[str, Any]) -> float:
+    """Largest drop of another garment's share, or without classes the largest shift of its proportion of the others."""
+    before, after = (
+        {name: share for name, share in line[when]["shares"].items() if name != line["forgotten"]}
+        for when in ("before", "after")
+    )
+    if line["kind"] == "class-conditional":
+        return max(before[name] - after[name] for name in before)
+    totals = sum(before.values()), sum(after.values())
+    return max(abs(before[name] / totals[0] - after[name] / totals[1]) for name in before)
 
 
 if __name__ == "__main__":
