@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 
 @contextmanager
 def run_lock(folder: Path, console: Console) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is not there, within the block.
+    """Hold the lock of ``folder`` within the block; it is made if it is not there, and goes again if it stays empty.
 
     The lock is the folder's own (``flock``), so nothing is left behind and the end of the process, however it comes,
     releases it. Where the file system has no locks, ``console`` is told.
@@ -28,6 +28,7 @@ def run_lock(folder: Path, console: Console) -> Iterator[None]:
     Raises:
         UserError: Another process holds the lock, or the folder cannot be made.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -44,4 +45,8 @@ def run_lock(folder: Path, console: Console) -> Iterator[None]:
             console.print(f"{folder} cannot be locked: start no second process on this run.", soft_wrap=True)
         yield
     finally:
+        with suppress(OSError):
+            # A refusal leaves nothing behind.
+            for path in made:
+                path.rmdir()
         os.close(descriptor)

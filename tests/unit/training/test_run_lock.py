@@ -38,6 +38,15 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
     assert os.listdir(run) == []
 
 
+def test_a_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), run_lock(tmp_path / "a/b", QUIET):
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+    with run_lock(tmp_path / "a/b", QUIET):
+        (tmp_path / "a/b/config.yaml").touch()
+    assert os.listdir(tmp_path / "a/b") == ["config.yaml"]
+
+
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
