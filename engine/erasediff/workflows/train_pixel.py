@@ -132,8 +132,12 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
     return batches[Stream.RETAIN]
 
 
-SETTINGS_AFTER_THE_FIRST_CACHES = {"unlearn": {"target_space", "level"}, "distributed": {"own_reduction"}}
-"""Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
+SETTINGS_AFTER_THE_FIRST_CACHES = {
+    "unlearn": {"target_space", "level"},
+    "distributed": {"own_reduction"},
+    "run": {"look_every", "drift_limit"},
+}
+"""Settings that do not change what is trained and are younger than caches in use: no cache goes cold for them."""
 
 
 class CachedTraining:
