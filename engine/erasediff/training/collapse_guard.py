@@ -18,8 +18,8 @@ from erasediff.io.jsonl import Record
 from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 
-SAMPLES = 16
-"""A look is at least at this many retained samples: at one batch, or at as many as that takes."""
+SAMPLES, MOST_BATCHES = 16, 4
+"""A look is at the first retained batch, or at as many as ``SAMPLES`` take: at most ``MOST_BATCHES``."""
 DRIFT = "retain_drift"
 """Metric of a step with a look: the retained loss over that before the first step."""
 

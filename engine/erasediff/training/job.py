@@ -24,7 +24,7 @@ from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, loa
 from erasediff.parallel.init import check_launch, join, local_device
 from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
-from erasediff.training.collapse_guard import SAMPLES, Collapse, CollapseGuard, RetainedLoss
+from erasediff.training.collapse_guard import MOST_BATCHES, SAMPLES, Collapse, CollapseGuard, RetainedLoss
 from erasediff.training.loop import Batches, check_skipped_steps, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import CONFIG, MODEL, ROLLED_BACK, RunPlace
@@ -171,7 +171,8 @@ class TrainingJob:
             return None
         first = self.retain.at(0)
         size = first["sample"].shape[0] * self.method.gradients.world.size
-        batches = [first, *map(self.retain.at, range(1, -(-SAMPLES // size)))]
+        count = min(-(-SAMPLES // size), MOST_BATCHES)
+        batches = [first, *map(self.retain.at, range(1, count))]
         return CollapseGuard(RetainedLoss(self.method, batches), settings, self.rate.steps)
 
     def _collapsed(self, collapse: Collapse, run: Path) -> RunFailedError:
