@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class RunFailedError(Exception):
-    """A run that came to its end without a result: it diverged, or changed no weight. No model is written.
+    """A run without a result: it diverged, collapsed or changed no weight. No ``model/`` is written.
 
     The message is one sentence as ``UserError``'s; the command line exits with code 3. Checkpoints stay for diagnosis.
     """

@@ -87,6 +87,31 @@ def test_ranks_that_diverge_end_with_one_sentence_and_no_model(home: Path, tmp_p
     assert not (out / "model").exists()
 
 
+@pytest.mark.parametrize(
+    "layout", [("ddp",), *(pytest.param(each, marks=pytest.mark.slow) for each in (("fsdp",), ("zero", "--stage", 3)))]
+)
+def test_ranks_that_collapse_stop_together_and_roll_back(
+    home: Path, tmp_path: Path, layout: tuple[object, ...]
+) -> None:
+    out = tmp_path / "run"
+    limits = ("--set", "run.look_every=2", "--set", "run.drift_limit=1.5")
+    collapsing = ("--lr", 3, "--set", "unlearn.warmup_steps=12", *limits)
+    output, errors = run(*unlearn(home), "--out", out, *collapsing, "--launch", *layout, "--processes", 2, code=3)
+    assert output == ""
+    assert errors.count("no longer denoised after step 6") == 1
+    assert errors.count("the weights of step 2 ") == 1
+    assert len(curve(out)) == 6
+    assert not (out / "model").exists()
+    shutil.copytree(out / "rolled-back/model", tmp_path / "good/model")
+    run(*unlearn(home), "--out", tmp_path / "one", *collapsing, code=3)
+    shutil.copytree(tmp_path / "one/rolled-back/model", tmp_path / "expected/model")
+    good, expected = (
+        torch.cat([weight.flatten() for weight in weights(tmp_path / name).values()]) for name in ("good", "expected")
+    )
+    # At such a rate, Adam amplifies the rounding of small gradients.
+    assert float((good - expected).norm()) < 1e-2 * float(expected.norm())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAUNCHERS))
 def test_other_launchers_start_the_same_run(home: Path, tmp_path: Path, name: str) -> None:

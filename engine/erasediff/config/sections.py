@@ -118,11 +118,16 @@ class RunConfig(Section):
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of checkpoints that are kept, the latest ones.
         log_every: Steps between lines of metrics.
+        look_every: Steps between looks at the retained data's denoising loss, by which a run that destroys what it
+            should keep is stopped; 0 for none. A look is a forward pass of 1 to 4 batches: about 3% of a run at most.
+        drift_limit: Ratio of that loss to the original model's, beyond which two looks in a row stop the run.
     """
 
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     log_every: Count = 20
+    look_every: CountOrZero = 25
+    drift_limit: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.5
 
 
 class ImagesConfig(Section):

@@ -69,8 +69,15 @@ class DenoisingObjective:
             noise: the role that eps is drawn in.
             timestep: the role that t is drawn in.
         """
-        noisy_sample, timesteps = self.noised(part, key, noise, timestep)
+        timesteps = self._drawn_timesteps(part, key, timestep)
+        return self.denoising_loss_at(model, part, weight, timesteps, key=key, noise=noise)
+
+    def denoising_loss_at(
+        self, model: nn.Module, part: Batch, weight: Tensor, timesteps: Tensor, *, key: Tensor, noise: NoiseRole
+    ) -> Tensor:
+        """``denoising_loss`` at train ``timesteps`` int64 [b] that are given."""
         alpha, sigma = self.process.coefficients(timesteps)
+        noisy_sample = add_noise(part["sample"], alpha, sigma, sample_ids=part["sample_ids"], key=key, role=int(noise))
         prediction = self.prediction(model, noisy_sample, timesteps, condition_of(part))
         return denoising_loss(
             prediction.to(noisy_sample.dtype),
@@ -139,10 +146,14 @@ class DenoisingObjective:
 
     def noised(self, part: Batch, key: Tensor, noise: NoiseRole, timestep: NoiseRole) -> tuple[Tensor, Tensor]:
         """(x_t, timesteps) of a batch with sample ids, both drawn in their role under ``key``."""
-        ids = part["sample_ids"]
-        timesteps = draw_timesteps(ids, key, timestep, self.process.num_train_timesteps, antithetic=self.antithetic)
+        timesteps = self._drawn_timesteps(part, key, timestep)
         alpha, sigma = self.process.coefficients(timesteps)
-        return add_noise(part["sample"], alpha, sigma, sample_ids=ids, key=key, role=int(noise)), timesteps
+        sample = add_noise(part["sample"], alpha, sigma, sample_ids=part["sample_ids"], key=key, role=int(noise))
+        return sample, timesteps
+
+    def _drawn_timesteps(self, part: Batch, key: Tensor, role: NoiseRole) -> Tensor:
+        count = self.process.num_train_timesteps
+        return draw_timesteps(part["sample_ids"], key, role, count, antithetic=self.antithetic)
 
     @property
     def _predicting_noise(self) -> Process:

@@ -31,6 +31,7 @@ class NoiseRole(IntEnum):
     SURROGATE = 11
     MEMBERSHIP = 12
     ANCHOR = 13
+    DRIFT = 14
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

@@ -13,8 +13,8 @@ from torch import nn
 
 from erasediff.config import Config, TrainConfig, UnlearnConfig
 from erasediff.data.image_lists import ImageLists
-from erasediff.errors import UserError
-from erasediff.io.atomic import atomic_write
+from erasediff.errors import RunFailedError, UserError
+from erasediff.io.atomic import atomic_write, storage_errors
 from erasediff.io.tensor_file import LazyWeights
 from erasediff.methods import METHOD_SPECS, Solver
 from erasediff.models.trainable import frozen_copy
@@ -24,9 +24,10 @@ from erasediff.parallel.full_weights import ema_weights, gather_ema_weights, loa
 from erasediff.parallel.init import check_launch, join, local_device
 from erasediff.parallel.wrap import parallelize_frozen, parallelize_network
 from erasediff.parallel.zero.config import cuts_parameters
+from erasediff.training.collapse_guard import MOST_BATCHES, SAMPLES, Collapse, CollapseGuard, RetainedLoss
 from erasediff.training.loop import Batches, check_skipped_steps, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
-from erasediff.training.run_dir import CONFIG, MODEL, RunPlace
+from erasediff.training.run_dir import CONFIG, MODEL, ROLLED_BACK, RunPlace
 from erasediff.training.run_lock import run_lock
 from erasediff.training.run_size import check_storage
 from erasediff_kernels import ConstrainedAdamW, backend_for
@@ -94,7 +95,8 @@ class TrainingJob:
         torch's number of threads and random state are restored afterwards.
 
         Raises:
-            RunFailedError: More than one in ten steps was skipped, or no weight changed; no model is written.
+            RunFailedError: More than one in ten steps was skipped, or no weight changed; no model is written. Or what
+                should be kept was being destroyed: see ``CollapseGuard``.
             UserError: Another process is writing to the run, the disk has no room for it, and as ``run_steps``.
         """
         device = next(self.network.parameters()).device
@@ -111,6 +113,7 @@ class TrainingJob:
         self.check_storage(place.path)
         run = place.open(self.config)
         self._record_images(run.path, console)
+        guard = self._guard(console)
         outcome = run_steps(
             self.method,
             self.network,
@@ -123,8 +126,12 @@ class TrainingJob:
             console=console,
             title=self.title,
             shared=self.config.distributed.launch != "none",
+            guard=guard,
         )
         check_skipped_steps(self.method, self.method.updates, run.path)
+        if guard is not None and outcome.collapse is not None:
+            guard.roll_back()
+            raise self._collapsed(outcome.collapse, run.path)
         update = self._export(run.path / self.saved_as)
         if update is not None and update.note is not None:
             console.print(update.note, soft_wrap=True)
@@ -151,6 +158,42 @@ class TrainingJob:
                 console.print(self.lists.summary(), highlight=False, markup=False, soft_wrap=True)
                 if self.lists.warning is not None:
                     console.print(self.lists.warning, highlight=False, markup=False, soft_wrap=True, style="yellow")
+
+    def _guard(self, console: Console) -> CollapseGuard | None:
+        """Guard of the run; None if it was turned off, or the method has nothing to keep."""
+        settings, name = self.config.run, self.method.name
+        if not settings.look_every:
+            return None
+        if not METHOD_SPECS[name].needs(self.config).retain:
+            console.print(
+                f"The method {name} trains on no retained images, so nothing stops a run that loses them.",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return None
+        first = self.retain.at(0)
+        size = first["sample"].shape[0] * self.method.gradients.world.size
+        count = min(-(-SAMPLES // size), MOST_BATCHES)
+        batches = [first, *map(self.retain.at, range(1, count))]
+        return CollapseGuard(RetainedLoss(self.method, batches), settings, self.rate.steps)
+
+    def _collapsed(self, collapse: Collapse, run: Path) -> RunFailedError:
+        """Save the weights of the best look, if there are any, and say what happened and what to lower."""
+        path = run / ROLLED_BACK / self.saved_as
+        if collapse.best is not None:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._export(path)
+            saved = f"the weights of step {collapse.best} (loss {collapse.best_loss:.3g}) are in {path}"
+        else:
+            saved = "it was so at the first look, so no weights were saved"
+        reads_eta = "eta" in METHOD_SPECS[self.method.name].reads(self.config)
+        eta = self.config.unlearn.eta if reads_eta else None
+        return RunFailedError(
+            f"The retained data is no longer denoised after step {collapse.step}, with a loss of {collapse.after:.3g} "
+            f"instead of {collapse.before:.3g} before the first step: lower the learning rate (now "
+            f"{self.rate.peak:g}){'' if eta is None else f', eta (now {eta:g})'} or the number of steps; {saved}."
+        )
 
     def _export(self, path: Path) -> WeightUpdate | None:
         """Write the averaged weights; where ranks share the work, the main one writes and the others wait for it."""

@@ -19,6 +19,7 @@ from erasediff.methods import Solver
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import Checkpoint, snapshot_of
 from erasediff.training.checkpoint_writer import CheckpointWriter
+from erasediff.training.collapse_guard import DRIFT, Collapse, CollapseGuard
 from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
@@ -86,11 +87,13 @@ class Outcome:
         steps: Number of steps taken by this process.
         seconds: Wall time of the steps, checkpoints included.
         last: Metrics of the last step.
+        collapse: Collapse that has stopped the run; there is no checkpoint of its last step.
     """
 
     steps: int
     seconds: float
     last: dict[str, Any]
+    collapse: Collapse | None = None
 
 
 def run_steps(
@@ -106,13 +109,15 @@ def run_steps(
     console: Console,
     title: str,
     shared: bool = False,
+    guard: CollapseGuard | None = None,
 ) -> Outcome:
     """Take ``method`` to ``steps`` steps in all, from where ``run`` resumes.
 
-    The device is read every ``settings.log_every`` steps and at checkpoints, never in between. Batches are loaded one
-    step ahead, and the checkpoints of one process are written in the background. A checkpoint holds the weights that
-    are trained, optimizer, method and random state, so a run killed at any step and resumed ends bit for bit where the
-    uninterrupted one does, its metrics file included: a step's metrics are on the disk before a checkpoint after it.
+    The device is read every ``settings.log_every`` steps, at checkpoints and by looks of ``guard``, never in between.
+    Batches are loaded one step ahead, and the checkpoints of one process are written in the background. A checkpoint
+    holds the weights that are trained, optimizer, method and random state, so a run killed at any step and resumed ends
+    bit for bit where the uninterrupted one does, its metrics file included: a step's metrics are on the disk before a
+    checkpoint after it.
 
     Args:
         method: Takes the steps.
@@ -126,6 +131,7 @@ def run_steps(
         console: Console of the progress bar and notes.
         title: Title of the progress bar.
         shared: Several ranks run the loop together: a collective, of which the main rank alone writes metrics.
+        guard: Looks at what should be kept, and may stop the run; it changes no bit of one that it does not stop.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint has been written.
@@ -135,12 +141,16 @@ def run_steps(
     """
     is_main = ControlPlane.current().is_main
     snapshot = snapshot_of(method, model, shared=shared)
+    if guard is not None:
+        guard.begin()
     if run.resume_from is not None:
         snapshot.restore(run.resume_from)
     if is_main:
         damaged = run.metrics.continue_after(method.iteration)
         if damaged:
             console.print(f"{run.metrics.path} had {damaged} damaged lines, which were left out.", soft_wrap=True)
+    if guard is not None:
+        guard.resume(method.iteration, run.metrics.read() if is_main else ())
     start, began = method.iteration, time.monotonic()
     metrics = MetricBuffer()
     last: dict[str, Any] = {}
@@ -179,8 +189,9 @@ def run_steps(
                 report = method.step(*batches.at(index))
             except torch.OutOfMemoryError:
                 raise UserError("The device ran out of memory: lower batch_size or raise accumulation_steps.") from None
+            drift = None if guard is None else guard.look_after(index + 1)
             if is_main:
-                metrics.add(index + 1, report.scalars())
+                metrics.add(index + 1, report.scalars() | ({} if drift is None else {DRIFT: drift}))
             bar.advance()
             writer.check()
             if (index + 1) % settings.log_every == 0:
@@ -188,13 +199,21 @@ def run_steps(
             signal_number = stop.after_step()
             if signal_number == HOPELESS:
                 check_skipped_steps(method, steps, run.path)
+            if guard is not None and guard.collapse is not None:
+                log()
+                break
             if (index + 1) % settings.checkpoint_every == 0 or index + 1 == steps or signal_number is not None:
                 saved = save_checkpoint()
                 if signal_number is not None:
                     writer.wait()
                     raise Interrupted(signal_number, saved.step, saved.path)
         stop.close()
-    return Outcome(steps=steps - start, seconds=time.monotonic() - began, last=last)
+    return Outcome(
+        steps=method.iteration - start,
+        seconds=time.monotonic() - began,
+        last=last,
+        collapse=None if guard is None else guard.collapse,
+    )
 
 
 def check_skipped_steps(method: Solver, steps: int, run: Path) -> None:

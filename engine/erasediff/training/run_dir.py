@@ -16,6 +16,8 @@ from erasediff.training.checkpoint import PREFIX, Checkpoint
 CONFIG = "config.yaml"
 MODEL = "model"
 SINGLE_FILE = "model.safetensors"
+ROLLED_BACK = "rolled-back"
+"""Folder of the model of a run that was stopped, from before it destroyed what it should keep."""
 LATEST = "latest"
 FREE = ("run.", "distributed.")
 """Sections that a resumed run may change, since they do not change results."""

@@ -137,8 +137,9 @@ SETTINGS_AFTER_THE_FIRST_CACHES = {
     "unlearn": {"target_space", "level"},
     "images": {"cache"},
     "distributed": {"own_reduction"},
+    "run": {"look_every", "drift_limit"},
 }
-"""Settings that training does not read and that are younger than caches in use: no cache goes cold for them."""
+"""Settings that do not change what is trained and are younger than caches in use: no cache goes cold for them."""
 
 
 class CachedTraining:
