@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -28,7 +29,7 @@ def component_class(checkpoint: Checkpoint, component: str) -> Any:
         raise UserError(f"The checkpoint {checkpoint.path} is incomplete: it has no {component}.")
     library, name = checkpoint.index[component]
     cls = getattr(import_module(library), name, None) if library in LIBRARIES else None
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, (nn.Module, diffusers.SchedulerMixin)):
         raise UserError(f"The {component} of {checkpoint.path} is a {library}.{name}, which is not known here.")
     return cls
 
@@ -37,6 +38,7 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Build a component with its parameters on the meta device. UserError for a damaged configuration."""
     cls = component_class(checkpoint, component)
     config = checkpoint.config(component)
+    check_sizes(f"{component} of {checkpoint.path}", config)
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UserError(f"The {component} of {checkpoint.path} is a {config['_class_name']}, not a {cls.__name__}.")
     try:
@@ -44,10 +46,41 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
             module: nn.Module = (
                 cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
             )
-    except (TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Constructors check little of what they are given, each in its own way.
+        raise _damaged(checkpoint, component, error) from error
     return module
+
+
+def _damaged(checkpoint: Checkpoint, component: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.")
+
+
+LARGEST_SIZES = {
+    re.compile(r".*layers.*|.*depth.*"): 1000,
+    re.compile(r"pos_embed_max_size"): 2048,
+    re.compile(r"sample_size"): 16_384,
+    re.compile(r"num_train_timesteps|max_position_embeddings|vocab_size|num_embeds.*"): 10_000_000,
+}
+"""Largest values of settings that a constructor takes memory or time for at once, far above those of any model."""
+
+
+def check_sizes(owner: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting of the component ``owner`` by which building it would take all memory or time."""
+    for name, value in config.items():
+        for pattern, largest in LARGEST_SIZES.items():
+            if pattern.fullmatch(name) and any(number > largest for number in _numbers(value)):
+                raise UserError(f"The configuration of {owner} is damaged: its {name} is larger than {largest:,}.")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
@@ -146,7 +179,15 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
     """
     cls = component_class(checkpoint, "scheduler")
     config = checkpoint.config("scheduler")
-    scheduler = cls.from_config(config)
+    if not issubclass(cls, diffusers.SchedulerMixin):
+        raise UserError(f"The scheduler of {checkpoint.path} is a {cls.__name__}, which is none.")
+    check_sizes(f"scheduler of {checkpoint.path}", config)
+    try:
+        scheduler = cls.from_config(config)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damaged(checkpoint, "scheduler", error) from error
     contradiction = f"The scheduler of {checkpoint.path} contradicts its network: "
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if not flow and prediction_type not in MODELSPEC_PREDICTIONS.values():

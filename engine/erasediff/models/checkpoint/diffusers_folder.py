@@ -15,9 +15,9 @@ from yaml import YAMLError
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
+from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_index, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
-from erasediff.models.checkpoint.links import check_links, check_plain_name
+from erasediff.models.checkpoint.links import check_links
 from erasediff.models.checkpoint.quantized import unscaled
 
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
@@ -39,10 +39,8 @@ class DiffusersFolder:
         self.path = path
         if not (path / INDEX).is_file():
             raise UserError(_no_pipeline(path))
-        self.index = read_json(path / INDEX)
-        for name in self.index:
-            check_plain_name(name, path / INDEX)
-        check_links(path, [INDEX, *documents_in(self.path), *self._components()])
+        self.index = read_index(path / INDEX)
+        self._check_links()
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
@@ -71,6 +69,7 @@ class DiffusersFolder:
         return tokenizer_from_folder(self.index, self.path, component)
 
     def copy_small_files(self, folder: Path) -> None:
+        self._check_links()
         # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
         shutil.copyfile(self.path / INDEX, folder / INDEX)
         for name in documents_in(self.path):
@@ -95,8 +94,16 @@ class DiffusersFolder:
                 )
             _check_readable(folder)
 
+    def _check_links(self) -> None:
+        check_links(self.path, [*files_in(self.path), *self._components()])
+
     def _components(self) -> list[str]:
         return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` itself that may be read: settings and documents."""
+    return [path.name for path in folder.iterdir() if path.suffix == ".json" or DOCUMENTS.fullmatch(path.name)]
 
 
 def documents_in(folder: Path) -> list[str]:
