@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read a model_index.json. UserError where it is missing or damaged, or names a component by anything but a class.
+    """Read a model_index.json. UserError where it is missing or damaged, or names a component by no class.
 
     Components are pairs [library, class], or [null, null] for one that is left out; other entries are settings.
     """
@@ -136,11 +136,9 @@ def read_index(path: Path) -> dict[str, Any]:
         check_plain_name(name, path)
         if name == "_class_name" and not isinstance(entry, str):
             raise UserError(f"{path} is damaged: its _class_name is not the name of a pipeline.")
-        if name.startswith("_") or not isinstance(entry, dict | list):
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
-        if entry != [None, None] and not (
-            isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-        ):
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise UserError(f"{path} is damaged: its {name} is no pair of a library and a class.")
     return index
 

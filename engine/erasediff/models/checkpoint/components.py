@@ -18,6 +18,7 @@ from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights, StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
 from erasediff.models.checkpoint.quantized import ADVICE, refuse_quantized
+from erasediff.models.latent_statistics import check_latent_statistics
 from erasediff.utils.finite import finite_weight
 
 LIBRARIES = ("diffusers", "transformers")
@@ -54,7 +55,8 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
 
 
 def _damaged(checkpoint: Checkpoint, component: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    # The first line: torch adds a list of frames.
+    reason = " ".join(str(error).partition("\n")[0].split())[:300].rstrip(".") or type(error).__name__
     return UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.")
 
 
@@ -86,7 +88,9 @@ def _numbers(value: Any) -> Iterator[float]:
 def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Build a component as ``empty_module``; check its weights' names and shapes. UserError for a mismatch."""
     component_class(checkpoint, component)
-    refuse_quantized(f"{component} of {checkpoint.path}", checkpoint.config(component))
+    owner, config = f"{component} of {checkpoint.path}", checkpoint.config(component)
+    refuse_quantized(owner, config)
+    check_latent_statistics(owner, config)
     module = empty_module(checkpoint, component)
     weights = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     tied = getattr(module, "_tied_weights_keys", None) or ()
@@ -156,6 +160,19 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, d
     return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
 
+def _check_schedule(scheduler: Any) -> None:
+    """Raise ValueError for a schedule of numbers that are no signal levels, or one that cannot be sampled by."""
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if levels is None:
+        return
+    if levels.ndim != 1 or len(levels) == 0:
+        raise ValueError("its schedule is no list of numbers")
+    if not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError("its schedule leaves the interval from 0 to 1")
+    # On a copy, which is left as after some sampling.
+    type(scheduler).from_config(scheduler.config).set_timesteps(min(4, len(levels)))
+
+
 def takes_zero_snr(scheduler: str) -> bool:
     """Whether diffusers' scheduler of this name can have a schedule that ends in pure noise."""
     return "rescale_betas_zero_snr" in signature(getattr(diffusers, scheduler, object).__init__).parameters
@@ -184,6 +201,7 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
     check_sizes(f"scheduler of {checkpoint.path}", config)
     try:
         scheduler = cls.from_config(config)
+        _check_schedule(scheduler)
     except MemoryError:
         raise
     except Exception as error:
@@ -196,7 +214,7 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
         )
     try:
         is_flow = is_flow_matching(scheduler)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"The scheduler of {checkpoint.path} cannot be used: {error}.") from error
     if flow != is_flow:
         kind = "by flow matching" if flow else "by denoising diffusion"

@@ -42,7 +42,8 @@ CLIP = "openai/clip-vit-large-patch14"
 
 def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) -> Any:
     """Load a tokenizer from a pipeline folder. UserError if it is missing or damaged."""
-    library, name = index.get(component) or (None, None)
+    entry = index.get(component)
+    library, name = entry if isinstance(entry, list | tuple) else (None, None)
     cls: Any = getattr(transformers, name, None) if library == "transformers" and name else None
     is_tokenizer = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)
     if cls is not None and not is_tokenizer:
@@ -61,8 +62,8 @@ def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) 
     except MemoryError:
         raise
     except Exception as error:  # Parsers of several formats, each with errors of its own.
-        reason = " ".join(str(error).split())
-        raise UserError(f"The {component} of {path} is damaged: {reason}") from error
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UserError(f"The {component} of {path} is damaged: {reason}.") from error
 
 
 def clip_tokenizer(pad_token: str) -> Any:
