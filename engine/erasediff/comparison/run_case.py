@@ -113,7 +113,8 @@ def run_case(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
 
 def _read_cost(path: Path) -> Cost:
     try:
-        return TypeAdapter(Cost).validate_python(read_object(path), strict=True)
+        # As JSON: of Python's values, strict mode takes a ``Cost`` alone.
+        return TypeAdapter(Cost).validate_json(json.dumps(read_object(path)), strict=True)
     except ValidationError:
         raise UserError(f"{path} is no cost of a run: remove its folder, and the run is made again.") from None
 
