@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory
 from erasediff.io.cache_dir import ENVIRONMENT_VARIABLE, cache_folder
+from erasediff.io.json_file import read_object
 from erasediff.methods.sparse_autoencoder import ERASER
 from erasediff.sae.eraser import WEIGHTS
 from erasediff.training.run_dir import MODEL
@@ -106,7 +108,15 @@ def run_case(case: Case, base: Path, runs: Path) -> tuple[Path, Cost | None]:
         cost = _run(case, base, run)
         atomic_write(run / COST, json.dumps(asdict(cost)) + "\n")
     product = ERASER if (run / ERASER).exists() else MODEL
-    return run / product, Cost(**json.loads((run / COST).read_text()))
+    return run / product, _read_cost(run / COST)
+
+
+def _read_cost(path: Path) -> Cost:
+    try:
+        # As JSON: of Python's values, strict mode takes a ``Cost`` alone.
+        return TypeAdapter(Cost).validate_json(json.dumps(read_object(path)), strict=True)
+    except ValidationError:
+        raise UserError(f"{path} is no cost of a run: remove its folder, and the run is made again.") from None
 
 
 def _run(case: Case, base: Path, run: Path) -> Cost:

@@ -16,6 +16,9 @@ from erasediff.config.schema import BASE_FIELDS, SECTION_ALIASES, Config, Sectio
 from erasediff.config.unlearn_config import default_eta
 from erasediff.config.yaml_reader import read_yaml
 from erasediff.errors import UserError
+from erasediff.io.user_file import MEGABYTE, read_text
+
+LARGEST_CONFIG = 4 * MEGABYTE
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -115,11 +118,13 @@ def given_settings(config: Config) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
+        text = read_text(path, LARGEST_CONFIG)
     except OSError as error:
         raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not valid YAML: it is not in UTF-8.") from None
+    try:
+        values = read_yaml(text)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     if values is None:

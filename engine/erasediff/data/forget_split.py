@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections import defaultdict
@@ -23,6 +22,8 @@ from erasediff.data.labelled_images import LabelledImages, NumberedImages
 from erasediff.data.path_index import PathIndex, name_form, near, spellings
 from erasediff.data.phrases import contains_phrase, normal_form, words_of
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_json
+from erasediff.io.user_file import read_text
 
 SHOWN = 3
 Request = tuple[str, str]
@@ -86,7 +87,7 @@ def select_files(images: Sequence[CaptionedImage], request: Path) -> Selected:
         UserError: for a request that cannot be read or is empty, and a path of no image or of several.
     """
     try:
-        lines = request.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(request).split("\n")
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the list of files to forget, {request}: give a UTF-8 text file.") from None
     index, are_members = _index_of(images, lines), len(images) > 0 and images[0].stored is not None
@@ -204,7 +205,7 @@ def _classes_of(image: CaptionedImage, column: str) -> Iterator[str]:
     yield class_form(value)
     if value.startswith("["):
         try:
-            members = json.loads(value)
+            members = parse_json(value)
         except ValueError:
             return
         yield from (class_form(member) for member in members if isinstance(member, str))

@@ -12,6 +12,7 @@ from typing import Any
 from erasediff.data.folder_listing import UNREAD_METADATA, missing_folder
 from erasediff.data.image_folder import (
     CLASS,
+    LARGEST_IMAGE,
     CaptionedImage,
     check_caption_column,
     check_captions,
@@ -20,6 +21,7 @@ from erasediff.data.image_folder import (
 )
 from erasediff.data.metadata import MetadataRow
 from erasediff.errors import UserError
+from erasediff.io.user_file import read_bytes
 
 SAVED = ("state.json", "dataset_dict.json")
 DEFAULT_SPLIT = "train"
@@ -133,7 +135,7 @@ def _stored(rows: Any, column: str, number: int) -> Callable[[], bytes]:
         if image is None:
             raise OSError("its row holds no image")
         content: bytes | None = image["bytes"]
-        return Path(image["path"]).read_bytes() if content is None else content
+        return read_bytes(Path(image["path"]), LARGEST_IMAGE) if content is None else content
 
     return read
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from erasediff.data.folder_listing import FolderListing, ImageFile, list_folder
 from erasediff.data.metadata import MetadataRow, read_metadata
 from erasediff.errors import UserError
+from erasediff.io.user_file import MEGABYTE, read_bytes, read_text
 
 CLASS = "class"
+LARGEST_IMAGE = 1000 * MEGABYTE
+LARGEST_CAPTION = MEGABYTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class CaptionedImage:
     def read(self) -> bytes:
         """The bytes of the image file. UserError if it cannot be read."""
         try:
-            return self.path.read_bytes() if self.stored is None else self.stored()
+            return read_bytes(self.path, LARGEST_IMAGE) if self.stored is None else self.stored()
         except OSError as error:
             raise UserError(f"Cannot read the image {self.path}: {error.strerror or error}.") from error
 
@@ -160,7 +163,7 @@ def check_captions(images: Sequence[CaptionedImage], remedy: str) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        return read_text(file, LARGEST_CAPTION).strip()
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it in that encoding.") from None
     except OSError as error:

@@ -18,6 +18,8 @@ from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.labelled_images import NumberedImages, outlines
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write
+from erasediff.io.json_file import parse_object
+from erasediff.io.user_file import read_text
 from erasediff.utils.collector import paused_collector
 
 FORGET, RETAIN = "forget", "retain"
@@ -142,7 +144,7 @@ def lists_of_tensors(forget: Images, retain: Images, source: str) -> ImageLists:
 def _check_same(path: Path, images: Sequence[ListedImage]) -> None:
     """UserError that names the first image which is another one than in the file."""
     try:
-        stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        stored = [parse_object(line) for line in read_text(path).split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"The list of images {path} cannot be read ({error}): begin a new run.") from error
     for old, new in zip_longest(stored, (image.record() for image in images)):

@@ -14,6 +14,8 @@ from typing import Any
 from erasediff.data.folder_listing import FolderListing, is_hidden
 from erasediff.data.path_index import PathIndex, spellings
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_json
+from erasediff.io.user_file import read_text
 
 FILE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -124,7 +126,7 @@ def _suggestion(paths: Sequence[str]) -> str:
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        text = read_text(table)
     except UnicodeDecodeError:
         raise UserError(f"{table} is not UTF-8 text: save it in that encoding.") from None
     except OSError as error:
@@ -138,9 +140,9 @@ def _json_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = parse_json(content)
         except ValueError as error:
-            raise UserError(f"{table}, line {line} is not JSON: {error}.") from None
+            raise UserError(f"{table}, line {line} cannot be read: {error}.") from None
         if not isinstance(row, dict):
             raise UserError(f'{table}, line {line} is not an object such as {{"{FILE_COLUMN}": ..., "text": ...}}.')
         yield line, row

@@ -18,6 +18,7 @@ from erasediff.data.metadata import FILE_COLUMN
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file, atomic_write
+from erasediff.io.user_file import read_text
 from erasediff.utils.progress import progress_bar
 from erasediff_kernels import philox_bits
 
@@ -56,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
         UserError: for a file that cannot be read or has no prompts.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"Cannot read the prompts in {path}: give a UTF-8 text file.") from None
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -20,6 +20,7 @@ from torch import Tensor
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file
 from erasediff.io.disk_room import check_room
+from erasediff.io.json_file import parse_json
 
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
@@ -110,9 +111,12 @@ class ShardWriter:
 def _keys(shard: Path) -> list[str]:
     try:
         with safe_open(shard, framework="pt") as file:
-            keys: list[str] = json.loads(file.metadata()["keys"])
+            keys: list[str] = parse_json(file.metadata()["keys"])
+            rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if not all(isinstance(key, str) for key in keys) or rows != {len(keys)}:
+            raise ValueError("its keys are not those of its rows")
         return keys
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"The cache file {shard} is damaged: delete it, and its part is computed again.") from error
 
 

@@ -1,1 +1,1 @@
-"""Files: atomic writes, tensor files, state files, JSON lines, the cache directory."""
+"""Files: atomic writes, files of users, strict JSON, tensor files, state files, JSON lines, the cache directory."""

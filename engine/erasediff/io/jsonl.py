@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, storage_errors
+from erasediff.io.json_file import parse_object
+from erasediff.io.user_file import LARGEST_TEXT, check_regular, read_bytes
 
 Record = Mapping[str, Any]
 
@@ -43,6 +46,7 @@ class MetricsFile:
         """
         if not self.path.exists():
             return 0
+        check_regular(self.path)
         whole, damaged = self._lines()
         self._overwrites = any(found > step for found, _ in whole)
         content = "".join(line for _, line in whole)
@@ -51,12 +55,15 @@ class MetricsFile:
         return damaged
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Records so far, oldest first."""
+        """Records so far, oldest first. UserError for a line that is none."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        # A last line without an end is one that a kill tore apart.
+        for number, line in enumerate(read_bytes(self.path, LARGEST_TEXT).split(b"\n")[:-1], start=1):
+            try:
+                yield parse_object(line)
+            except ValueError as error:
+                raise UserError(f"{self.path}, line {number} is no record: {error}; remove that line.") from None
 
     def _overwrite(self, lines: str, first: int, last: int) -> None:
         """Put ``lines``, of the steps ``first`` to ``last``, in the place of those that there are of these steps."""
@@ -77,11 +84,10 @@ class MetricsFile:
 def _step_of(line: str) -> int | None:
     """The step of a record; None for a line that is none."""
     try:
-        record = json.loads(line)
+        step = parse_object(line).get("step")
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int else None
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.io import tensor_file
+from erasediff.io.json_file import parse_json
+from erasediff.io.user_file import check_regular
 
 FORMAT = "erasediff-state-1"
 """The one entry of the metadata: safetensors' own writer has several in random order."""
@@ -105,6 +107,7 @@ def _encoded(state: Any, *, copied: bool) -> tuple[str, dict[str, Tensor]]:
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read a file of ``save_state``, with the tensors on ``device``. UserError for a damaged file."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -112,9 +115,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if FORMAT not in metadata:
-        raise UserError(f"{path} is not a saved state of this program.")
-    return _decode(json.loads(metadata[FORMAT]), tensors)
+    return _tree(path, metadata, tensors)
 
 
 class StoredTensor:
@@ -137,13 +138,11 @@ class StoredTensor:
 @contextmanager
 def open_state(path: Path) -> Iterator[Any]:
     """Open a state file lazily: as ``load_state``, with ``StoredTensor``s, which can be read within the block."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if FORMAT not in metadata:
-                raise UserError(f"{path} is not a saved state of this program.")
             stored = {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118
-            yield _decode(json.loads(metadata[FORMAT]), stored)
+            yield _tree(path, file.metadata() or {}, stored)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
 
@@ -183,6 +182,16 @@ class _Encoder:
             tensor = tensor.detach()
             self.tensors[name] = tensor.to("cpu", copy=True, memory_format=CONTIGUOUS) if self._copied else tensor
         return name
+
+
+def _tree(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> Any:
+    """The state that a file's metadata describe. UserError where they do not, or name tensors that are not there."""
+    if FORMAT not in metadata:
+        raise UserError(f"{path} is not a saved state of this program.")
+    try:
+        return _decode(parse_json(metadata[FORMAT]), tensors)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: its description of the state cannot be read ({error}).") from None
 
 
 def _decode(node: Any, tensors: Mapping[str, Any]) -> Any:

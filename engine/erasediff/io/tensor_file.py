@@ -16,6 +16,7 @@ from torch import Tensor
 
 from erasediff.errors import UserError
 from erasediff.io.file_faults import fault_of
+from erasediff.io.user_file import check_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,6 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 ALIGNMENT = 64
+LARGEST_SIDE = 2**40
 LazyWeights = Mapping[str, Callable[[], Tensor]]
 """Entries of a module's state_dict, each read from the disk when it is called."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -109,6 +111,7 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path) -> TensorFile:
         """Read the header. UserError for a file that is missing or damaged, or holds a dtype that is not known here."""
+        check_regular(path)
         try:
             handle: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -123,7 +126,11 @@ def _stored(path: Path, handle: Any, name: str) -> StoredTensor:
         raise UserError(
             f"{path} holds {name} as {code}, which is not known here: give the weights in float32, float16 or bfloat16."
         )
-    return StoredTensor(DTYPES[code], tuple(view.get_shape()), lambda: handle.get_tensor(name))
+    shape = tuple(view.get_shape())
+    if max(shape, default=0) > LARGEST_SIDE:
+        # Only an empty tensor may say so: elements must be there.
+        raise UserError(f"{path} is damaged: {name} has {max(shape)} rows or columns.")
+    return StoredTensor(DTYPES[code], shape, lambda: handle.get_tensor(name))
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -191,6 +191,8 @@ class _Entry:
         key, stored = self.keys.get(part), self._taken(part)
         if stored is None:
             return None
+        if not stored.dtype.is_floating_point and part != "alpha":
+            raise UserError(f"{self.path} holds {key} as {stored.dtype}, not as floating point: give another LoRA.")
         tensor = stored.load()
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{self.path} holds values that are not finite, in {key}: give another LoRA.")

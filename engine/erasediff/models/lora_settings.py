@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_object
 from erasediff.io.tensor_file import TensorFile
 from erasediff.models.checkpoint.base import read_json
 from erasediff.models.lora_keys import PEFT_PREFIX
@@ -27,6 +27,9 @@ OTHER_ADAPTERS = (
     *("use_bdlora", "kasa_config"),
 )
 """Settings of ``peft.LoraConfig`` under which an adapter is no constant addition to a weight."""
+LONGEST_PATTERN = 500
+SLOW_PATTERN = re.compile(r"\)[*+?{]|([*+?{][^*+?{]*){4}")
+"""A repeated group, or many repetitions: the regular expressions whose matching may take for ever."""
 KINDS = ("LORA", "LOHA", "LOKR")
 
 
@@ -84,22 +87,30 @@ class AdapterSettings:
         """The rank of a layer whose factors do not show it; None without settings."""
         if "r" not in self.values:
             return None
-        return int(self._of_layer("rank_pattern", layer, self.values["r"]))
+        rank = int(self._of_layer("rank_pattern", layer, self.values["r"]))
+        if rank < 0:
+            raise UserError(f"{self.path} is damaged: its settings give {layer} the rank {rank}.")
+        return rank
 
     def _of_layer(self, pattern: str, layer: str, default: Any) -> float:
         values = self.values.get(pattern) or {}
         try:
-            return float(values.get(get_pattern_key(values, layer), default))
-        except (AttributeError, TypeError, ValueError, re.error):
+            if any(len(key) > LONGEST_PATTERN or SLOW_PATTERN.search(key) for key in values):
+                raise ValueError("a pattern that may take for ever")
+            number = values.get(get_pattern_key(values, layer), default)
+            if isinstance(number, bool | str) or not math.isfinite(number):
+                raise ValueError("no number")
+            return float(number)
+        except (AttributeError, TypeError, ValueError, RecursionError, re.error):
             raise UserError(f"{self.path} is damaged: its settings give {layer} no number by {pattern}.") from None
 
 
 def _read(file: TensorFile, component: str) -> dict[str, Any]:
     if recorded := file.metadata.get(DIFFUSERS_CONFIG):
         try:
-            everything = dict(json.loads(recorded))
-        except (ValueError, TypeError):
-            raise UserError(f"{file.path} is damaged: its {DIFFUSERS_CONFIG} is no JSON object.") from None
+            everything = parse_object(recorded)
+        except ValueError as error:
+            raise UserError(f"{file.path} is damaged: its {DIFFUSERS_CONFIG} is no JSON object ({error}).") from None
         prefix = f"{component}."
         prefixed = {key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)}
         return prefixed or ({} if any("." in key for key in everything) else everything)

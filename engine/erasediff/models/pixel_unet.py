@@ -253,6 +253,8 @@ class PixelModel(CheckpointModel):
         except UserError:
             content = {}
         names: Any = content.get("names")
+        if isinstance(names, list) and not all(isinstance(name, str | int) for name in names):
+            names = None
         null_label = content.get("null_label")
         if embeddings is None:
             fits = isinstance(names, list) and null_label is None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import NonNegativeInt, TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file
+from erasediff.io.json_file import parse_json
+from erasediff.io.tensor_file import TensorFile
 from erasediff_kernels import pack_mask, unpack_mask
 
 FORMAT = "erasediff-mask-1"
+SHAPES = TypeAdapter(dict[str, list[NonNegativeInt]])
 OUT_OF_REACH = 30.0
 """Score of weights that are never pruned: its derivative, 1e-13, is negligible beside Adam's epsilon."""
 
@@ -162,15 +166,15 @@ def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
 
 def load_masks(path: Path) -> dict[str, Tensor]:
     """Read a file of ``save_masks``. UserError for a file that cannot be read or holds no masks."""
+    file = TensorFile.open(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if shapes is None or shapes.keys() != packed.keys():
-        raise UserError(f"{path} holds no masks: give the mask.safetensors of a pruning run.")
-    return {name: unpack_mask(tensor, shapes[name]) for name, tensor in packed.items()}
+        shapes = SHAPES.validate_python(parse_json(file.metadata.get(FORMAT, "null")), strict=True)
+    except ValueError:
+        raise UserError(f"{path} holds no masks: give the mask.safetensors of a pruning run.") from None
+    expected = {name: (torch.uint8, (-(-math.prod(shape) // 8),)) for name, shape in shapes.items()}
+    if expected != {name: (stored.dtype, stored.shape) for name, stored in file.tensors.items()}:
+        raise UserError(f"{path} is damaged: its masks are not those that it describes.")
+    return {name: unpack_mask(stored.load(), shapes[name]) for name, stored in file.tensors.items()}
 
 
 @torch.no_grad()

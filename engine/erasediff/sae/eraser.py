@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from erasediff.errors import UserError
@@ -21,6 +19,7 @@ from erasediff.io.atomic import atomic_directory
 from erasediff.sae.activations import ActivationCache, shuffled
 from erasediff.sae.autoencoder import SparseAutoencoder
 from erasediff.sae.concepts import Features, MeanMaps, Thresholds, at_size
+from erasediff.sae.eraser_description import EraserDescription, read_tensors
 from erasediff.sae.hooks import as_before, as_patches, at_block, denoiser_of
 
 Detection = Literal["published", "patch", "image"]
@@ -308,30 +307,30 @@ class ConceptEraser:
     def load(cls, path: Path) -> Self:
         """Load an eraser written by ``save``; UserError if the folder is not one, or damaged."""
         try:
-            described = json.loads((path / CONCEPTS).read_text())
-            tensors = load_file(path / WEIGHTS)
-            names = tuple(described["concepts"])
-            autoencoder = SparseAutoencoder(tensors["W_enc"].shape[1], tensors["W_enc"].shape[0], described["k"])
+            described = EraserDescription.read(path / CONCEPTS)
+            tensors = read_tensors(path / WEIGHTS)
+            names = tuple(described.concepts)
+            autoencoder = SparseAutoencoder(tensors["W_enc"].shape[1], tensors["W_enc"].shape[0], described.k)
             autoencoder.load_state_dict({name: tensors[name] for name in autoencoder.state_dict()})
             return cls(
                 autoencoder=autoencoder.requires_grad_(False),
-                block=described["block"],
+                block=described.block,
                 concepts=names,
                 assigned=tensors["assigned"],
-                erased=tuple(names.index(name) for name in described["erased"]),
-                anchors=tuple(names.index(name) for name in described["anchors"]),
+                erased=tuple(names.index(name) for name in described.erased),
+                anchors=tuple(names.index(name) for name in described.anchors),
                 features=Features(tensors["mean"], tensors["timesteps"]),
                 thresholds=Thresholds(tensors["threshold.patch"], tensors["threshold.image"]),
                 bank=tensors["bank"],
                 bank_concepts=tensors["bank.concepts"],
                 maps=MeanMaps(tensors["maps"], tuple(tensors["maps.size"].tolist())),
                 limit=tensors["limit"],
-                detection=described["detection"],
-                intervention=described["intervention"],
-                strength=described["strength"],
-                distance=described["distance"],
+                detection=described.detection,
+                intervention=described.intervention,
+                strength=described.strength,
+                distance=described.distance,
             )
-        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} holds no concept eraser that can be read ({error}).") from error
 
 

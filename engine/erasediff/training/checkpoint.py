@@ -10,23 +10,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
+from erasediff.io.json_file import read_object
 from erasediff.io.state_file import HostState, load_state, open_state, save_state
+from erasediff.io.user_file import check_regular
 from erasediff.methods import Solver
-from erasediff.parallel.control_plane import ControlPlane
+from erasediff.parallel.control_plane import ControlPlane, PeerError
 from erasediff.parallel.unwrap import named
 from erasediff.training.resharding import Fragments, from_full_checkpoint, open_fragments, to_shards
 from erasediff.utils.finite import first_not_finite
 
 PREFIX = "checkpoint-"
 STATE = "state.safetensors"
+STATE_FILES = r"^state(-\d+-of-\d+)?\.safetensors$"
 MANIFEST = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """Content of ``MANIFEST``: the step, and the SHA-256 of each state file by its name."""
+
+    step: NonNegativeInt
+    sha256: Annotated[
+        dict[Annotated[str, Field(pattern=STATE_FILES)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]],
+        Field(min_length=1),
+    ]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,6 +111,8 @@ class Checkpoint:
         """
         if not self._matches(self._checksums()):
             raise self._damaged()
+        if not self.is_whole:
+            raise self._damaged()
         return load_state(self.path / STATE, device)
 
     @contextmanager
@@ -154,18 +170,17 @@ class Checkpoint:
 
     def _checksums(self) -> dict[str, str]:
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            checksums: dict[str, str] = dict(manifest["sha256"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            manifest = Manifest.model_validate(read_object(self.path / MANIFEST), strict=True)
+        except (OSError, UserError, ValidationError):
             raise self._damaged() from None
-        if manifest["step"] != self.step or not checksums:
+        if manifest.step != self.step:
             raise self._damaged()
-        return checksums
+        return manifest.sha256
 
     def _matches(self, checksums: dict[str, str]) -> bool:
         try:
             return all(_checksum(self.path / name) == checksum for name, checksum in checksums.items())
-        except OSError:
+        except (OSError, UserError):
             return False
 
     def _damaged(self) -> UserError:
@@ -182,6 +197,7 @@ def shared_state(peers: ControlPlane) -> str:
 
 
 def _checksum(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -238,17 +254,18 @@ class FullState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.is_whole:
-            with checkpoint.fragments(ControlPlane.current()) as fragments:
+            with _fitting(checkpoint), checkpoint.fragments(ControlPlane.current()) as fragments:
                 fragments.restore(self.method)
             return
         state = checkpoint.load(next(self.model.parameters()).device)
-        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
-        if unexpected or not _frozen(self.model).issuperset(missing):
-            raise ValueError(f"the checkpoint is of another model: {[*unexpected, *missing][:3]}")
-        self.method.load_state_dict(state["method"]["state"])
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if len(state["random"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([generator.cpu() for generator in state["random"]["cuda"]])
+        with _fitting(checkpoint):
+            missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
+            if unexpected or not _frozen(self.model).issuperset(missing):
+                raise ValueError(f"it is of another model: {[*unexpected, *missing][:3]}")
+            self.method.load_state_dict(state["method"]["state"])
+            torch.set_rng_state(state["random"]["cpu"].cpu())
+            if len(state["random"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([generator.cpu() for generator in state["random"]["cuda"]])
         averages = _averages(self.method.optimizer, self.model)
         if (name := first_not_finite(chain(self.model.state_dict().items(), averages))) is not None:
             raise _diverged(checkpoint, name)
@@ -282,7 +299,7 @@ class ShardedState:
         self.capture()(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        with checkpoint.fragments(self.peers) as fragments:
+        with _fitting(checkpoint), checkpoint.fragments(self.peers) as fragments:
             fragments.restore(self.method)
         shards = (
             (f"{shard.name} ({kind})", shard.tensors[kind])
@@ -318,6 +335,18 @@ def _averages(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tu
     for name, parameter in model.named_parameters():
         if "ema" in (state := optimizer.state.get(parameter, {})):
             yield f"{name} (ema)", state["ema"]
+
+
+@contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn the errors of a state that is not of this run, though its checksums are right, into a UserError."""
+    try:
+        yield
+    except (PeerError, torch.OutOfMemoryError):
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The checkpoint {checkpoint.path} does not fit this run: {reason}.") from error
 
 
 def _diverged(checkpoint: Checkpoint, name: str) -> UserError:

@@ -256,7 +256,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, change: Callable[[Path], obj
         ([("../1.png", b"a")], r"'../1.png', a name that leads out of it"),
         ([("/1.png", b"a")], r"'/1.png', a name that leads out of it"),
         ([("1.png", b"a"), ("1.txt", b"\xff\xfe")], "1.txt is not UTF-8"),
-        ([("1.png", b"a"), ("1.json", b"{")], "the .json of 1.png is not JSON"),
+        ([("1.png", b"a"), ("1.json", b"{")], "the .json of 1.png cannot be read: it is not JSON"),
         ([("1.png", b"a"), ("1.json", b"[]")], "the .json of 1.png is not an object"),
         ([("1.png", b"a"), ("1.json", b'{"text": 5}')], "1.png: text is 5: a caption is a text"),
     ],

@@ -152,3 +152,14 @@ def test_another_programs_file_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a saved state"):
         load_state(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    ["", "{", "NaN", "[" * 10**5, '{"$tensor": "x"}', '{"$tensor": []}', '{"$items": 5}', '{"$items": [[[], 1]]}'],
+)
+def test_a_tree_that_is_none_of_ours(tree: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_file({"000000": torch.zeros(1)}, path, {"erasediff-state-1": tree})
+    with pytest.raises(UserError, match=r"state\.safetensors is damaged: its description of the state cannot be read"):
+        load_state(path)

@@ -243,3 +243,43 @@ def test_dora_and_biases_are_not_saved_as_plain_adapters(kind: str, tmp_path: Pa
     lora.load(module, tmp_path / "adapter_model.safetensors", family="sd")
     with pytest.raises(ValueError, match="has no keys here: merge it"):
         lora.save(module, tmp_path / "y.safetensors", family="sd")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 2, "lora_alpha": "nan"},
+        {"r": 2, "lora_alpha": "4"},
+        {"r": 2, "lora_alpha": True},
+        {"r": 2, "lora_alpha": [4]},
+        {"r": 2, "lora_alpha": 4, "alpha_pattern": ["to_q"]},
+        {"r": 2, "lora_alpha": 4, "alpha_pattern": {"(.*)*(.*)*x": 4}},
+        {"r": 2, "lora_alpha": 4, "rank_pattern": {".*.*.*.*.*.*x": 4}},
+        {"r": 2, "lora_alpha": 4, "rank_pattern": {"a" * 10**6: 4}},
+    ],
+)
+def test_settings_that_give_no_number(tmp_path: Path, settings: dict[str, Any]) -> None:
+    down, up = halves(nn.Linear(8, 8), 2)
+    recorded = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in settings.items()})}
+    path = tmp_path / "x.safetensors"
+    save_file({"unet.to_q.lora_A.weight": down, "unet.to_q.lora_B.weight": up}, path, recorded)
+    refused(path, "its settings give to_q no number by")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64, torch.bool])
+def test_factors_of_whole_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    down, up = halves(nn.Linear(8, 8), 2)
+    path = tmp_path / "x.safetensors"
+    save_file({"to_q.lora_A.weight": torch.ones_like(down).to(dtype), "to_q.lora_B.weight": up}, path)
+    refused(path, "holds to_q.lora_A.weight as torch.*, not as floating point")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["to_q.lora_A.weight", "to_q.lora_B.weight", "to_q.alpha"])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, key: str, value: float) -> None:
+    down, up = halves(nn.Linear(8, 8), 2)
+    tensors = {"to_q.lora_A.weight": down, "to_q.lora_B.weight": up, "to_q.alpha": torch.tensor(2.0)}
+    tensors[key] = torch.full_like(tensors[key], value)
+    save_file(tensors, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", f"holds values that are not finite, in {key}")

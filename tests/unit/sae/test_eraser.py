@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from planted import PROMPTS
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -192,6 +193,13 @@ def test_saved_and_loaded(planted: ActivationCache, planted_eraser: ConceptErase
     with pytest.raises(UserError, match="exists"):
         eraser.save(tmp_path / "eraser")
     described = json.loads((tmp_path / "eraser" / "concepts.json").read_text())
-    (tmp_path / "eraser" / "concepts.json").write_text(json.dumps({**described, "erased": ["a bird"]}))
-    with pytest.raises(UserError, match="no concept eraser"):
+    for wrong in ({"erased": ["a bird"]}, {"k": "8"}, {"strength": float("nan")}, {"detection": "x"}, {"concepts": 5}):
+        (tmp_path / "eraser" / "concepts.json").write_text(json.dumps({**described, **wrong}))
+        with pytest.raises(UserError, match=r"no concept eraser|concepts\.json cannot be read: it is damaged"):
+            ConceptEraser.load(tmp_path / "eraser")
+    (tmp_path / "eraser" / "concepts.json").write_text(json.dumps(described))
+    tensors = load_file(tmp_path / "eraser" / "sae.safetensors")
+    tensors["W_dec"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "eraser" / "sae.safetensors")
+    with pytest.raises(UserError, match="W_dec holds NaN"):
         ConceptEraser.load(tmp_path / "eraser")

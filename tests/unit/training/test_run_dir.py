@@ -1,6 +1,7 @@
 """Run folders: resuming, kept checkpoints, and errors for damage."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,35 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to resume"):
         RunFolder.resume(tmp_path, Config())
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "{",
+        "NaN",
+        '{"step": 30}',
+        '{"sha256": {}}',
+        '{"step": 30, "sha256": []}',
+        '{"step": 30, "sha256": {}}',
+        '{"step": "30", "sha256": {"state.safetensors": "%s"}}' % ("0" * 64),
+        '{"step": 30.0, "sha256": {"state.safetensors": "%s"}}' % ("0" * 64),
+        '{"step": 30, "sha256": {"state.safetensors": 5}}',
+        '{"step": 30, "sha256": {"../../secret": "%s"}}' % ("0" * 64),
+        '{"step": 30, "sha256": {"/dev/zero": "%s"}}' % ("0" * 64),
+    ],
+)
+def test_a_manifest_of_another_form(run: RunFolder, manifest: str) -> None:
+    (run.path / "checkpoint-30" / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match=r"checkpoint-30 is damaged; continue .* --resume .*checkpoint-20"):
+        loaded(RunFolder.resume(run.path, Config()))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])
+def test_a_pipe_in_a_checkpoint(run: RunFolder, name: str) -> None:
+    (run.path / "checkpoint-30" / name).unlink()
+    os.mkfifo(run.path / "checkpoint-30" / name)
+    with pytest.raises(UserError, match="checkpoint-30 is damaged"):
+        loaded(RunFolder.resume(run.path, Config()))

@@ -13,9 +13,11 @@ import numpy as np
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
 from erasediff.errors import UserError
+from erasediff.io.user_file import MEGABYTE, read_bytes, read_text
 
 SIDE = 32
 BYTES = 3 * SIDE * SIDE
+LARGEST_PICKLE = 1000 * MEGABYTE
 TRAIN, TEST = "train", "test"
 BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary", "cifar-100-python")
@@ -94,7 +96,7 @@ def _records(path: Path, labels: int) -> tuple[Any, Any]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split()
+        return read_text(path).split()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
 
@@ -149,7 +151,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _unpickled(path: Path) -> dict[Any, Any]:
     try:
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _ArrayUnpickler(io.BytesIO(read_bytes(path, LARGEST_PICKLE)), encoding="bytes").load()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
 from erasediff.errors import UserError
+from erasediff.io.user_file import check_regular
 
 IMAGES, LABELS, NAMES = ("images", "arr_0"), ("labels", "arr_1"), "class_names"
 LOCAL_HEADER = 30
@@ -29,6 +30,7 @@ class NpzSource:
 
     def read(self, location: str, options: ReadOptions) -> ImageSet:
         path = Path(location)
+        check_regular(path)
         try:
             with np.load(path, allow_pickle=False) as archive:
                 names = archive.files

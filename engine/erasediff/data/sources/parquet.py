@@ -21,6 +21,7 @@ from erasediff.data.sources.parquet_images import PATH, ImageColumn, RowGroups, 
 from erasediff.data.sources.splits import TRAIN, files_in, files_of_split
 from erasediff.data.sources.webdataset import is_shard_folder
 from erasediff.errors import UserError
+from erasediff.io.user_file import check_regular
 
 SUFFIX = ".parquet"
 LABEL = "label"
@@ -79,6 +80,7 @@ class _File:
     @classmethod
     def open(cls, path: Path) -> _File:
         """Read the footer of a file. UserError for one that is damaged or has no images."""
+        check_regular(path)
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
@@ -98,9 +100,9 @@ class _File:
     def _labels(self) -> dict[str, tuple[str, ...]]:
         features = dataset_features(self.schema)
         return {
-            name: tuple(map(str, kind.get("names", ())))
+            name: tuple(map(str, kind["names"]))
             for name, kind in features.items()
-            if kind.get("_type") == "ClassLabel"
+            if kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)
         }
 
     def check_images(self) -> None:
@@ -172,6 +174,7 @@ def _files(location: str, split: str) -> list[Path]:
     path = Path(location)
     if path.is_dir():
         return files_of_split(_files_in(path), split, location)
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}: check the path.")
     return [path] if split == TRAIN else files_of_split([path], split, location)

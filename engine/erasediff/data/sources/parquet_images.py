@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_object
 
 BYTES, PATH = "bytes", "path"
 COLUMN_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixels")
@@ -106,10 +106,11 @@ class RowGroups:
 def dataset_features(schema: pa.Schema) -> Mapping[str, Mapping[str, Any]]:
     """Kinds of the columns as ``datasets`` writes them into a file's schema; {} for another file."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_object((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
-    return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    entries = features.items() if isinstance(features, dict) else ()
+    return {name: kind for name, kind in entries if isinstance(kind, dict)}
 
 
 def _child(kind: pa.DataType, name: str) -> pa.DataType | None:

@@ -16,6 +16,7 @@ from erasediff.data.image_formats import conversion_advice, readable_suffixes, u
 from erasediff.data.sources.table_cache import cached_table
 from erasediff.data.sources.tar_members import Member, TarScan
 from erasediff.errors import UserError
+from erasediff.io.user_file import check_regular
 
 FORMAT = 1
 NAME, OFFSET, SIZE, TEXTS, KIND, METADATA = "name", "offset", "size", "texts", "class", "metadata"
@@ -48,6 +49,7 @@ def shard_index(shard: Path) -> pa.Table:
 
 def _scanned(shard: Path) -> pa.Table:
     try:
+        check_regular(shard)
         with shard.open("rb", buffering=0) as file:
             descriptor = file.fileno()
             size = os.fstat(descriptor).st_size

@@ -9,6 +9,7 @@ import numpy as np
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
 from erasediff.errors import UserError
+from erasediff.io.user_file import read_text
 
 SIDE = 96
 BYTES = 3 * SIDE * SIDE
@@ -37,7 +38,7 @@ class Stl10Source:
             if options.split == "unlabeled":
                 return array_images(location, images, None, ())
             labels = np.fromfile(folder / f"{options.split}_y.bin", np.uint8).astype(np.int64) - 1
-            names = (folder / "class_names.txt").read_text(encoding="utf-8").split()
+            names = read_text(folder / "class_names.txt").split()
         except (OSError, ValueError) as error:
             raise UserError(f"STL-10 in {folder} cannot be read: {' '.join(str(error).split())}.") from None
         return array_images(location, images, labels.tolist(), names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from erasediff.data.sources.descriptions import Descriptions, described_images
 from erasediff.data.sources.splits import TRAIN, files_in, files_of_split
 from erasediff.data.sources.tar_members import compressed
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_json
 from erasediff.utils.progress import progress_bar
 
 SHARD = ".tar"
@@ -180,9 +180,9 @@ def _indexed(shards: Sequence[Path]) -> list[pa.Table]:
 def _columns(shard: Path, name: str, metadata: str) -> dict[str, object]:
     """The metadata of an image. UserError for text that is no JSON object."""
     try:
-        columns = json.loads(metadata)
+        columns = parse_json(metadata)
     except ValueError as error:
-        raise UserError(f"{shard}: the .json of {name} is not JSON: {error}.") from None
+        raise UserError(f"{shard}: the .json of {name} cannot be read: {error}.") from None
     if not isinstance(columns, dict):
         raise UserError(f'{shard}: the .json of {name} is not an object such as {{"text": ...}}.')
     return columns

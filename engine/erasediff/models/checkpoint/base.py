@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from erasediff.errors import UserError
 from erasediff.io.file_faults import fault_of
+from erasediff.io.json_file import read_object
 from erasediff.io.tensor_file import StoredTensor, TensorFile
 from erasediff.models.checkpoint.links import check_plain_name
 
@@ -114,16 +115,32 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. UserError for a file that is missing, cut short, or no JSON object."""
+    """Read a JSON object, with infinities as diffusers writes them. UserError for a file that is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, infinity=True)
     except FileNotFoundError:
-        raise UserError(f"The checkpoint is incomplete: it has no {path}.") from None
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} cannot be read: {fault_of(path) or 'the checkpoint is damaged'}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read: the checkpoint is damaged.")
-    return content
+        raise UserError(
+            f"{path} cannot be read: {fault_of(path)}."
+            if path.is_symlink()
+            else f"The checkpoint is incomplete: it has no {path}."
+        ) from None
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read a model_index.json. UserError where it is missing or damaged, or names a component by no class.
+
+    Components are pairs [library, class], or [null, null] for one that is left out; other entries are settings.
+    """
+    index = read_json(path)
+    for name, entry in index.items():
+        check_plain_name(name, path)
+        if name == "_class_name" and not isinstance(entry, str):
+            raise UserError(f"{path} is damaged: its _class_name is not the name of a pipeline.")
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise UserError(f"{path} is damaged: its {name} is no pair of a library and a class.")
+    return index
 
 
 def component_files(folder: Path) -> list[TensorFile]:
@@ -144,17 +161,31 @@ def component_files(folder: Path) -> list[TensorFile]:
     chosen = min(candidates, key=_plain_first)
     if chosen.suffix == ".safetensors":
         return [TensorFile.open(chosen)]
-    return [TensorFile.open(shard) for shard in _shards(chosen)]
+    return _shards(chosen)
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names. UserError for one that is missing or lies in another folder."""
+def _shards(index: Path) -> list[TensorFile]:
+    """The files that an index names. UserError for one that is missing, and for weights missing or there twice."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} cannot be read: it has no weight_map.")
-    shards = []
-    for name in dict.fromkeys(map(str, weight_map.values())):
+    for name in weight_map.values():
         check_plain_name(name, index)
+    shards = {path.name: TensorFile.open(path) for path in _named_shards(index, weight_map)}
+    for weight, name in weight_map.items():
+        if weight not in shards[name].tensors:
+            raise UserError(f"{index} names {weight} in {name}, which does not hold it: the checkpoint is damaged.")
+    holders: dict[str, str] = {}
+    for name, shard in shards.items():
+        for weight in shard.tensors:
+            if (other := holders.setdefault(weight, name)) != name:
+                raise UserError(f"{weight} is in both {other} and {name} of {index.parent}: the checkpoint is damaged.")
+    return list(shards.values())
+
+
+def _named_shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    shards = []
+    for name in dict.fromkeys(weight_map.values()):
         path = index.with_name(name)
         if not path.exists():
             reason = fault_of(path) or "copy or download it"

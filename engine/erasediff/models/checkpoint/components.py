@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -17,6 +18,7 @@ from erasediff.errors import UserError
 from erasediff.io.tensor_file import LazyWeights, StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint, canonical_name, has
 from erasediff.models.checkpoint.quantized import ADVICE, refuse_quantized
+from erasediff.models.latent_statistics import check_latent_statistics
 from erasediff.utils.finite import finite_weight
 
 LIBRARIES = ("diffusers", "transformers")
@@ -28,7 +30,7 @@ def component_class(checkpoint: Checkpoint, component: str) -> Any:
         raise UserError(f"The checkpoint {checkpoint.path} is incomplete: it has no {component}.")
     library, name = checkpoint.index[component]
     cls = getattr(import_module(library), name, None) if library in LIBRARIES else None
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, (nn.Module, diffusers.SchedulerMixin)):
         raise UserError(f"The {component} of {checkpoint.path} is a {library}.{name}, which is not known here.")
     return cls
 
@@ -37,6 +39,7 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Build a component with its parameters on the meta device. UserError for a damaged configuration."""
     cls = component_class(checkpoint, component)
     config = checkpoint.config(component)
+    check_sizes(f"{component} of {checkpoint.path}", config)
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UserError(f"The {component} of {checkpoint.path} is a {config['_class_name']}, not a {cls.__name__}.")
     try:
@@ -44,16 +47,50 @@ def empty_module(checkpoint: Checkpoint, component: str) -> nn.Module:
             module: nn.Module = (
                 cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
             )
-    except (TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Constructors check little of what they are given, each in its own way.
+        raise _damaged(checkpoint, component, error) from error
     return module
+
+
+def _damaged(checkpoint: Checkpoint, component: str, error: Exception) -> UserError:
+    # The first line: torch adds a list of frames.
+    reason = " ".join(str(error).partition("\n")[0].split())[:300].rstrip(".") or type(error).__name__
+    return UserError(f"The configuration of {component} in {checkpoint.path} is damaged: {reason}.")
+
+
+LARGEST_SIZES = {
+    re.compile(r".*layers.*|.*depth.*"): 1000,
+    re.compile(r"pos_embed_max_size"): 2048,
+    re.compile(r"sample_size"): 16_384,
+    re.compile(r"num_train_timesteps|max_position_embeddings|vocab_size|num_embeds.*"): 10_000_000,
+}
+"""Largest values of settings that a constructor takes memory or time for at once, far above those of any model."""
+
+
+def check_sizes(owner: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting of the component ``owner`` by which building it would take all memory or time."""
+    for name, value in config.items():
+        for pattern, largest in LARGEST_SIZES.items():
+            if pattern.fullmatch(name) and any(number > largest for number in _numbers(value)):
+                raise UserError(f"The configuration of {owner} is damaged: its {name} is larger than {largest:,}.")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def check_component(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Build a component as ``empty_module``; check its weights' names and shapes. UserError for a mismatch."""
     component_class(checkpoint, component)
-    refuse_quantized(f"{component} of {checkpoint.path}", checkpoint.config(component))
+    owner, config = f"{component} of {checkpoint.path}", checkpoint.config(component)
+    refuse_quantized(owner, config)
+    check_latent_statistics(owner, config)
     module = empty_module(checkpoint, component)
     weights = {canonical_name(name): tensor for name, tensor in checkpoint.tensors(component).items()}
     tied = getattr(module, "_tied_weights_keys", None) or ()
@@ -123,6 +160,19 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype, d
     return fill_component(module, stored_weights(checkpoint, component, module, dtype), device)
 
 
+def _check_schedule(scheduler: Any) -> None:
+    """Raise ValueError for a schedule of numbers that are no signal levels, or one that cannot be sampled by."""
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if levels is None:
+        return
+    if levels.ndim != 1 or len(levels) == 0:
+        raise ValueError("its schedule is no list of numbers")
+    if not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError("its schedule leaves the interval from 0 to 1")
+    # On a copy, which is left as after some sampling.
+    type(scheduler).from_config(scheduler.config).set_timesteps(min(4, len(levels)))
+
+
 def takes_zero_snr(scheduler: str) -> bool:
     """Whether diffusers' scheduler of this name can have a schedule that ends in pure noise."""
     return "rescale_betas_zero_snr" in signature(getattr(diffusers, scheduler, object).__init__).parameters
@@ -146,7 +196,16 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
     """
     cls = component_class(checkpoint, "scheduler")
     config = checkpoint.config("scheduler")
-    scheduler = cls.from_config(config)
+    if not issubclass(cls, diffusers.SchedulerMixin):
+        raise UserError(f"The scheduler of {checkpoint.path} is a {cls.__name__}, which is none.")
+    check_sizes(f"scheduler of {checkpoint.path}", config)
+    try:
+        scheduler = cls.from_config(config)
+        _check_schedule(scheduler)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damaged(checkpoint, "scheduler", error) from error
     contradiction = f"The scheduler of {checkpoint.path} contradicts its network: "
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if not flow and prediction_type not in MODELSPEC_PREDICTIONS.values():
@@ -155,7 +214,7 @@ def load_scheduler(checkpoint: Checkpoint, *, flow: bool) -> Any:
         )
     try:
         is_flow = is_flow_matching(scheduler)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"The scheduler of {checkpoint.path} cannot be used: {error}.") from error
     if flow != is_flow:
         kind = "by flow matching" if flow else "by denoising diffusion"

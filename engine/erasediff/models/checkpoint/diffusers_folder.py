@@ -10,19 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
-from yaml import YAMLError
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_json
+from erasediff.io.user_file import MEGABYTE, read_text
+from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_index, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
-from erasediff.models.checkpoint.links import check_links, check_plain_name
+from erasediff.models.checkpoint.links import check_links
 from erasediff.models.checkpoint.quantized import unscaled
 
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
 SMALL = shutil.ignore_patterns(*WEIGHTS)
 INDEX = "model_index.json"
+CARD_HEAD = re.compile(r"\s*---\n(.*?)\n---(\n|$)", re.DOTALL)
+"""YAML at the head of a model card."""
+LARGEST_CARD = 10 * MEGABYTE
 DOCUMENTS = re.compile(
     r"(licen[cs]e|notice|copying|readme|model.?card|authors|citation|attribution|terms|use.?policy).*|.*\.(md|txt)",
     re.IGNORECASE,
@@ -39,10 +43,8 @@ class DiffusersFolder:
         self.path = path
         if not (path / INDEX).is_file():
             raise UserError(_no_pipeline(path))
-        self.index = read_json(path / INDEX)
-        for name in self.index:
-            check_plain_name(name, path / INDEX)
-        check_links(path, [INDEX, *documents_in(self.path), *self._components()])
+        self.index = read_index(path / INDEX)
+        self._check_links()
         self.original = {}
         self._files: dict[str, list[TensorFile]] = {}
 
@@ -71,6 +73,7 @@ class DiffusersFolder:
         return tokenizer_from_folder(self.index, self.path, component)
 
     def copy_small_files(self, folder: Path) -> None:
+        self._check_links()
         # The contents alone: a folder or file that is read-only must not make the copy so, which is written to.
         shutil.copyfile(self.path / INDEX, folder / INDEX)
         for name in documents_in(self.path):
@@ -95,8 +98,16 @@ class DiffusersFolder:
                 )
             _check_readable(folder)
 
+    def _check_links(self) -> None:
+        check_links(self.path, [*files_in(self.path), *self._components()])
+
     def _components(self) -> list[str]:
         return [name for name in self.index if not name.startswith("_") and has(self, name)]
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` itself that may be read: settings and documents."""
+    return [path.name for path in folder.iterdir() if path.suffix == ".json" or DOCUMENTS.fullmatch(path.name)]
 
 
 def documents_in(folder: Path) -> list[str]:
@@ -121,13 +132,23 @@ def _check_readable(folder: Path) -> None:
 
 def _license(card: Path) -> dict[str, str]:
     """The licence that a model card begins with, as ModelSpec records it: a single file has no card beside it."""
+    if not card.is_file():
+        return {}
     try:
-        recorded = metadata_load(card) if card.is_file() else None
-    except (ValueError, YAMLError):
+        head = CARD_HEAD.match(read_text(card, LARGEST_CARD))
+        # Nodes alone: values are made by constructors that fail in many ways, and of aliases without end.
+        node = yaml.compose(head[1], Loader=yaml.SafeLoader) if head else None
+    except (ValueError, yaml.YAMLError, RecursionError):
         # A card that is no YAML at its head says nothing of the licence.
         return {}
-    name = (recorded or {}).get("license_name") or (recorded or {}).get("license")
-    return {"modelspec.license": name} if isinstance(name, str) else {}
+    pairs = node.value if isinstance(node, MappingNode) else ()
+    said = {key.value: value.value for key, value in pairs if isinstance(key, ScalarNode) and _is_text(value)}
+    name = said.get("license_name") or said.get("license")
+    return {"modelspec.license": name} if name else {}
+
+
+def _is_text(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
 def _is_weights(path: Path) -> bool:

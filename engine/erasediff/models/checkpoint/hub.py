@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from erasediff.errors import UserError
 from erasediff.io.file_faults import fault_of
+from erasediff.io.json_file import read_object
 
 
 def is_hub_id(source: str) -> bool:
@@ -41,20 +42,28 @@ CLIP = "openai/clip-vit-large-patch14"
 
 def tokenizer_from_folder(index: Mapping[str, Any], path: Path, component: str) -> Any:
     """Load a tokenizer from a pipeline folder. UserError if it is missing or damaged."""
-    library, name = index.get(component) or (None, None)
-    cls = getattr(transformers, name, None) if library == "transformers" and name else None
+    entry = index.get(component)
+    library, name = entry if isinstance(entry, list | tuple) else (None, None)
+    cls: Any = getattr(transformers, name, None) if library == "transformers" and name else None
+    is_tokenizer = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)
+    if cls is not None and not is_tokenizer:
+        raise UserError(f"The {component} of {path} is a {name}, which is no tokenizer: the checkpoint is damaged.")
     vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
     if cls is None or not any((path / component / name).is_file() for name in vocabularies):
         raise UserError(f"The checkpoint {path} is incomplete: it has no {component}.")
     for file in sorted((path / component).iterdir()):
+        if file.suffix == ".json":
+            read_object(file, infinity=True)
         # A list of merges may be empty; a pointer in its place would be read as merges.
         if (file.is_symlink() or file.stat().st_size) and (fault := fault_of(file)):
             raise UserError(f"{file} cannot be read: {fault}.")
     try:
-        return cls.from_pretrained(path / component, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The {component} of {path} is damaged: {reason}") from error
+        return cls.from_pretrained(path / component, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # Parsers of several formats, each with errors of its own.
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UserError(f"The {component} of {path} is damaged: {reason}.") from error
 
 
 def clip_tokenizer(pad_token: str) -> Any:

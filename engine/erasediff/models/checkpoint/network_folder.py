@@ -12,8 +12,16 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
-from erasediff.models.checkpoint.base import check_small_files, component_files, read_json, write_small_files
-from erasediff.models.checkpoint.diffusers_folder import INDEX, documents_in
+from erasediff.models.checkpoint.base import (
+    WEIGHT_FILES,
+    check_small_files,
+    component_files,
+    read_index,
+    read_json,
+    write_small_files,
+)
+from erasediff.models.checkpoint.diffusers_folder import INDEX, documents_in, files_in
+from erasediff.models.checkpoint.links import check_links
 from erasediff.models.checkpoint.quantized import unscaled
 
 CONFIG = "config.json"
@@ -34,6 +42,7 @@ class NetworkFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._check_links()
         place = path / "scheduler" if (path / "scheduler").is_dir() else path
         has_index = (path / INDEX).exists()
         self.is_schedule_assumed = not has_index and not (place / SCHEDULER).exists()
@@ -41,7 +50,7 @@ class NetworkFolder:
             "unet": read_json(path / CONFIG),
             "scheduler": dict(DDPMScheduler().config) if self.is_schedule_assumed else read_json(place / SCHEDULER),
         }
-        self.index = read_json(path / INDEX) if has_index else self._assumed_index()
+        self.index = read_index(path / INDEX) if has_index else self._assumed_index()
         self.metadata, self.original = {}, {}
 
     def _assumed_index(self) -> dict[str, Any]:
@@ -68,7 +77,12 @@ class NetworkFolder:
     def tokenizer(self, component: str) -> Any:
         raise UserError(f"{self.path} has no {component}.")
 
+    def _check_links(self) -> None:
+        weights = [path.name for path in self.path.iterdir() if path.suffix in WEIGHT_FILES]
+        check_links(self.path, [*files_in(self.path), *weights, "scheduler"])
+
     def copy_small_files(self, folder: Path) -> None:
+        self._check_links()
         write_small_files(self, folder)
         for name in documents_in(self.path):
             shutil.copyfile(self.path / name, folder / name)

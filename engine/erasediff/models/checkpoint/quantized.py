@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import prod
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_object
 from erasediff.io.tensor_file import StoredTensor
 
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -28,6 +28,8 @@ QUANTIZED = {
     **dict.fromkeys((".weight_packed", ".weight_scale_inv", ".weight_scale_2"), "blocks of low precision"),
 }
 """Words in the names of what other kinds store beside a weight, or in its place."""
+LARGEST_SETTINGS = 65_536
+"""Bytes of such an entry."""
 ADVICE = "give the unquantized weights, in float32, float16 or bfloat16"
 
 
@@ -80,7 +82,9 @@ def _multiplied(weight: StoredTensor, scale: StoredTensor) -> StoredTensor:
 
 def _check_settings(name: str, tensor: StoredTensor, source: object) -> None:
     try:
-        kind = json.loads(bytes(tensor.load().flatten().tolist()))["format"]
+        if prod(tensor.shape) > LARGEST_SETTINGS:
+            raise ValueError("it is too long")
+        kind = parse_object(bytes(tensor.load().flatten().tolist()))["format"]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{source} is damaged: {name} names no format.") from None
     if not str(kind).startswith("float8_"):

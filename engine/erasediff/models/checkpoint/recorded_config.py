@@ -16,6 +16,7 @@ import diffusers
 import torch
 
 from erasediff.errors import UserError
+from erasediff.io.json_file import parse_object
 from erasediff.io.tensor_file import StoredTensor
 from erasediff.models.checkpoint.base import Checkpoint
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
@@ -51,7 +52,7 @@ def record(checkpoint: Checkpoint, layout: str) -> dict[str, str]:
 def recorded(metadata: Mapping[str, str], source: Path) -> dict[str, dict[str, Any]]:
     """What ``record`` wrote, by component. UserError where it is damaged."""
     try:
-        content = json.loads(metadata.get(KEY, "{}"))
+        content = parse_object(metadata.get(KEY, "{}"), infinity=True)
         return {
             str(component): {
                 key: value
@@ -60,7 +61,7 @@ def recorded(metadata: Mapping[str, str], source: Path) -> dict[str, dict[str, A
             }
             for component, settings in content.items()
         }
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         raise UserError(f"{source} is damaged: its {KEY} is no configuration.") from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from erasediff.config import DistributedConfig
 from erasediff.errors import UserError
+from erasediff.io.json_file import read_object
 
 AUTO = "auto"
 DEFAULT_STAGE = 2
@@ -90,13 +91,9 @@ def read_own(path: Path) -> dict[str, Any]:
     UserError for a file that cannot be read, and for what no run can use.
     """
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        read = read_object(path)
+    except FileNotFoundError as error:
         raise UserError(f"Cannot read the DeepSpeed configuration {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(read, dict):
-        raise UserError(f"{path} is not a DeepSpeed configuration: it must hold an object of settings.")
     own: dict[str, Any] = _without_auto(read)
     for section in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(own.get(section, {}), dict):

@@ -151,7 +151,7 @@ def test_links_of_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
 def test_entries_of_the_index_that_are_no_classes(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", 5]}))
-    refused(folder, "it has no unet")
+    refused(folder, "its unet is no pair of a library and a class")
 
 
 def test_an_unknown_dtype(folder: Path) -> None:
