@@ -10,6 +10,7 @@ from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
 from erasediff.io.disk_room import check_writable
 from erasediff.io.jsonl import MetricsFile
+from erasediff.io.temporary_names import is_temporary
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import PREFIX, Checkpoint
 
@@ -38,18 +39,18 @@ class RunFolder:
             UserError: Something is there already.
         """
         cls.check_free(path)
+        remove_leftovers(path)
         atomic_write(path / CONFIG, config.to_yaml())
         return cls(path)
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Check that ``path`` is empty, after removing the unfinished files of killed processes.
+        """Check that ``path`` is empty, but for unfinished files of killed processes.
 
         Raises:
             UserError: The folder is not empty.
         """
-        remove_leftovers(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not is_temporary(found.name) for found in path.iterdir())):
             raise UserError(f"{path} is not empty: choose another --out, or continue its run with --resume latest.")
 
     @classmethod
