@@ -90,7 +90,7 @@ def kill_at_each_call(case: Case, place: Path, *, most: int | None = None) -> Co
             assert different(contents(folder / case.compared), expected) == []
             assert leftovers(folder) == []
         except Exception as error:
-            raise AssertionError(where) from error
+            raise AssertionError(f"{where}: {error}") from error
         shutil.rmtree(folder)
     return kills
 

@@ -89,34 +89,45 @@ def test_training_that_is_killed_loses_nothing(place: Path, tmp_path: Path) -> N
     kill_at_each_call(run_case("train", command("train", "--config", place / "tiny.yaml")), tmp_path, most=4)
 
 
-def cases(place: Path, source: Path, mask: Path) -> dict[str, Case]:
-    """Cases by name; ``mask`` is made by that of the pruning."""
+def masked(place: Path, source: Path) -> Path:
+    """The mask of a pruning without learning."""
+    prune = ("--method", "pruning", "--set", "pruning.variant=training-free", "--set", "pruning.share=0.2")
+    prompts = ("--forget-prompts", "a sneaker", "--set", "pruning.observations=3", "--set", "esd.num_inference_steps=4")
+    if not (place / "pruned").exists():
+        nano = ("--model", source, "--config", place / "nano.yaml")
+        succeed("unlearn", *nano, *prune, *prompts, "--out", place / "pruned")
+    return place / "pruned" / "mask.safetensors"
+
+
+def cases(place: Path, source: Path) -> dict[str, Case]:
+    """Cases by name."""
     nano = ("--model", source, "--config", place / "nano.yaml")
     photos = (*nano, "--data", place / "photos", "--forget-class", "cat")
     prompts = ("--forget-prompts", "a cat", "--retain-prompts", "a dog")
-    sharded = ("--set", "output.max_shard_bytes=100000")
-    prune = ("--method", "prune", "--target", "relabel", "--anchor-prompts", "a dog", "--set", "pruning.share=0.2")
     runs = {
         "train": command("train", "--config", place / "tiny.yaml"),
         "unlearn": command("unlearn", "--model", place / "base", "--config", place / "tiny.yaml"),
-        "shards": command("unlearn", *photos, *sharded),
+        "shards": command("unlearn", *photos, "--set", "output.max_shard_bytes=100000"),
         "single file": command("unlearn", *photos, "--set", "output.layout=single-file"),
         "lora": command("unlearn", *photos, "--train", "lora"),
         "prompts": command("unlearn", *nano, *prompts),
     }
-    others = [
-        Case("cached model", lambda _: ["crash_cases:obtain_model", str(place / "tiny.yaml")], compared="cache"),
-        Case("sample", lambda out: [CLI, "sample", "--out", str(out / "cat.png"), *map(str, nano), "--prompts", "a cat"]),
-    ]
-    return {name: run_case(name, begin) for name, begin in runs.items()} | {case.name: case for case in others}
+    return {name: run_case(name, begin) for name, begin in runs.items()} | {
+        "cached model": Case(
+            "cached model", lambda _: ["crash_cases:obtain_model", str(place / "tiny.yaml")], compared="cache"
+        ),
+        "mask": Case("mask", command("mask", *nano, "--mask", place / "pruned" / "mask.safetensors"), compared="run"),
+    }
 
 
-NAMES = ("train", "unlearn", "shards", "single file", "lora", "prompts", "cached model", "sample")
+NAMES = ("train", "unlearn", "shards", "single file", "lora", "prompts", "cached model", "mask")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_call_of_a_command(place: Path, nano_folder: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    case = cases(place, nano_folder("sd"), tmp_path / "mask.safetensors")[name]
+    if name == "mask":
+        masked(place, nano_folder("sd"))
+    case = cases(place, nano_folder("sd"))[name]
     kills = kill_at_each_call(case, tmp_path)
     print(f"{name}: {kills.total()} kills: {dict(kills)}")

@@ -194,6 +194,8 @@ def run_steps(
                     writer.wait()
                     raise Interrupted(signal_number, saved.step, saved.path)
         stop.close()
+    # Those that the last save of a killed run did not come to remove.
+    run.remove_old_checkpoints(settings.keep_checkpoints)
     return Outcome(steps=steps - start, seconds=time.monotonic() - began, last=last)
 
 

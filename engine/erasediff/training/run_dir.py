@@ -108,6 +108,10 @@ class RunFolder:
     def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> None:
         """Write the checkpoint of ``step`` by ``save``, then remove the oldest beyond ``keep``."""
         save(self.checkpoint(step))
+        self.remove_old_checkpoints(keep)
+
+    def remove_old_checkpoints(self, keep: int) -> None:
+        """Remove the oldest checkpoints beyond ``keep``, on the main rank."""
         if ControlPlane.current().is_main:
             for old in Checkpoint.of_run(self.path)[:-keep]:
                 remove_directory(old.path)
