@@ -7,6 +7,7 @@ that a kill can leave between calls. Files of tensors are also torn in the middl
 from __future__ import annotations
 
 import builtins
+import errno
 import importlib
 import io
 import os
@@ -23,7 +24,8 @@ from forked import Forked
 
 SECONDS = 240
 DISK_CALLS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "link", "symlink", "truncate")
-ROOT, FATAL, TRACE = "CRASH_ROOT", "CRASH_AT", "CRASH_TRACE"
+NEED_ROOM = ("mkdir", "open", "write", "fsync")
+ROOT, FATAL, TRACE, FULL = "CRASH_ROOT", "CRASH_AT", "CRASH_TRACE", "CRASH_FULL_DISK"
 
 
 @dataclass(frozen=True)
@@ -112,21 +114,30 @@ def evenly(total: int, most: int | None) -> Iterable[int]:
     return sorted({1 + round(place * (total - 1) / (most - 1)) for place in range(most)})
 
 
-def start(words: list[str], root: Path, fatal: int = 0, **variables: str) -> Forked:
-    """The function ``words[0]`` ("module:function") with the other words, killed at the call ``fatal`` beneath root."""
-    trace = trace_file(root)
-    trace.unlink(missing_ok=True)
-    chosen = {ROOT: str(root), FATAL: str(fatal), TRACE: str(trace)}
+def start(words: list[str], root: Path, fatal: int = 0, *, trace: str = "", **variables: str) -> Forked:
+    """Start the function ``words[0]`` ("module:function") with the other words.
+
+    Args:
+        words: The function and its argument.
+        root: Calls on paths beneath it count.
+        fatal: Number of the call at which the process is killed; 0 for none.
+        trace: Name of the trace among those of the folder.
+        variables: Environment; with ``FULL``, that call and all later ones that need room find a full disk instead.
+    """
+    path = trace_file(root, trace)
+    path.unlink(missing_ok=True)
+    chosen = {ROOT: str(root), FATAL: str(fatal), TRACE: str(path)}
     cache = {"ERASEDIFF_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return Forked(observed, words, {**os.environ, **cache, **chosen, **variables})
 
 
-def trace_file(root: Path) -> Path:
-    return root.with_name(f"{root.name}.trace")
+def trace_file(root: Path, name: str = "") -> Path:
+    return root.with_name(f"{root.name}{name}.trace")
 
 
-def trace_of(root: Path) -> list[str]:
-    return trace_file(root).read_text().splitlines()
+def trace_of(root: Path, name: str = "") -> list[str]:
+    """The calls of a process so far, "kind path" each."""
+    return trace_file(root, name).read_text().splitlines()
 
 
 def observed(words: list[str]) -> None:
@@ -149,7 +160,9 @@ def observe() -> None:
         if path.startswith(root):
             number = next(numbers)
             os.write(trace, f"{kind} {path.removeprefix(root)}\n".encode())
-            if number == fatal:
+            if FULL in os.environ and 0 < fatal <= number and kind in NEED_ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            if FULL not in os.environ and number == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def replaced(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
