@@ -145,10 +145,9 @@ def goes_on(place: Path, root: Path, layout: str) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
-@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "layout", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "fsdp")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped_ends_the_run(place: Path, tmp_path: Path, layout: str, stopped: int) -> None:
     root = tmp_path / "stopped"
     ranks = Ranks(long_run(place, root / "run", layout), root)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash_points import Case, contents, different, kill_at_each_call
+from crash_points import FULL, SECONDS, Case, contents, different, kill_at_each_call, leftovers, run_whole, start
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ device: cpu
 threads: 1
 model: {block_out_channels: [8, 8], layers_per_block: 1}
 train: {steps: 3, batch_size: 4}
-unlearn: {forget: [3], steps: 3, batch_size: 4, barrier: gap}
+unlearn: {forget: [3], steps: 3, batch_size: 4, barrier: gap, target: uniform, lr: 1.0e-3}
 run: {checkpoint_every: 1, keep_checkpoints: 1, log_every: 1}
 """
 NANO = """
@@ -92,6 +92,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_that_is_killed_loses_nothing(place: Path, tmp_path: Path) -> None:
     """At a few of its calls; ``test_every_call_of_a_command`` tries all."""
     kill_at_each_call(run_case("train", command("train", "--config", place / "tiny.yaml")), tmp_path, most=4)
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(place: Path, tmp_path: Path) -> None:
+    """From some call on, whatever needs room fails; the same command with ``--resume latest`` goes on afterwards."""
+    begin = command("train", "--config", place / "tiny.yaml")
+    whole = tmp_path / "whole"
+    calls = run_whole(run_case("train", begin), whole)
+    second = next(number for number, call in enumerate(calls, start=1) if "checkpoint-2" in call)
+    model = next(number for number, call in enumerate(calls, start=1) if "model" in call)
+    for number in (second + 1, model + 1):
+        full = tmp_path / f"full-{number}"
+        process = start(begin(full), full, number, **{FULL: "yes"})
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2, errors
+        assert errors.count("Error: The disk is full") == 1
+        assert "Traceback" not in errors
+        assert leftovers(full) == []
+        assert Checkpoint.newest(full / "run") is not None
+        all_whole(full, whole)
+        process = start(continued(begin)(full), full)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, errors
+        assert different(contents(full / "run"), contents(whole / "run")) == []
 
 
 def cases(place: Path, source: Path) -> dict[str, Case]:
