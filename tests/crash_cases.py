@@ -27,6 +27,10 @@ def replace_file(words: list[str]) -> None:
     atomic_write(Path(words[0]), "new")
 
 
+def nothing(_words: list[str]) -> None:
+    """Where a kill came after the work."""
+
+
 def obtain_model(words: list[str]) -> None:
     """A base model of the digits from the cache, trained if it is not there."""
     from rich.console import Console

@@ -89,8 +89,9 @@ def kill_at_each_call(case: Case, place: Path, *, most: int | None = None) -> Co
             process = start((case.again or case.begin)(folder), folder)
             _, errors = process.communicate(timeout=SECONDS)
             assert process.returncode == 0, errors[-2000:]
-            assert different(contents(folder / case.compared), expected) == []
-            assert leftovers(folder) == []
+            differing = different(contents(folder / case.compared), expected)
+            assert differing == [], f"other files: {differing}"
+            assert leftovers(folder) == [], f"left behind: {leftovers(folder)}"
         except Exception as error:
             raise AssertionError(f"{where}: {error}") from error
         shutil.rmtree(folder)

@@ -124,19 +124,22 @@ def cases(place: Path, source: Path) -> dict[str, Case]:
     nano = ("--model", source, "--config", place / "nano.yaml")
     photos = (*nano, "--data", place / "photos", "--forget-class", "cat")
     prompts = ("--forget-prompts", "a cat", "--retain-prompts", "a dog")
+    drawn = command("unlearn", *nano, *prompts)
+    mask, nothing = command("mask", *nano, "--mask", place / "mask.safetensors"), ["crash_cases:nothing"]
     runs = {
         "train": command("train", "--config", place / "tiny.yaml"),
         "unlearn": command("unlearn", "--model", place / "base", "--config", place / "tiny.yaml"),
         "shards": command("unlearn", *photos, "--set", "output.max_shard_bytes=100000"),
         "single file": command("unlearn", *photos, "--set", "output.layout=single-file"),
         "lora": command("unlearn", *photos, "--train", "lora"),
-        "prompts": command("unlearn", *nano, *prompts),
     }
     return {name: run_case(name, begin) for name, begin in runs.items()} | {
         "cached model": Case(
             "cached model", lambda _: ["crash_cases:obtain_model", str(place / "tiny.yaml")], compared="cache"
         ),
-        "mask": Case("mask", command("mask", *nano, "--mask", place / "mask.safetensors"), compared="run"),
+        "mask": Case("mask", mask, lambda out: nothing if (out / "run").exists() else mask(out), compared="run"),
+        # A run lists the images of its cache by their paths.
+        "prompts": Case("prompts", drawn, continued(drawn), all_whole, compared="run/model"),
     }
 
 
