@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from rich.console import Console
@@ -27,6 +29,9 @@ HEARTBEAT_SECONDS = 0.5
 """Between two signs of life of a rank."""
 SILENCE_SECONDS = 5.0
 """Without a sign of life, after which a process counts as gone."""
+RESUME = "--resume latest continues from the last checkpoint"
+# "[/path/to/gloo/pair.cc:123] " at the head of gloo's messages.
+_SOURCE_PLACE = re.compile(r"\[\S+\.(?:cc|cpp|h):\d+\] *")
 
 
 def is_rank() -> bool:
@@ -53,7 +58,7 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
         _exit(error.exit_code, stderr)
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, stderr)
-    code = _run(command, peers, Heartbeat(peers))
+    code = _run(command, peers, Heartbeat(peers, lambda sentence: _end_at_once(sentence, stderr)), stderr)
     if code == 0:
         peers.shutdown(SHUTDOWN_TIMEOUT)
     else:
@@ -66,6 +71,12 @@ def _exit(code: int, stderr: TextIO) -> NoReturn:
     for stream in (sys.stdout, sys.stderr, stderr):
         stream.flush()
     os._exit(code)
+
+
+def _end_at_once(sentence: str, stderr: TextIO) -> NoReturn:
+    """End this process from another thread than that of the command, which waits for what will not come."""
+    print_error(sentence, Console(file=stderr, highlight=False))
+    _exit(1, stderr)
 
 
 class _NullStderr(io.TextIOWrapper):
@@ -84,14 +95,32 @@ class Heartbeat:
     Libraries raise plain ``RuntimeError`` when a peer is gone (gloo) as for anything else that goes wrong, so an error
     alone does not tell whether it is this rank's fault. A rank that is alive renews its key even while it waits in a
     collective; one that was killed or stopped does not.
+
+    Args:
+        peers: The ranks.
+        when_cut_off: Called in a thread, with a sentence, when the store has not answered for ``peers.seconds`` within
+            ``watched``: a store's answer is waited for without end, where a network drops it.
     """
 
-    def __init__(self, peers: ControlPlane) -> None:
+    def __init__(self, peers: ControlPlane, when_cut_off: Callable[[str], None] = lambda _: None) -> None:
         assert peers.store is not None
         self.peers = peers
+        self._when_cut_off = when_cut_off
+        self._is_watched = False
+        self._beats = 0
         # Over a connection of its own: the other one may be waiting for a key.
         self.store = peers.store.clone()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._watch, daemon=True, name="heartbeat-watch").start()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the store within the block."""
+        self._is_watched = True
+        try:
+            yield
+        finally:
+            self._is_watched = False
 
     def _beat(self) -> None:
         while True:
@@ -100,7 +129,20 @@ class Heartbeat:
             except RuntimeError:
                 # The store is gone, and its process with it: whoever asks finds out.
                 return
+            self._beats += 1
             time.sleep(HEARTBEAT_SECONDS)
+
+    def _watch(self) -> None:
+        # Counted in turns of this thread, since a clock goes on while the process is suspended.
+        seen, silence = -1, 0.0
+        while silence <= self.peers.seconds:
+            time.sleep(HEARTBEAT_SECONDS)
+            silence = 0.0 if self._beats != seen or not self._is_watched else silence + HEARTBEAT_SECONDS
+            seen = self._beats
+        self._when_cut_off(
+            f"Rank {self.peers.rank} has had no answer from the key-value store of this run for {self.peers.seconds:g} "
+            f"s: see the network and the first process; {RESUME}."
+        )
 
     def lost(self) -> bool:
         """Whether another rank, or the process of the store, is gone; takes up to ``SILENCE_SECONDS``."""
@@ -120,19 +162,20 @@ class Heartbeat:
         return bool(others)
 
 
-def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat) -> int:
+def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, stderr: TextIO) -> int:
     from erasediff.parallel.control_plane import PeerError
 
     try:
-        return command()
+        with heartbeat.watched():
+            return command()
     except (UserError, RunFailedError) as error:
         peers.fail(error.exit_code, str(error))
         return _pass_on(PeerError(peers.rank, error.exit_code, str(error)), peers)
     except PeerError as failure:
         return _pass_on(failure, peers)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)
-        if heartbeat.lost():
-            return _lost(error, peers)
+        if heartbeat.lost() or _is_broken_connection(error):
+            return _lost(error, peers, stderr)
         known = as_user_error(error)
         sentence = log_crash(error, peers.rank) if known is None else str(known)
         crash = PeerError(peers.rank, 1 if known is None else known.exit_code, sentence)
@@ -151,21 +194,31 @@ def _pass_on(failure: PeerError, peers: ControlPlane) -> int:
     return failure.exit_code
 
 
-def _lost(error: Exception, peers: ControlPlane) -> int:
-    """Another process is gone. It may have stderr why, or its launcher is about to, and to end this process."""
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether a collective failed for its connections: gloo names its own source, NCCL and the store have classes."""
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    return isinstance(error, DistBackendError | DistNetworkError) or "/gloo/" in str(error)
+
+
+def _lost(error: Exception, peers: ControlPlane, stderr: TextIO) -> int:
+    """Another process is gone or cannot be reached. It may have said why, or its launcher is about to."""
     from erasediff.parallel.control_plane import PeerError
 
-    deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            failure = peers.failure()
-        except RuntimeError:
-            break
-        if failure is not None:
-            return _pass_on(failure, peers)
-        time.sleep(0.2)
-    reason = " ".join(str(error).split())[:200]
-    return _pass_on(PeerError(peers.rank, 1, f"Another process of this run is gone: {reason}."), peers)
+    reason = _SOURCE_PLACE.sub("", " ".join(str(error).split()))[:200].rstrip(". ")
+    sentence = f"Rank {peers.rank} has lost another process of this run ({reason}): see whether it runs; {RESUME}."
+    try:
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
+        while (failure := peers.failure()) is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if failure is None:
+            peers.fail(1, sentence)
+            failure = PeerError(peers.rank, 1, sentence)
+    except RuntimeError:
+        # The store is gone as well: nobody else hears it.
+        print_error(sentence, Console(file=stderr, highlight=False))
+        return 1
+    return _pass_on(failure, peers)
 
 
 def _wait_for_main_report(peers: ControlPlane, stderr: TextIO) -> None:

@@ -3,25 +3,29 @@
 import errno
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from erasediff.errors import UserError
+from erasediff.io.temporary_names import is_abandoned, is_temporary, replaced_path, temporary_name
 
-TEMPORARY_SUFFIX = ".partial"
 REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EFBIG, errno.EISDIR, errno.EINVAL),
 )
 
 
+_swept: set[Path] = set()
+"""Folders in which this process has looked for what killed processes left."""
+
+
 def check_new(path: Path) -> None:
     """UserError if ``path`` exists."""
+    _sweep(path.parent)
     if path.exists():
         raise UserError(f"{path} exists already: remove it or choose another name.")
 
@@ -30,7 +34,8 @@ def check_new(path: Path) -> None:
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Write a folder atomically: yield a hidden sibling of ``path``, and rename it once all of it is on the disk.
 
-    A block that ends early, by a full disk or Ctrl-C, too, leaves ``path`` as it was.
+    A block that ends early, by a full disk or Ctrl-C, too, leaves ``path`` as it was. What killed processes left beside
+    ``path`` is removed.
 
     Args:
         path: The folder to write.
@@ -43,6 +48,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         check_new(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         partial = temporary_sibling(path)
         try:
             partial.mkdir()
@@ -55,8 +61,18 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def publish(partial: Path, path: Path) -> None:
     """Rename the filled folder ``partial``, a ``temporary_sibling`` of ``path``, to ``path``, replacing an old one."""
     _sync_tree(partial)
-    with _set_aside(path):
+    if not path.exists():
         partial.rename(path)
+    else:
+        # Under a name of its own: after a kill between the two renames, the old folder is put back.
+        aside = temporary_sibling(path, replaced=True)
+        path.rename(aside)
+        try:
+            partial.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside)
     _sync(path.parent)
 
 
@@ -69,6 +85,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         partial = temporary_sibling(path)
         try:
             yield partial
@@ -87,22 +104,54 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def remove_directory(path: Path) -> None:
     """Remove a folder so that a kill half-way leaves nothing under its name."""
-    with _set_aside(path):
-        pass
+    if path.exists():
+        aside = temporary_sibling(path)
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove unfinished files and folders of killed processes in ``folder``."""
-    for partial in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
+    """Remove unfinished files and folders in ``folder``, which no other process writes to."""
+    for path in _temporaries(folder):
+        _clear(path)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove unfinished files and folders of killed processes in ``folder``; what others are writing stays."""
+    for path in _temporaries(folder):
+        if is_abandoned(path):
+            _clear(path)
+
+
+def temporary_sibling(path: Path, *, replaced: bool = False) -> Path:
+    """Unique hidden path beside ``path``, on the same file system; ``replaced`` for an old folder that makes room."""
+    return path.with_name(temporary_name(path.name, replaced=replaced))
+
+
+def _sweep(folder: Path) -> None:
+    if folder not in _swept:
+        _swept.add(folder)
+        remove_abandoned(folder)
+
+
+def _temporaries(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if is_temporary(entry.name)]
+    except OSError:
+        return []
+
+
+def _clear(path: Path) -> None:
+    """Put back a folder that was to be replaced, if nothing took its place; remove anything else."""
+    original = replaced_path(path)
+    with suppress(OSError):
+        if original is not None and not original.exists():
+            path.rename(original)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            partial.unlink(missing_ok=True)
-
-
-def temporary_sibling(path: Path) -> Path:
-    """Unique hidden path beside ``path``, on the same file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -120,22 +169,6 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number in REFUSALS:
             raise UserError(f"Cannot write {path}: {os.strerror(number).lower()}.") from error
         raise
-
-
-@contextmanager
-def _set_aside(path: Path) -> Iterator[None]:
-    """Free the name ``path`` for the block, and remove what had it if the block ends well."""
-    if not path.exists():
-        yield
-        return
-    aside = temporary_sibling(path)
-    path.rename(aside)
-    try:
-        yield
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside)
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:

@@ -208,6 +208,8 @@ def run_steps(
                     writer.wait()
                     raise Interrupted(signal_number, saved.step, saved.path)
         stop.close()
+    # Those that the last save of a killed run did not come to remove.
+    run.remove_old_checkpoints(settings.keep_checkpoints)
     return Outcome(
         steps=method.iteration - start,
         seconds=time.monotonic() - began,

@@ -10,6 +10,7 @@ from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
 from erasediff.io.disk_room import check_writable
 from erasediff.io.jsonl import MetricsFile
+from erasediff.io.temporary_names import is_temporary
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.checkpoint import PREFIX, Checkpoint
 
@@ -40,18 +41,18 @@ class RunFolder:
             UserError: Something is there already.
         """
         cls.check_free(path)
+        remove_leftovers(path)
         atomic_write(path / CONFIG, config.to_yaml())
         return cls(path)
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Check that ``path`` is empty, after removing the unfinished files of killed processes.
+        """Check that ``path`` is empty, but for unfinished files of killed processes.
 
         Raises:
             UserError: The folder is not empty.
         """
-        remove_leftovers(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not is_temporary(found.name) for found in path.iterdir())):
             raise UserError(f"{path} is not empty: choose another --out, or continue its run with --resume latest.")
 
     @classmethod
@@ -109,6 +110,10 @@ class RunFolder:
     def save_checkpoint(self, step: int, save: Callable[[Checkpoint], None], *, keep: int) -> None:
         """Write the checkpoint of ``step`` by ``save``, then remove the oldest beyond ``keep``."""
         save(self.checkpoint(step))
+        self.remove_old_checkpoints(keep)
+
+    def remove_old_checkpoints(self, keep: int) -> None:
+        """Remove the oldest checkpoints beyond ``keep``, on the main rank."""
         if ControlPlane.current().is_main:
             for old in Checkpoint.of_run(self.path)[:-keep]:
                 remove_directory(old.path)

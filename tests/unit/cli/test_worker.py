@@ -1,10 +1,15 @@
 """A rank that ends with an error: its own traceback, unless another process is really gone."""
 
+from __future__ import annotations
+
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
@@ -38,6 +43,53 @@ run_as_rank(command)
     assert "(RuntimeError: Connection reset by the hub: timed out); the traceback is in" in ended.stderr
     assert "Traceback" in (tmp_path / "crash.log").read_text()
     assert "another process" not in ended.stderr.lower()
+
+
+def test_a_collective_whose_connection_broke_is_no_fault_of_the_program(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = """
+from erasediff.cli import worker
+worker.SHUTDOWN_TIMEOUT = 0.1
+def command():
+    raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:80")
+worker.run_as_rank(command)
+"""
+    variables = {**os.environ, **rank, "ERASEDIFF_CACHE": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "Error: Rank 0 has lost another process of this run (Connection closed by peer [127.0.0.1]:80): see whether it "
+        "runs; --resume latest continues from the last checkpoint.\n"
+    )
+    assert not (tmp_path / "crash.log").exists()
+
+
+class SilentStore:
+    """A store whose answers a network drops."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+
+    def clone(self) -> SilentStore:
+        return self
+
+    def add(self, key: str, amount: int) -> int:
+        self.answers.wait()
+        return amount
+
+
+def test_a_store_that_answers_no_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    store: Any = SilentStore()
+    peers = ControlPlane(store, 1, 2)
+    peers.seconds = 0.1
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with Heartbeat(peers, said.put).watched():
+        assert said.get(timeout=30).startswith("Rank 1 has had no answer from the key-value store")
+    store.answers.set()
 
 
 def test_a_run_that_failed_ends_every_rank_with_its_code_and_one_sentence() -> None:

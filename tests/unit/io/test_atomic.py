@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from erasediff.errors import UserError
-from erasediff.io.atomic import atomic_directory, atomic_write, remove_directory, remove_leftovers
+from erasediff.io.atomic import atomic_directory, atomic_write, remove_abandoned, remove_directory, remove_leftovers
+from erasediff.io.temporary_names import temporary_name
 
 
 def names(folder: Path) -> list[str]:
@@ -154,3 +155,36 @@ def test_removal_leaves_no_half_folder_under_the_name(tmp_path: Path) -> None:
     remove_directory(tmp_path / "model")
     remove_directory(tmp_path / "absent")
     assert names(tmp_path) == []
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    ours = temporary_name("file")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    machine = ours.removeprefix(".file.").partition("-")[0]
+    dead, elsewhere, old = (
+        f".file.{on}-{gone.pid}-{n}1234567.partial" for n, on in ((0, machine), (1, "f" * 8), (2, "f" * 8))
+    )
+    others = (".movie.partial", "file", ".file.replaced")
+    for name in (ours, dead, elsewhere, old, *others):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / old, (0, 0))
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == sorted([ours, elsewhere, *others])
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(others)
+
+
+def test_a_write_removes_what_a_killed_one_left_beside_it(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from erasediff.io.atomic import atomic_file
+with atomic_file(Path({str(tmp_path / "cache" / "shard")!r})) as partial:
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(names(tmp_path / "cache")) == 1
+    atomic_write(tmp_path / "cache" / "another", "whole")
+    assert names(tmp_path / "cache") == ["another"]

@@ -11,6 +11,7 @@ import torch
 from erasediff.config import Config, load_config
 from erasediff.errors import UserError
 from erasediff.io.state_file import HostState
+from erasediff.io.temporary_names import temporary_name
 from erasediff.training.checkpoint import Checkpoint
 from erasediff.training.run_dir import RunFolder, RunPlace
 
@@ -73,7 +74,7 @@ def test_resume_refuses_settings_that_change_the_results(run: RunFolder) -> None
 
 
 def test_resume_removes_what_a_kill_left(run: RunFolder) -> None:
-    half = run.path / ".checkpoint-40.1-aa.partial"
+    half = run.path / temporary_name("checkpoint-40")
     half.mkdir()
     RunFolder.resume(run.path, Config())
     assert not half.exists()
