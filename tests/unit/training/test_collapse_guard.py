@@ -19,7 +19,7 @@ from erasediff.models import PixelModel
 from erasediff.training.collapse_guard import DRIFT, RetainedLoss
 from erasediff.training.job import TrainingJob
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def job(settings: dict[str, Any] | None = None) -> TrainingJob:
     model = PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
-    return pixel_unlearning_job(load_config(None, SETTINGS | (settings or {})), model)
+    return build_unlearning_job(load_config(None, SETTINGS | (settings or {})), model)
 
 
 def run(job: TrainingJob, out: Path, *, resuming: bool = False) -> str:
