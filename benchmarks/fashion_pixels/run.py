@@ -25,7 +25,7 @@ from erasediff.errors import UserError
 from erasediff.evaluation.sampling import sample_images
 from erasediff.models import PixelModel
 from erasediff.training.run_dir import RunPlace
-from erasediff.workflows.unlearn_pixel import pixel_unlearning_job
+from erasediff.workflows.build_unlearning import build_unlearning_job
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "nano_sd"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -96,7 +96,7 @@ def measure(
     before = draw_before(models / kind, count, seed)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        job = pixel_unlearning_job(config, console=console)
+        job = build_unlearning_job(config, console=console)
         result = job.run(RunPlace(out), console)
         after = draw(result.model, count, seed)
         if keep is not None:

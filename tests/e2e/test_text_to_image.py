@@ -334,6 +334,8 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(nano_folder: Folder, photo
 
 def test_usual_values_fit_the_kind_of_model_and_what_is_set_stays() -> None:
     assert for_text_to_image(Config()).unlearn.lr == 1e-5
+    assert for_text_to_image(Config(), weights=2_600_000_000).unlearn.lr == 1e-5
+    assert for_text_to_image(Config(), weights=1_000_000).unlearn.lr == 5e-4
     assert for_text_to_image(load_config(None, {"text_to_image.train": "lora"})).unlearn.lr == 1e-4
     config = for_text_to_image(load_config(None, {"unlearn.lr": 5e-4, "threads": 1}))
     assert (config.unlearn.lr, config.threads, config.unlearn.ema_decay) == (5e-4, 1, None)

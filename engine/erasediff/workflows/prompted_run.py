@@ -45,10 +45,12 @@ class PromptedRun(UnlearningRun):
     model: LatentModel
 
     def __init__(self, config: Config, console: Console) -> None:
-        self.config = with_latent_defaults(config)
+        complete = with_latent_defaults(config)
         self.console = console
-        self.is_measured = differs_by_training(self.config)
-        self.model = load_checkpoint(self.config, _checked(self.config), set_up_device(self.config), empty=True)
+        self.is_measured = differs_by_training(complete)
+        self.model = load_checkpoint(complete, _checked(complete), set_up_device(complete), empty=True)
+        weights = sum(parameter.numel() for parameter in self.model.denoiser.parameters())
+        self.config = with_latent_defaults(config, weights)
         self._attention: str | None = None
         # Needs the text encoders once for each list of prompts.
         self._encode: Encode = cache(lambda prompts: encode_prompts(self.model, prompts))
@@ -101,9 +103,13 @@ class PromptedRun(UnlearningRun):
         }
 
 
-def with_latent_defaults(config: Config) -> Config:
-    """Fill in the defaults of text-to-image models, and of the method, wherever nothing was set."""
-    return for_text_to_image(config, METHOD_SPECS[config.unlearn.method].defaults(config, "latent"))
+def with_latent_defaults(config: Config, weights: int | None = None) -> Config:
+    """Fill in the defaults of text-to-image models, and of the method, wherever nothing was set.
+
+    ``weights``: see ``for_text_to_image``.
+    """
+    defaults = METHOD_SPECS[config.unlearn.method].defaults(config, "latent")
+    return for_text_to_image(config, defaults, weights=weights)
 
 
 def _checked(config: Config) -> Path:
