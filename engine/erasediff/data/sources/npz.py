@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ class NpzSource:
                 class_names = [str(name) for name in archive[NAMES]] if NAMES in names else []
         except FileNotFoundError:
             raise UserError(f"There is no file {path}.") from None
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, SyntaxError, TokenError) as error:
+            # The last two: the header of an array is a text in Python's syntax.
             raise UserError(
                 f"{path} cannot be read as an .npz of plain arrays: {' '.join(str(error).split())}."
             ) from None
