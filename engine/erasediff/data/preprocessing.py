@@ -19,6 +19,9 @@ from erasediff.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 TURNED = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
+MOST_PIXELS = 178_956_970
+"""The most that Pillow decodes, 2/3 of a gigabyte in three channels: few bytes may stand for very many pixels."""
+WHITE_16 = 65_535
 DEFAULT_STEP = 64
 MIN_AREA_RATIO = 0.9
 MAX_ASPECT_RATIO = 4.0
@@ -31,24 +34,26 @@ class BrokenImage(UserError):
 def open_picture(content: bytes, name: str) -> Image.Image:
     """Decode an image file to upright RGB, 8 bits a channel.
 
-    The EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled, and of an animation or several
-    pages the first is taken. The format is told by the content, among those of ``image_formats``.
+    The EXIF rotation is applied where it can be read, colour profiles are not. Transparency is laid on white, 16-bit
+    grey is scaled, and of an animation or several pages the first is taken. The format is told by the content, among
+    those of ``image_formats``.
 
     Args:
         content: of the file.
         name: for the error message.
 
     Raises:
-        BrokenImage: for content that does not decode to its end, is of another format, or holds floating-point values.
+        BrokenImage: for content that does not decode to its end, is of another format, or holds floating-point values
+            or more than ``MOST_PIXELS``.
     """
     with _decoding(name, content):
-        opened = Image.open(io.BytesIO(content), formats=readable_formats())
+        opened = _opened(content)
         opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("it holds floating-point values, whose range is unknown")
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            image = _from_16_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -58,9 +63,27 @@ def open_picture(content: bytes, name: str) -> Image.Image:
 def picture_size(content: bytes, name: str) -> tuple[int, int]:
     """(height, width) of the upright image, without decoding it where the format allows. BrokenImage as above."""
     with _decoding(name, content):
-        image = Image.open(io.BytesIO(content), formats=readable_formats())
+        image = _opened(content)
         turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """An image of which the header alone has been read."""
+    image = Image.open(io.BytesIO(content), formats=readable_formats())
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
+    return image
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey in 8 bits of grey in 16 bits, with the level that stands for transparency as white."""
+    levels = np.asarray(image, np.int64)
+    if levels.min() < 0 or levels.max() > WHITE_16:
+        raise ValueError("it holds whole numbers of more than 16 bits, whose range is unknown")
+    if (transparent := image.info.get("transparency")) is not None:
+        levels = np.where(levels == transparent, WHITE_16, levels)
+    return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -81,6 +104,8 @@ def _decoding(name: str, content: bytes) -> Iterator[None]:
 
 
 def _reason(error: BaseException, content: bytes) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than the {MOST_PIXELS:,} pixels that are read: scale it down, or remove it"
     if isinstance(error, UnidentifiedImageError):
         if is_heif(content[:MAGIC_BYTES]):
             return f"it is in the format HEIF: {conversion_advice(SUFFIXES['HEIF'][0])}"

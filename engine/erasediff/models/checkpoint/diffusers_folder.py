@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
-from yaml import YAMLError
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
+from erasediff.io.user_file import MEGABYTE, read_text
 from erasediff.models.checkpoint.base import WEIGHT_FILES, component_files, has, read_index, read_json
 from erasediff.models.checkpoint.hub import tokenizer_from_folder
 from erasediff.models.checkpoint.links import check_links
@@ -23,6 +24,9 @@ from erasediff.models.checkpoint.quantized import unscaled
 WEIGHTS = (*(f"*{suffix}" for suffix in WEIGHT_FILES), "*.index*.json", "*.msgpack", "*.h5", "*.onnx*", "*.pb")
 SMALL = shutil.ignore_patterns(*WEIGHTS)
 INDEX = "model_index.json"
+CARD_HEAD = re.compile(r"\s*---\n(.*?)\n---(\n|$)", re.DOTALL)
+"""YAML at the head of a model card."""
+LARGEST_CARD = 10 * MEGABYTE
 DOCUMENTS = re.compile(
     r"(licen[cs]e|notice|copying|readme|model.?card|authors|citation|attribution|terms|use.?policy).*|.*\.(md|txt)",
     re.IGNORECASE,
@@ -128,13 +132,23 @@ def _check_readable(folder: Path) -> None:
 
 def _license(card: Path) -> dict[str, str]:
     """The licence that a model card begins with, as ModelSpec records it: a single file has no card beside it."""
+    if not card.is_file():
+        return {}
     try:
-        recorded = metadata_load(card) if card.is_file() else None
-    except (ValueError, YAMLError):
+        head = CARD_HEAD.match(read_text(card, LARGEST_CARD))
+        # Nodes alone: values are made by constructors that fail in many ways, and of aliases without end.
+        node = yaml.compose(head[1], Loader=yaml.SafeLoader) if head else None
+    except (ValueError, yaml.YAMLError, RecursionError):
         # A card that is no YAML at its head says nothing of the licence.
         return {}
-    name = (recorded or {}).get("license_name") or (recorded or {}).get("license")
-    return {"modelspec.license": name} if isinstance(name, str) else {}
+    pairs = node.value if isinstance(node, MappingNode) else ()
+    said = {key.value: value.value for key, value in pairs if isinstance(key, ScalarNode) and _is_text(value)}
+    name = said.get("license_name") or said.get("license")
+    return {"modelspec.license": name} if name else {}
+
+
+def _is_text(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
 def _is_weights(path: Path) -> bool:

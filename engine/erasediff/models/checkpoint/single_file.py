@@ -10,6 +10,7 @@ import diffusers
 
 from erasediff.errors import UserError
 from erasediff.io.tensor_file import StoredTensor, TensorFile
+from erasediff.io.user_file import check_regular
 from erasediff.models.checkpoint.base import check_small_files, write_small_files
 from erasediff.models.checkpoint.components import MODELSPEC_PREDICTIONS, empty_module, takes_zero_snr
 from erasediff.models.checkpoint.default_configs import KNOWN_CONFIGS
@@ -44,6 +45,7 @@ class SingleFile:
 
     def __init__(self, path: Path, *, config: Path | None, prediction_type: str | None) -> None:
         self.path = path
+        check_regular(path)
         if not path.is_file():
             raise UserError(f"{path} does not exist.")
         file = TensorFile.open(path)
