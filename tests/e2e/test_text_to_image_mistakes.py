@@ -161,7 +161,6 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "omit --prompts"),
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
         ((*SAMPLE, "--set", "sample.num_inference_steps=5000"), "more than the 1,000 timesteps"),
-        ((*SD, *CATS, "--method", "esd", "--set", "esd.num_inference_steps=5000"), "more than the 1,000 timesteps"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--classes", "3", "--out", "out"), "--prompts"),
     ],

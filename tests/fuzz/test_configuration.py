@@ -98,7 +98,7 @@ def test_assignments(name: str, text: str) -> None:
     refusal(lambda: load_config(None, parse_assignments([f"{name}={text}"])))
 
 
-@fuzzed(600, settings=st.dictionaries(names, values, min_size=1, max_size=3))
+@fuzzed(300, settings=st.dictionaries(names, values, min_size=1, max_size=3))
 def test_settings_of_odd_values(settings: dict[str, Any]) -> None:
     """What is taken is written to a run's config.yaml, and read from there as the same."""
 
@@ -110,7 +110,7 @@ def test_settings_of_odd_values(settings: dict[str, Any]) -> None:
     refusal(taken)
 
 
-@fuzzed(300, content=st.sampled_from(CONTENTS) | st.binary(max_size=40), at=st.integers(0, 10**5), cut=st.booleans())
+@fuzzed(150, content=st.sampled_from(CONTENTS) | st.binary(max_size=40), at=st.integers(0, 10**5), cut=st.booleans())
 def test_files(content: bytes, at: int, cut: bool) -> None:
     """A whole configuration with bytes put in, over what there is, or in its end's place."""
     at %= len(WHOLE)
@@ -121,7 +121,7 @@ def test_files(content: bytes, at: int, cut: bool) -> None:
 WHOLE = yaml.safe_dump({name: Config().model_dump(mode="json")[name] for name in ("train", "images", "seed")}).encode()
 
 
-@pytest.mark.parametrize("path", [*PATHS[:4], "pipe", "loop", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("path", [*PATHS[:4], "pipe", "loop", "x" * 300])
 def test_places_of_a_file(path: str, place: Path) -> None:
     import os
 

@@ -99,15 +99,18 @@ def test_single_files(found: list[Change], single: Path, models: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
-def layers(models: dict[str, Path]) -> dict[str, torch.nn.Module]:
+def read_lora(models: dict[str, Path]) -> Callable[[Path], object]:
+    """Read a LoRA file for nano SD."""
     model = load_text_to_image(models["sd"], empty=True)
-    return {"unet": model.denoiser, "text_encoder": empty_module(model.checkpoint, "text_encoder")}
+    layers = {"unet": model.denoiser, "text_encoder": empty_module(model.checkpoint, "text_encoder")}
+    names = names_in_files(layers, StableDiffusion)
+    return lambda path: read_updates(path, names, "unet")
 
 
 @fuzzed(200, found=changes(), which=st.integers(0, 4))
-def test_lora_files(found: list[Change], which: int, loras: Path, layers: dict[str, torch.nn.Module]) -> None:
+def test_lora_files(found: list[Change], which: int, loras: Path, read_lora: Callable[[Path], object]) -> None:
     """What is taken of a LoRA is finite."""
     with copy_of(loras) as folder:
         file = sorted(folder.glob("*.safetensors"))[which]
         apply(folder, [change._replace(file=which + 1) for change in found])
-        refusal(lambda: read_updates(file, names_in_files(layers, StableDiffusion), "unet"))
+        refusal(lambda: read_lora(file))

@@ -33,7 +33,7 @@ def resumed(folder: Path, resume: str) -> None:
     list(MetricsFile(folder / "metrics.jsonl").read())
 
 
-@fuzzed(200, found=changes(), which=st.sampled_from(("run", "run/checkpoint-3", "run/checkpoint-2", "run/model")))
+@fuzzed(60, found=changes(), which=st.sampled_from(("run", "run/checkpoint-3", "run/checkpoint-2", "run/model")))
 def test_reading_of_runs(found: list[Change], which: str, finished: Path) -> None:
     with copy_of(finished) as folder:
         apply(folder / "run", found)
