@@ -88,7 +88,8 @@ def apply(folder: Path, found: list[Change]) -> None:
     """Change files of ``folder``, or ``folder`` itself where it is a file."""
     for change in found:
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
-        files = [path for path in files if path.is_file()]
+        # What an earlier change has put in their place is none of the valid files.
+        files = [path for path in files if path.is_file() and not path.is_symlink()]
         if files:
             KINDS[change.kind](files[change.file % len(files)], change.at, change.value)
 

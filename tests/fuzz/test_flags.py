@@ -53,7 +53,7 @@ CHOICES = (
 )
 ASSIGNMENTS = (
     *("sample.num_inference_steps=5000", "sample.num_inference_steps=101", "unlearn.relabel_to=[]", "images.height=33"),
-    *("images.height=16384", "images.bucket_step=7", "threads=2147483647", "model.block_out_channels=[]", "seed=.nan"),
+    *("images.bucket_step=7", "threads=2147483647", "model.block_out_channels=[]", "seed=.nan"),
     *("model.block_out_channels=[8,8,8,8,8,8,8]", "model.block_out_channels=[7]", "model.layers_per_block=2147483647"),
     *("model.num_train_timesteps=1", "unlearn.accumulation_steps=2147483647", "train.batch_size=2147483647"),
     *(
