@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: install demo test test-processes test-others lanes ci lint format type bench kernels-aot clean
+.PHONY: install demo test test-processes test-others lanes ci fuzz lint format type bench kernels-aot clean
 
 install: $(VENV)/.installed
 
@@ -54,6 +54,10 @@ lanes: install
 
 ci: install
 	$(TWO) $(TESTS) lane-aot type lint
+
+# New inputs for an hour, or as FUZZ_SECONDS says; those that fail are kept in .fuzz and come first the next time.
+fuzz: install
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),3600) $(BIN)/pytest tests/fuzz $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

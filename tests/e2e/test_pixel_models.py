@@ -158,6 +158,7 @@ def test_methods_of_images_run_on_pixels(run: Run, nano_folder: Folder, here: Pa
         (("--data", "data", "--forget-class", "7"), "There is no class 7 in the data"),
         (("--data", "data", "--forget-class", "cat", "--retain-class", "cat"), "forgotten and retained"),
         (("--data", "data", "--forget-class", "cat", "--relabel-class", "cat"), "choose a retained class"),
+        (("--data", "data", "--forget-class", "cat", "--set", "unlearn.relabel_to=[]"), "no class to relabel to"),
         (("--data", "data"), "Nothing to forget"),
         (("--data", "two", "--forget-class", "cat"), "4 class embeddings"),
         (("--data", "loose", "--forget-files", "request.txt"), "has no class"),

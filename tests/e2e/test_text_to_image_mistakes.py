@@ -93,6 +93,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object
 
 
 SD = ("unlearn", "--model", "sd", "--out", "out")
+SAMPLE = ("sample", "--model", "sd", "--prompts", "a cat", "--out", "out")
 KOHYA = ("--set", "output.lora_keys=kohya")
 CATS = ("--data", "photos", "--forget-class", "cat")
 
@@ -159,6 +160,7 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         (("unlearn", "--model", "digits", "--out", "out", "--forget", "3", "--data", "photos"), "There is no class 3"),
         (("sample", "--model", "digits", "--prompts", "a cat", "--out", "out"), "omit --prompts"),
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
+        ((*SAMPLE, "--set", "sample.num_inference_steps=5000"), "more than the 1,000 timesteps"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--classes", "3", "--out", "out"), "--prompts"),
     ],

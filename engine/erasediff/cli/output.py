@@ -32,8 +32,9 @@ def loading(console: Console) -> Status:
 
 
 def print_error(sentence: str, console: Console = messages) -> None:
-    """The one sentence that a mistake gets."""
-    console.print(f"[bold red]Error:[/] {escape(sentence)}", soft_wrap=True)
+    """The one sentence that a mistake gets, in one line: a name in it may hold what a terminal obeys."""
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in sentence)
+    console.print(f"[bold red]Error:[/] {escape(line)}", soft_wrap=True)
 
 
 def results_alone_on_stdout(command: Callable[P, None]) -> Callable[P, None]:

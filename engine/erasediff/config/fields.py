@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 MAX_COUNT = 2**31 - 1
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
+"""Threads of a CPU; for a billion of them OpenMP ends the process without a word to Python."""
 Bytes = Annotated[int, Field(gt=0, lt=2**63)]
 Side = Annotated[int, Field(gt=0, le=16_384)]
 """Side of an image in pixels."""

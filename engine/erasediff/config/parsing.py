@@ -19,6 +19,8 @@ from erasediff.errors import UserError
 from erasediff.io.user_file import MEGABYTE, read_text
 
 LARGEST_CONFIG = 4 * MEGABYTE
+SHOWN = 200
+"""Characters of a wrong value or name that a message has."""
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -161,15 +163,19 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def _explain(error: ErrorDetails, path: Path | None) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    name = _shortened(".".join(str(part) for part in error["loc"]))
     where = f" in {path}" if path else ""
     if error["type"] == "extra_forbidden":
         matches = _near_matches(name)
         hint = f"did you mean {' or '.join(matches)}?" if matches else "`erasediff info --config` lists them all."
         return f'Unknown setting "{name}"{where}; {hint}'
     complaint = re.sub(r"^(Input|Tuple|String|Value) ", "", error["msg"]).rstrip(".")
-    return f'The setting "{name}"{where} cannot be {error["input"]!r}: it {complaint}.'
+    return f'The setting "{name}"{where} cannot be {_shortened(repr(error["input"]))}: it {complaint}.'
 
 
 def _near_matches(name: str) -> list[str]:

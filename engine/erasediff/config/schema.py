@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from erasediff.config.distributed_config import DistributedConfig
-from erasediff.config.fields import Count, Section
+from erasediff.config.fields import Section, Threads
 from erasediff.config.sections import (
     DataConfig,
     EvaluateConfig,
@@ -66,7 +66,7 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
-    threads: Count | None = 1
+    threads: Threads | None = 1
     precision: Precision = "fp32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -33,7 +33,7 @@ class ModelConfig(Section):
 
     conditional: bool = True
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32, 64)
-    layers_per_block: Count = 1
+    layers_per_block: Annotated[int, Field(gt=0, le=1024)] = 1
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     num_train_timesteps: Count = 1000

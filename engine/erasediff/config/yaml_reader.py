@@ -75,6 +75,7 @@ class _Reader:
         if isinstance(node, SequenceNode):
             return [self.value(item, depth - 1) for item in node.value]
         assert isinstance(node, ScalarNode)
+        _check_characters(node)
         return _plain(node) if node.tag == PLAIN else node.value
 
     def _mapping(self, node: MappingNode, depth: int) -> dict[str, Any]:
@@ -82,10 +83,17 @@ class _Reader:
         for key, item in node.value:
             if not isinstance(key, ScalarNode) or key.tag not in (PLAIN, QUOTED):
                 raise UserError(f"has a key that is no word{_place(key)}: name a setting or a section.")
+            _check_characters(key)
             if key.value in values:
                 raise UserError(f'has "{key.value}" twice in one section{_place(key)}: keep one of them.')
             values[key.value] = self.value(item, depth - 1)
         return values
+
+
+def _check_characters(node: ScalarNode) -> None:
+    """UserError for what escapes can write and neither a file's name nor UTF-8 can hold."""
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in node.value):
+        raise UserError(f"has a character that is none of any text, escaped in quotes{_place(node)}: leave it out.")
 
 
 def _plain(node: ScalarNode) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erasediff.errors import UserError
 from erasediff_kernels.ops.denoising_loss import PREDICTION_TYPES
 
 
@@ -45,6 +46,14 @@ class Process:
     @property
     def num_train_timesteps(self) -> int:
         return self.alpha.numel()
+
+    def check_inference_steps(self, steps: int) -> None:
+        """Raise UserError for a sampler of more steps than there are timesteps."""
+        if steps > self.num_train_timesteps:
+            raise UserError(
+                f"A sampler of {steps:,} steps takes more than the {self.num_train_timesteps:,} timesteps of the "
+                "model: choose fewer (num_inference_steps)."
+            )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Process:

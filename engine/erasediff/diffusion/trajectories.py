@@ -33,14 +33,16 @@ class Trajectories:
         seed: of the noise.
 
     Raises:
-        ValueError: for steps outside [1, train timesteps].
+        ValueError: for less than one step.
+        UserError: for more steps than the process has timesteps.
     """
 
     def __init__(
         self, process: Process, shape: tuple[int, ...], slots: Tensor, *, total: int, steps: int, seed: int
     ) -> None:
-        if not 1 <= steps <= process.num_train_timesteps:
-            raise ValueError(f"a trajectory has 1 to {process.num_train_timesteps} steps, not {steps}")
+        if steps < 1:
+            raise ValueError(f"a trajectory has at least one step, not {steps}")
+        process.check_inference_steps(steps)
         self.process = process
         self.shape = shape
         self.slots = slots

@@ -48,6 +48,7 @@ def sample_images(
 
     Raises:
         ValueError: Labels do not fit the model, or the count.
+        UserError: More steps than the model has timesteps.
     """
     if (class_labels is None) != (model.condition == "none"):
         raise ValueError("class_labels are needed by a conditional model, and by no other")
@@ -57,6 +58,7 @@ def sample_images(
         count = len(class_labels)
     if count is None:
         raise ValueError("an unconditional model needs a count")
+    model.process.check_inference_steps(num_inference_steps)
     guidance_scale = model.default_guidance if guidance_scale is None else guidance_scale
 
     was_training = model.denoiser.training

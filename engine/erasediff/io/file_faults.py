@@ -16,8 +16,11 @@ def fault_of(path: Path) -> str | None:
         return "its download is not complete; finish it" if _partial(path).exists() else None
     if not path.is_file():
         return "it is not a file"
-    with path.open("rb") as file:
-        head = file.read(len(GIT_LFS))
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(GIT_LFS))
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
     if not head:
         return "it is empty; download it again"
     if head.startswith(GIT_LFS):

@@ -59,6 +59,7 @@ def sample_images(
     progress: Callable[[int], None] | None,
 ) -> Tensor:
     """uint8 images [N, H, W, 3] on the host of ``size`` (height, width); arguments as of ``LatentModel.sample``."""
+    model.process.check_inference_steps(num_inference_steps)
     height, width = size
     shape = model.latent_shape(height, width)
     denoiser = model.materialize_denoiser()

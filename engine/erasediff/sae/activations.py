@@ -211,7 +211,9 @@ def collect_activations(
 
     Raises:
         ValueError: ``crossed`` with batches of one image.
+        UserError: More steps than the model has timesteps.
     """
+    model.process.check_inference_steps(num_inference_steps)
     if crossed and batch_size == 1:
         raise ValueError("prompts change places within a batch: with one image there is no other")
     identity = {

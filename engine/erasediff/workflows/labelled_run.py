@@ -213,5 +213,7 @@ def relabelling(settings: UnlearnConfig, model: UnpromptedModel, teacher: Callab
     """Relabelling target: another class. UserError for a model without classes."""
     if model.condition != "class":
         raise UserError("The target relabel needs a class-conditional model; use uniform or gaussian.")
+    if not settings.relabel_to:
+        raise UserError("There is no class to relabel to: name one in unlearn.relabel_to, or leave the setting out.")
     choices = {"class_labels": torch.tensor(settings.relabel_to)}
     return Relabel(choices, teacher() if settings.teacher == "frozen" else None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from erasediff.cli.crash import as_user_error, keep_crash_log_in, log_crash
+from erasediff.cli.output import print_error
 from erasediff.cli.streams import LossyStream
 
 BEGIN = """
@@ -95,3 +96,9 @@ def test_a_refused_stream_says_why_once(tmp_path: Path) -> None:
     assert isinstance(stream.refusal, ValueError)
     stream.flush()
     assert not stream.isatty()
+
+
+def test_an_error_is_one_line_and_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of files may hold escape sequences and line ends."""
+    print_error("a\nb\x1b[2J\udc80 é [red]x")
+    assert capsys.readouterr().err == "Error: a\\nb\\x1b[2J\\udc80 é [red]x\n"

@@ -43,6 +43,8 @@ def test_an_alias_is_a_copy() -> None:
         ("a: *nowhere", "is not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "has the tag"),
         ("!!int abc", "has the tag"),
+        (r'a: "x\0y"', "has a character that is none of any text"),
+        (r'"\ud800": 1', "has a character that is none of any text"),
         ("!!timestamp x", "has the tag"),
         ("seed: yes", 'has "yes": write true or false'),
         ("x: 1\nseed: On", 'has "On" in line 2'),
@@ -83,6 +85,19 @@ def test_counts_are_bounded() -> None:
     for name in ("unlearn.batch_size", "unlearn.warmup_steps", "images.height"):
         with pytest.raises(UserError, match=name):
             load_config(None, {name: 10**12})
+
+
+def test_a_long_value_is_shortened() -> None:
+    with pytest.raises(UserError, match=r"cannot be 'x+\.\.\.: it should be") as caught:
+        load_config(None, {"unlearn.lr": "x" * 10_000})
+    assert len(str(caught.value)) < 500
+
+
+def test_threads_are_bounded() -> None:
+    """OpenMP ends the process that asks it for a billion of them."""
+    assert load_config(None, {"threads": 1024}).threads == 1024
+    with pytest.raises(UserError, match='The setting "threads" cannot be 2147483647'):
+        load_config(None, {"threads": 2**31 - 1})
 
 
 def test_a_file_with_a_mistake_is_named(tmp_path: Path) -> None:

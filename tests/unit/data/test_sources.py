@@ -59,6 +59,22 @@ def test_a_model_with_prompts_has_captions_of_the_template(tmp_path: Path) -> No
         read(str(tmp_path / "data.npz"), ReadOptions(captions=True))
 
 
+def test_npz_with_a_byte_changed(tmp_path: Path) -> None:
+    """Its bits, its kind of compression, its flags, the header of its array: read or refused, and nothing else."""
+    np.savez_compressed(tmp_path / "data.npz", images=noise(2, 3, 3))
+    content = (tmp_path / "data.npz").read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0xFF
+        (tmp_path / "data.npz").write_bytes(changed)
+        try:
+            read(str(tmp_path / "data.npz"), OPTIONS)
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
 def test_npz_of_other_shapes(tmp_path: Path) -> None:
     file = tmp_path / "data.npz"
     grey = noise(4, 5, 6)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from erasediff.diffusion.trajectories import Trajectories
+from erasediff.errors import UserError
 from erasediff.evaluation import sample_images
 from erasediff.models import PixelModel
 
@@ -67,3 +69,13 @@ def test_labels_must_go_with_the_model_and_the_count(model: PixelModel) -> None:
     unconditional = PixelModel.build(num_classes=None, block_out_channels=(8, 16))
     with pytest.raises(ValueError, match="needs a count"):
         sample_images(unconditional, None)
+
+
+def test_more_steps_than_timesteps_are_refused_by_every_sampler(model: PixelModel) -> None:
+    steps = model.process.num_train_timesteps + 1
+    with pytest.raises(UserError, match="A sampler of 1,001 steps takes more than the 1,000 timesteps"):
+        sample_images(model, torch.tensor([0]), num_inference_steps=steps)
+    with pytest.raises(UserError, match="choose fewer"):
+        Trajectories(model.process, (1, 8, 8), torch.arange(2), total=2, steps=steps, seed=0)
+    with pytest.raises(ValueError, match="at least one step"):
+        Trajectories(model.process, (1, 8, 8), torch.arange(2), total=2, steps=0, seed=0)

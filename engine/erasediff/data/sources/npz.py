@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from erasediff.data.sources.pixel_arrays import array_images
 from erasediff.errors import UserError
 from erasediff.io.user_file import check_regular
 
+DAMAGE = (zlib.error, NotImplementedError, RuntimeError, SyntaxError, TokenError)
+"""Of a member: its bits, its compression, a password; the header of an array is a text in Python's syntax."""
 IMAGES, LABELS, NAMES = ("images", "arr_0"), ("labels", "arr_1"), "class_names"
 LOCAL_HEADER = 30
 """Bytes of a zip member's local header before its name and extra field, whose lengths are at bytes 26 and 28."""
@@ -39,7 +43,7 @@ class NpzSource:
                 class_names = [str(name) for name in archive[NAMES]] if NAMES in names else []
         except FileNotFoundError:
             raise UserError(f"There is no file {path}.") from None
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, *DAMAGE) as error:
             raise UserError(
                 f"{path} cannot be read as an .npz of plain arrays: {' '.join(str(error).split())}."
             ) from None

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from erasediff.errors import UserError
+from erasediff.io.file_faults import fault_of
 from erasediff.models.load import load_text_to_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,3 +161,8 @@ def test_an_unknown_dtype(folder: Path) -> None:
     refused(folder, "holds conv_in.bias as C64, which is not known here: give the weights in float32")
     save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"].to(torch.float8_e8m0fnu)}, folder / UNET)
     refused(folder, "holds conv_in.bias as F8_E8M0, which is not known here")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a Linux file whose bytes cannot be read")
+def test_a_file_whose_disk_refuses() -> None:
+    assert fault_of(Path("/proc/self/mem")) == "input/output error"
