@@ -64,7 +64,6 @@ def test_a_diverged_run_of_the_digits(run: Run) -> None:
     small = ("--forget", 3, "--steps", 4, "--batch-size", 4, "--device", "cpu")
     ended = run("unlearn", "--model", "base", *small, "--lr", 1e30, "--out", "out")
     assert "3 of 4 steps were skipped" in sentence(ended)
-    assert Path("out/checkpoint-4").is_dir()
 
 
 @pytest.mark.parametrize("train", ["xattn", "lora"])

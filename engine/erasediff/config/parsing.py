@@ -236,8 +236,8 @@ def _default_lr(config: Config, weights: int | None) -> float:
     """Default learning rate of a text-to-image model whose denoiser has so many ``weights``.
 
     Smaller networks take larger steps: of a million weights, at 1e-5 every sample still showed the forgotten class, at
-    1e-4 one in five, at 5e-4 one in thirty, and the others stayed (``benchmarks/nano_sd``). Between that and the size
-    that the published rates are of, the rate is a power of the size.
+    1e-4 one in five, at 5e-4 one in fifty, and the others stayed (``benchmarks/nano_sd``). Between that and the size
+    that the published rates are of, the rate is a power of the size, which was not measured.
     """
     if config.text_to_image.train == "lora":
         return LORA_LR
