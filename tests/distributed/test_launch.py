@@ -60,8 +60,9 @@ def test_ranks_do_what_one_process_does_and_only_one_speaks(home: Path, tmp_path
     launch = ("--launch", "zero", "--stage", 2, "--processes", 2)
     output, errors = run(*unlearn(home), "--out", tmp_path / "run", *launch, new_interpreter=True)
     assert json.loads(output)["steps_taken"] == 12
-    request, progress = errors.strip().splitlines()
+    request, warning, progress = errors.strip().splitlines()
     assert request.startswith("Request: forgetting ")
+    assert warning.startswith("Warning: in 12 steps of ")
     assert progress.count("12/12") == 1
     assert_same_curve(tmp_path / "run", home)
     one = weights(home / "one")
