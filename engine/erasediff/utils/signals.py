@@ -4,9 +4,9 @@ import signal
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Ctrl-C, SIGTERM, and the SIGHUP of a lost terminal, but for those that this process was told to ignore.
+    """Ctrl-C, SIGTERM, and the SIGHUP of a lost terminal, unless this process was told to ignore that, as by nohup.
 
-    SIGHUP is ignored under nohup.
+    A shell's background job ignores Ctrl-C of the terminal, but one who sends it SIGINT by number means it.
     """
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]

@@ -69,7 +69,12 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
 def test_ctrl_c_ends_the_wait_of_a_command(port: str) -> None:
     stale = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = subprocess.Popen(
-        [sys.executable, "-m", "erasediff.cli", "info"], env={**os.environ, **stale}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "erasediff.cli", "info"],
+        env={**os.environ, **stale},
+        stderr=subprocess.PIPE,
+        text=True,
+        # As in a terminal: these tests may be a job in the background, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert command.stderr is not None
     giving_up = threading.Timer(120, command.kill)
