@@ -87,9 +87,12 @@ def changes(*kinds: str, most: int = 3) -> st.SearchStrategy[list[Change]]:
 def apply(folder: Path, found: list[Change]) -> None:
     """Change files of ``folder``, or ``folder`` itself where it is a file."""
     for change in found:
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
-        # What an earlier change has put in their place is none of the valid files.
-        files = [path for path in files if path.is_file() and not path.is_symlink()]
+        # What an earlier change has put in their place is none of the valid files, nor is what a link leads to.
+        if folder.is_symlink():
+            return
+        root = folder.resolve()
+        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+        files = [path for path in files if path.is_file() and path.resolve() == root / path.relative_to(folder)]
         if files:
             KINDS[change.kind](files[change.file % len(files)], change.at, change.value)
 

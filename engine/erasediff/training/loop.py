@@ -235,7 +235,7 @@ def check_skipped_steps(method: Solver, steps: int, run: Path) -> None:
     if skipped * SKIPPED_LIMIT > steps:
         raise RunFailedError(
             f"{skipped} of {method.updates} steps were skipped since their gradients were not finite, so no model was "
-            f"saved: lower the learning rate, or use another precision; the checkpoints stay in {run}."
+            f"saved: lower the learning rate, or use another precision; the run stays in {run}."
         )
 
 

@@ -42,7 +42,8 @@ def sample(
     ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
     UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
     """
-    is_picture(out)
+    if not is_picture(out):
+        check_new(out)
     model = load_unprompted(model_path, set_up_device(config), console, lora_file=config.text_to_image.lora)
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
