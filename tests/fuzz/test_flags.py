@@ -81,37 +81,12 @@ ASSIGNMENTS = (
 )
 
 FEW = ("--set", "sample.num_inference_steps=1", "--set", "images.images_per_prompt=1")
+SHORT_RUN = ("--data", "images", "--forget-class", "cat", "--out", "out", "--steps", "1", "--batch-size", "2")
 RIGHT = {
     "train": (("--out", "out", "--steps", "1", "--batch-size", "2"),),
     "unlearn": (
-        (
-            "--model",
-            "net",
-            "--data",
-            "images",
-            "--forget-class",
-            "cat",
-            "--out",
-            "out",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-        ),
-        (
-            "--model",
-            "sd",
-            "--data",
-            "images",
-            "--forget-class",
-            "cat",
-            "--out",
-            "out",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-        ),
+        ("--model", "net", *SHORT_RUN),
+        ("--model", "sd", *SHORT_RUN),
         ("--model", "sd", "--forget-prompts", "a", "--retain-prompts", "b", "--out", "out", "--steps", "1", *FEW),
     ),
     "sample": (

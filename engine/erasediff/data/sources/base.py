@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import pkgutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -16,6 +14,7 @@ import erasediff.data.sources
 from erasediff.data.hf_datasets import check_source, class_label_names, is_saved_dataset, read_images
 from erasediff.data.image_folder import CLASS, CaptionedImage, filled
 from erasediff.errors import UserError
+from erasediff.utils.collector import paused_collector
 
 MOST_NUMBERED = 100_000
 """Classes that are numbered by the numbers they are called; larger ones are identifiers."""
@@ -87,7 +86,7 @@ def read_image_set(location: str, options: ReadOptions) -> ImageSet:
     Raises:
         UserError: As the format's ``read``, and for images without captions where they are needed.
     """
-    with _without_cycle_search():
+    with paused_collector():
         return _read_image_set(location, options)
 
 
@@ -110,19 +109,6 @@ def _read_image_set(location: str, options: ReadOptions) -> ImageSet:
         return labelled(images, options.class_column)
     names = class_label_names(location, split=options.split, column=options.class_column)
     return labelled(images, options.class_column, names)
-
-
-@contextmanager
-def _without_cycle_search() -> Iterator[None]:
-    """Leave out Python's search for unreachable cycles, which takes half of the time in which millions of objects are
-    made and none is dropped."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def labelled(images: Sequence[CaptionedImage], column: str = CLASS, names: Sequence[str] = ()) -> ImageSet:
