@@ -1,0 +1,1 @@
+"""Judges of images: which of several candidates an image shows. One file per kind of judge."""
