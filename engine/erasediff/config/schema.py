@@ -21,6 +21,7 @@ from erasediff.config.sections import (
     TrainConfig,
 )
 from erasediff.config.unlearn_config import UnlearnConfig
+from erasediff.config.verdict_config import VerdictConfig
 
 SECTION_ALIASES = {"pixel_model": "model", "dataset": "data"}
 """Alternative names of sections in files and ``--set``."""
@@ -58,6 +59,7 @@ class Config(Section):
         sample: Sampling.
         evaluate: Evaluation.
         run: Checkpoints and metrics.
+        verdict: Verdict at the end of an unlearning run.
         images: Images to forget and retain.
         text_to_image: Loading of a text-to-image checkpoint and weights to train.
         output: Format of an unlearned text-to-image model.
@@ -75,6 +77,7 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     run: RunConfig = RunConfig()
+    verdict: VerdictConfig = VerdictConfig()
     images: ImagesConfig = ImagesConfig()
     text_to_image: TextToImageConfig = TextToImageConfig()
     output: OutputConfig = OutputConfig()

@@ -33,6 +33,7 @@ class ListedImage:
         name: path of its file, or its name in a data set.
         sha256: of its file's content, or of its pixels; None for an image that the run does not read.
         condition: ``caption`` or ``class``, and its value.
+        class_name: class of an image with a caption, if it has one.
         selected_by: what asks to forget it: pairs such as ("phrase", "sneaker").
     """
 
@@ -40,10 +41,13 @@ class ListedImage:
     sha256: str | None
     condition: tuple[str, str]
     selected_by: tuple[tuple[str, str], ...] = ()
+    class_name: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The image as a mapping."""
         record: dict[str, Any] = {"image": self.name, "sha256": self.sha256, self.condition[0]: self.condition[1]}
+        if self.class_name is not None:
+            record["class"] = self.class_name
         return record | ({"selected_by": [": ".join(pair) for pair in self.selected_by]} if self.selected_by else {})
 
     def line(self) -> str:
@@ -52,7 +56,8 @@ class ListedImage:
             return json.dumps(self.record())
         # ``json.dumps`` sets up an encoder each time, which takes most of the time for a million short records.
         kind, value = self.condition
-        return f'{{"image": {_quoted(self.name)}, "sha256": null, "{kind}": {_quoted(value)}}}'
+        of_class = "" if self.class_name is None else f', "class": {_quoted(self.class_name)}'
+        return f'{{"image": {_quoted(self.name)}, "sha256": null, "{kind}": {_quoted(value)}{of_class}}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,14 @@ def listed_images(
     # Retained images of a lazy data set are not made for this.
     requests = repeat(()) if isinstance(images, NumberedImages) else (image.selected_by for image in images)
     return tuple(
-        ListedImage(path, digests.get(number), (condition, caption if condition == "caption" else name), request)
+        ListedImage(
+            path,
+            digests.get(number),
+            (condition, caption if condition == "caption" else name),
+            request,
+            # Of an image folder without classes, it is the empty one.
+            (name or None) if condition == "caption" else None,
+        )
         for number, ((path, caption, name), request) in enumerate(zip(outlines(images), requests, strict=False))
         if number in digests or number not in read
     )
@@ -157,7 +169,10 @@ def _check_same(path: Path, images: Sequence[ListedImage]) -> None:
 
 def _content(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
     """What batches depend on. A path may change: images of prompts are in the cache."""
-    return None if record is None else (record.get("sha256"), record.get("caption"), record.get("class"))
+    if record is None:
+        return None
+    # Earlier runs did not list the classes of images with captions.
+    return record.get("sha256"), record.get("caption"), None if "caption" in record else record.get("class")
 
 
 def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:

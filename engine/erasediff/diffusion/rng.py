@@ -32,6 +32,8 @@ class NoiseRole(IntEnum):
     MEMBERSHIP = 12
     ANCHOR = 13
     DRIFT = 14
+    CLASSIFIER = 15
+    DISTANCE = 16
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

@@ -20,7 +20,7 @@ SINGLE_FILE = "model.safetensors"
 ROLLED_BACK = "rolled-back"
 """Folder of the model of a run that was stopped, from before it destroyed what it should keep."""
 LATEST = "latest"
-FREE = ("run.", "distributed.")
+FREE = ("run.", "distributed.", "verdict.")
 """Sections that a resumed run may change, since they do not change results."""
 
 

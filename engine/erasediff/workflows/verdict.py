@@ -1,0 +1,216 @@
+"""Verdict at the end of an unlearning run: what was asked, the models before and after, judges, files."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from erasediff.config import Config, SampleConfig, for_text_to_image
+from erasediff.evaluation.diffusion_classifier import DiffusionClassifier
+from erasediff.models.base import LatentModel
+from erasediff.models.checkpoint_model import CheckpointModel
+from erasediff.sae import ConceptEraser
+from erasediff.training.job import set_up_device, thread_scope
+from erasediff.utils.progress import progress_bar
+from erasediff.verdict.candidates import candidates_of
+from erasediff.verdict.concepts import concluded, distance_figures, draw, judge_images
+from erasediff.verdict.examined import AnyModel, ExaminedModel
+from erasediff.verdict.judges.base import Judge
+from erasediff.verdict.judges.original import OriginalJudge
+from erasediff.verdict.outcome import Verdict
+from erasediff.verdict.request import Request, run_request
+from erasediff.workflows.labelled_data import for_data, open_data
+from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, load_unprompted
+
+FEWEST, MOST = 20, 60
+"""Images of what is forgotten, and as many of what is retained, by each of the two models."""
+SEED = 1_000_003
+"""Added to the run's seed: the verdict's noise is none that the run has seen."""
+BACKWARD = 3
+"""Cost of a forward and backward pass in forward passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """A verdict with what it rests on.
+
+    Attributes:
+        verdict: The verdict.
+        rows: A record for each image and judge.
+        images: By model ("before", "after") and label, uint8 [n, C, H, W].
+        sought: Labels of what is forgotten.
+        retained: Labels of what is retained.
+    """
+
+    verdict: Verdict
+    rows: Sequence[Mapping[str, Any]]
+    images: Mapping[str, Mapping[str, Tensor]]
+    sought: Sequence[str] = ()
+    retained: Sequence[str] = ()
+
+
+@thread_scope()
+def examine_run(config: Config, run: Path, model: Path, console: Console, *, eraser: Path | None = None) -> Examination:
+    """Examine the model of a run against the one that it was unlearned from.
+
+    Args:
+        config: Configuration of the run, complete.
+        run: Folder of the run, with the lists of its images.
+        model: The unlearned model.
+        console: Console for progress bars.
+        eraser: A concept eraser in whose presence ``model`` draws.
+
+    Raises:
+        UserError: A model, a judge or a list cannot be read.
+    """
+    request = _request(config, run)
+    if request is None:
+        return _undecided("concept", "The run has no list of what it forgets.")
+    device = set_up_device(config)
+    before = _examined(config, config.unlearn.model, device, console)
+    after = _examined(config, model, device, console, is_result=True, eraser=eraser)
+    if request.kind == "files":
+        return _undecided("files", "The forgotten images share their captions or classes with retained ones.")
+    if not isinstance(before.model, LatentModel) and before.model.condition == "none":
+        return _undecided("share", "The model is unconditional.")
+    return _examine_concepts(config, request, before, after, console)
+
+
+def _undecided(kind: str, reason: str) -> Examination:
+    return Examination(Verdict(forgotten="cannot tell", retained="cannot tell", kind=kind, reasons=(reason,)), (), {})
+
+
+def _request(config: Config, run: Path) -> Request | None:
+    anchors = config.text_to_image.anchor_prompts
+    listed = run_request(run, anchors=anchors)
+    if listed is not None:
+        return listed
+    if config.images.forget_prompts:
+        return Request.of_prompts(config.images.forget_prompts, config.images.retain_prompts, anchors=anchors)
+    return None
+
+
+def _examined(
+    config: Config,
+    source: Path | None,
+    device: torch.device,
+    console: Console,
+    *,
+    is_result: bool = False,
+    eraser: Path | None = None,
+) -> ExaminedModel:
+    """The model in ``source`` with the settings to draw with; a result has the run's LoRA in its weights."""
+    assert source is not None
+    if is_result:
+        changes = {"lora": None}
+        config = config.model_copy(update={"text_to_image": config.text_to_image.model_copy(update=changes)})
+    sampling = config.sample.model_copy(update={"batch_size": max(config.sample.batch_size, 16)})
+    attached: Callable[[], AbstractContextManager[object]] = nullcontext
+    model: AnyModel
+    if is_text_to_image(source):
+        config = for_text_to_image(config)
+        model = load_checkpoint(config, source, device)
+        if eraser is not None:
+            attached = partial(ConceptEraser.load(eraser).attached, model.denoiser)
+        height, width = config.images.height, config.images.width
+        size = (
+            None
+            if height is None and width is None
+            else (height or model.default_size[0], width or model.default_size[1])
+        )
+        return ExaminedModel(model=model, settings=sampling, size=size, attached=attached)
+    model = load_unprompted(source, device, console, lora_file=config.text_to_image.lora)
+    if model.condition == "class":
+        model = open_data(for_data(config)).fit(model, source)
+    return ExaminedModel(model=model, settings=_unprompted_sampling(sampling, model))
+
+
+def _unprompted_sampling(settings: SampleConfig, model: CheckpointModel) -> SampleConfig:
+    if getattr(model, "space", "latent") == "latent" and "num_inference_steps" not in settings.model_fields_set:
+        return settings.model_copy(update={"num_inference_steps": 30})
+    return settings
+
+
+def _examine_concepts(
+    config: Config, request: Request, before: ExaminedModel, after: ExaminedModel, console: Console
+) -> Examination:
+    settings, seed = config.verdict, config.seed + SEED
+    chosen = candidates_of(request, before, _anchors(config, request, before))
+    sought, retained, others = chosen.sought, chosen.retained, chosen.others
+    before.model.release_encoders()
+    count = settings.images or _affordable(config, before, len(sought), len(others) + len(retained))
+    each = max(4, -(-count // max(len(retained), 1)))
+    drawings = 2 * (-(-count // len(sought)) * len(sought) + each * len(retained))
+    with progress_bar(console, "Verdict: drawing", drawings) as bar:
+        drawn = draw(
+            before,
+            after,
+            sought,
+            retained,
+            others,
+            chosen.prompts,
+            count=count,
+            each=each,
+            seed=seed,
+            progress=bar.advance,
+        )
+    for examined in (before, after):
+        examined.model.release_encoders()
+    gc.collect()
+    classifier = DiffusionClassifier(
+        before.model.denoiser,
+        before.model.process,
+        before.model.predict,
+        seed=seed,
+        batch_size=before.settings.batch_size,
+    )
+    passes = classifier.passes(drawings, len(sought) + len(retained) + len(others))
+    with progress_bar(console, "Verdict: judging", passes) as bar:
+        judges: list[Judge] = [OriginalJudge(before.model, classifier, bar.advance)]
+        findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
+    distances = distance_figures(before, after, drawn, chosen.anchor, seed=seed)
+    labels, kept = ([candidate.label for candidate in candidates] for candidates in (sought, retained))
+    verdict = concluded(
+        findings,
+        distances,
+        kind="concept",
+        sought=labels,
+        others=[*kept, *(candidate.label for candidate in others)],
+        judges=[{"name": judge.name, **judge.description} for judge in judges],
+        settings={
+            "seed": seed,
+            "guidance_scale": before.settings.guidance_scale,
+            "num_inference_steps": before.settings.num_inference_steps,
+            "images_forgotten": len(drawn.of("before", sought)),
+            "images_of_each_retained": each if retained else 0,
+            "prompts": {label: list(chosen.prompts[label]) for label in (*labels, *kept)},
+        },
+    )
+    rows = [row for found in findings for row in found.rows]
+    return Examination(verdict, rows, drawn.images, labels, kept)
+
+
+def _anchors(config: Config, request: Request, before: ExaminedModel) -> tuple[str, ...]:
+    """Captions that the forgotten concepts were to become, or the names of the classes that they were relabelled to."""
+    if isinstance(before.model, LatentModel):
+        return request.anchors
+    names, relabelled = before.model.class_names, config.unlearn.relabel_to or ()
+    return tuple(names[number] for number in relabelled if isinstance(number, int))
+
+
+def _affordable(config: Config, before: ExaminedModel, sought: int, others: int) -> int:
+    """Images of each side that take a quarter of the run's time, between ``FEWEST`` and ``MOST``."""
+    settings, candidates = config.unlearn, sought + others
+    of_step = 2 * settings.batch_size * BACKWARD + 2 * settings.batch_size
+    budget = (settings.steps or 0) * of_step / 4
+    of_image = 2 * (2 * before.settings.num_inference_steps + 2 * candidates + 4 * min(candidates, 4) + 16)
+    return int(min(max(budget / (2 * of_image), FEWEST), MOST))
