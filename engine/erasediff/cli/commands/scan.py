@@ -79,11 +79,11 @@ def _shown(found: "Scan") -> "Group":
     table = Table("", "caption", "score", "z")
     for row in found.ranked[:SHOWN]:
         table.add_row("!" if row.flagged else "", escape(row.prompt), f"{row.score:.3f}", f"{row.z:+.1f}")
-    total, chance = len(found.ranked), found.to_dict()["expected_by_chance"]
+    total, plain, chance = len(found.ranked), found.control.count, found.to_dict()["expected_by_chance"]
     return Group(
         table,
         *([f"… and {total - SHOWN:,} below"] if total > SHOWN else []),
-        f"{len(found.flagged):,} of {total:,} captions (!) score above 99% of the {found.control.count} control captions, "
+        f"{len(found.flagged):,} of {total:,} captions (!) score above 99% of the {plain} control captions, "
         f"{chance:.3g} would by chance; AUC {found.auc:.3f}.",
         f"List: {escape(str(found.written))}",
     )
