@@ -98,6 +98,8 @@ def test_a_file_of_the_users_is_kept(
     (tmp_path / "list.txt").write_text("mine")
     assert run_command(*arguments(model, tmp_path / "list.txt")) == 2
     assert "exists already" in capsys.readouterr().err
+    assert run_command(*arguments(model, tmp_path)) == 2
+    assert "holds no scan" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

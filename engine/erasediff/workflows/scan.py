@@ -22,6 +22,7 @@ from erasediff.evaluation.prompt_magnitude import (
 )
 from erasediff.io.atomic import atomic_write, check_new, storage_errors
 from erasediff.io.jsonl import MetricsFile, dumps
+from erasediff.io.temporary_names import is_temporary
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
 from erasediff.workflows.load_model import load_checkpoint, read_denoiser
@@ -136,8 +137,6 @@ def scan(
         "seed": config.seed,
     }
     rows, written = _places(out)
-    if not rows.exists():
-        check_new(written)
     read_denoiser(config, model)
     measure = PromptMagnitude(model=model, **settings)
     facts = {"model": model.hash, "denoiser": model.denoiser_hash(), **settings, "dtype": config.text_to_image.weights}
@@ -171,10 +170,16 @@ def _control(control: Sequence[str] | None, asked: Sequence[str], seed: int) -> 
 
 
 def _places(out: Path) -> tuple[Path, Path]:
-    """Files of the rows and of the list."""
+    """Files of the rows and of the list. UserError where there is anything but a scan."""
     if out.suffix == ".txt":
-        return out.with_suffix(".jsonl"), out
-    return out / "scores.jsonl", out / "memorised.txt"
+        rows = out.with_suffix(".jsonl")
+        if not rows.exists():
+            check_new(out)
+        return rows, out
+    rows = out / "scores.jsonl"
+    if not rows.exists() and out.exists() and not (out.is_dir() and all(is_temporary(p.name) for p in out.iterdir())):
+        raise UserError(f"{out} is there already, and holds no scan: choose another --out.")
+    return rows, out / "memorised.txt"
 
 
 def _measured(

@@ -27,7 +27,7 @@ def scan(
     out: Annotated[
         Path | None, typer.Option(help="Folder for scores.jsonl and memorised.txt (runs/scan), or a .txt file.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Draws of the initial noise per caption.")] = 4,
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Draws of the initial noise per caption.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps to average, of 50: 1, 10 or 50 are published.")] = 1,
     lora: options.Lora = None,
     saemnesia: Annotated[Path | None, typer.Option(help="The eraser OUT/saemnesia to attach.")] = None,
