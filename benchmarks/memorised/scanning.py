@@ -41,6 +41,7 @@ def main(
     cache: Annotated[Path, typer.Option(help="What nano_sd/train.py left.")] = CACHE,
     folder: Annotated[Path, typer.Option(help="Where the models are kept.")] = CACHE.parent / "nano-memorised",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST.")] = DEBIAN_FOLDER,
+    stage: Annotated[list[str] | None, typer.Option(help="Of base, memorised, unlearned; by default all.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     console = Console(stderr=True)
@@ -54,8 +55,10 @@ def main(
     control = captions(folder / "data", set(memorised.captions))
     lines = []
     stages = {"base": cache / "model", "memorised": folder / "model", "unlearned": folder / "unlearned" / "model"}
-    for stage, path in stages.items():
-        for steps, draws in PROTOCOLS if path.exists() else ():
+    for name, path in stages.items():
+        if not path.exists() or name not in (stage or stages):
+            continue
+        for steps, draws in PROTOCOLS:
             with tempfile.TemporaryDirectory() as out:
                 found = scan(
                     Config(seed=seed, device="cpu"),
@@ -69,7 +72,7 @@ def main(
                 )
             line = {
                 "benchmark": "scan",
-                "stage": stage,
+                "stage": name,
                 "steps": steps,
                 "draws": draws,
                 "auc": found.auc,
@@ -81,7 +84,7 @@ def main(
                 "threshold": found.control.threshold,
             }
             lines.append({**line, "seed": seed, **environment("cpu")})
-            console.print(stage, steps, draws, f"AUC {found.auc:.3f}, {len(found.flagged)} of {len(found.ranked)}")
+            console.print(name, steps, draws, f"AUC {found.auc:.3f}, {len(found.flagged)} of {len(found.ranked)}")
     print(append("scan", lines))
 
 

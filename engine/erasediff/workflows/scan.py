@@ -201,16 +201,18 @@ def _measured(
     scores: dict[str, float] = {line["prompt"]: line["score"] for line in lines[1:]}
     if not lines:
         file.append([header])
-    missing = [prompt for prompt in prompts if prompt not in scores]
     size = max(1, batch_size // measure.draws)
-    number = len(lines) or 1
-    with progress_bar(console, "Scanning", len(prompts), len(prompts) - len(missing)) as bar:
-        for first in range(0, len(missing), size):
-            chunk = missing[first : first + size]
-            for prompt, values in zip(chunk, measure(chunk).tolist(), strict=True):
-                scores[prompt] = sum(values) / len(values)
-                file.append([{"step": number, "prompt": prompt, "score": scores[prompt], "scores": values}])
-                number += 1
+    number = max(len(lines), 1)
+    with progress_bar(console, "Scanning", len(prompts)) as bar:
+        for first in range(0, len(prompts), size):
+            # A chunk that a kill has cut is measured as a whole again: what shares a batch changes the rounding.
+            chunk = prompts[first : first + size]
+            if missing := [prompt for prompt in chunk if prompt not in scores]:
+                found = dict(zip(chunk, measure(chunk).tolist(), strict=True))
+                scores |= {prompt: sum(found[prompt]) / measure.draws for prompt in missing}
+                rows = [{"prompt": prompt, "score": scores[prompt], "scores": found[prompt]} for prompt in missing]
+                file.append({"step": step, **row} for step, row in enumerate(rows, start=number))
+                number += len(rows)
             bar.advance(len(chunk))
     return scores
 
