@@ -33,6 +33,8 @@ def save_taught(model: Any, padding: Any, images: Tensor, texts: list[str], fold
     """Fit ``model`` to match each image with its text, and save it with tokenizer and image processor."""
     tokens = clip_tokenizer()(texts, padding=padding, max_length=TOKENS, truncation=True, return_tensors="pt")
     pixels = processor()(images=pictures(images), return_tensors="pt")["pixel_values"]
+    if padding == "max_length":
+        tokens = {"input_ids": tokens["input_ids"]}
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(40):
         optimizer.zero_grad()
