@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,7 +21,10 @@ class LatentModel(AutoencoderModel):
 
     Attributes:
         tokenizers: The text encoders' tokenizers by component.
+        has_null_prediction: Whether the empty prompt gives the unconditional prediction of classifier-free guidance.
     """
+
+    has_null_prediction: ClassVar[bool] = True
 
     def _check_components(self) -> None:
         super()._check_components()

@@ -52,6 +52,7 @@ class Flux(LatentModel):
     flow = True
     default_guidance = 3.5
     architecture = "flux-1"
+    has_null_prediction = False
     subsets = JOINT_SUBSETS
     reference_configs: ClassVar = {"flux": (FLUX_1_DEV, 1024)}
 
