@@ -22,13 +22,20 @@ class Ended(NamedTuple):
     errors: str
 
 
+def without_verdict(arguments: Iterable[object]) -> list[str]:
+    """Arguments of a command, of which a run of a few steps, that forgets nothing, is not judged for it."""
+    given = list(map(str, arguments))
+    is_judged = {"--verdict", "--no-verdict", "--help"} & set(given)
+    return [*given, "--no-verdict"] if given[:1] == ["unlearn"] and not is_judged else given
+
+
 def run_command(*arguments: object) -> object:
-    """Run the command line in this process and return its exit code."""
+    """Run the command line in this process and return its exit code; runs have a verdict with ``--verdict`` alone."""
     # Here, since the kernels' tests run where nothing but the kernels is installed.
     from erasediff.cli import main
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["erasediff", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["erasediff", *without_verdict(arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
     return ended.value.code

@@ -37,7 +37,7 @@ def start(
     *arguments: object, launcher: tuple[str, ...] = CLI, widest: int = WIDEST, new_interpreter: bool = False
 ) -> subprocess.Popen[str] | Forked:
     """``erasediff`` with ``arguments``, by itself or as ``launcher`` starts it, placed as ``widest`` processes are."""
-    asked = list(map(str, arguments))
+    asked = without_verdict(arguments)
     variables = {**os.environ, **environment(widest), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if launcher == CLI and not new_interpreter and not on_gpus(widest):
         return Forked(erasediff, asked, variables)

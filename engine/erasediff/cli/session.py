@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +14,7 @@ from erasediff.cli.options import configure
 from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
+from erasediff.errors import RunFailedError
 
 if TYPE_CHECKING:
     from erasediff.training.job import StandaloneJob, TrainingJob
@@ -74,19 +77,26 @@ def _gpu_count(device: str) -> int:
 
 
 def run_job(
-    job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool, out: Path | None = None
+    build: Callable[[], tuple[RunPlace | None, TrainingJob | StandaloneJob]],
+    *,
+    as_json: bool,
+    out: Path | None = None,
+    has_verdict: bool = False,
 ) -> None:
-    """Run ``job`` at ``place`` and print its result.
+    """Run the job that ``build`` returns at its place and print its result.
 
-    Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``.
+    Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``. A run
+    with a verdict ends with one, when the job has left memory.
+
+    Raises:
+        RunFailedError: The verdict is not that the model has forgotten and retained what it should.
     """
     from erasediff.training.job import StandaloneJob
 
-    if isinstance(job, StandaloneJob):
-        assert place is not None
-        emit(job.run(place, messages), as_json=as_json)
-        return
+    place, job = build()
+    config = job.config
     if place is None:
+        assert not isinstance(job, StandaloneJob)
         from erasediff.workflows.dry_run import dry_run
 
         if out is not None:
@@ -95,5 +105,25 @@ def run_job(
             measured = dry_run(job)
         emit(asdict(measured), as_json=as_json)
         return
-    result = job.run(place, messages)
-    emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)
+    if isinstance(job, StandaloneJob):
+        report = job.run(place, messages)
+        model, eraser = config.unlearn.model, Path(report["eraser"])
+    else:
+        result = job.run(place, messages)
+        report = {**asdict(result), "run": str(result.run), "model": str(result.model)}
+        model, eraser = result.model, None
+    if not has_verdict or not config.verdict.enabled:
+        emit(report, as_json=as_json)
+        return
+    del job
+    from erasediff.workflows.end_of_run import end_run
+
+    assert model is not None
+    ended = end_run(
+        config, place.path, model, messages, command=shlex.join(["erasediff", *sys.argv[1:]]), eraser=eraser
+    )
+    if eraser is None:
+        report["model"] = ended.model
+    emit({**report, "verdict": ended.sentence, "report": ended.report}, as_json=as_json)
+    if ended.failure is not None:
+        raise RunFailedError(ended.failure)

@@ -14,6 +14,7 @@ from erasediff.methods import METHOD_SPECS
 from erasediff.methods.spec import RunContext
 from erasediff.training.job import StandaloneJob, TrainingJob, check_single_process, set_up_device
 from erasediff.training.run_dir import RunPlace
+from erasediff.verdict.judges.registry import judge_named
 from erasediff.workflows.build_method import check_settings
 from erasediff.workflows.build_unlearning import build_unlearning_job
 from erasediff.workflows.labelled_run import check_unprompted
@@ -41,6 +42,10 @@ def unlearning_job(
     if source is not None and not is_text_to_image(source):
         check_unprompted(config)
     check_single_process(config)
+    if config.verdict.enabled:
+        for reference in config.verdict.judges:
+            # Before hours of work, not after them.
+            judge_named(reference)
     spec = METHOD_SPECS[config.unlearn.method]
     if spec.run is not None:
         return _standalone_job(config, spec.run, place)

@@ -26,6 +26,7 @@ from erasediff.verdict.concepts import concluded, distance_figures, draw, judge_
 from erasediff.verdict.examined import AnyModel, ExaminedModel
 from erasediff.verdict.judges.base import Judge
 from erasediff.verdict.judges.original import OriginalJudge
+from erasediff.verdict.judges.registry import judge_named
 from erasediff.verdict.outcome import Verdict
 from erasediff.verdict.request import Request, run_request
 from erasediff.workflows.labelled_data import for_data, open_data
@@ -74,18 +75,19 @@ def examine_run(config: Config, run: Path, model: Path, console: Console, *, era
     """
     request = _request(config, run)
     if request is None:
-        return _undecided("concept", "The run has no list of what it forgets.")
+        return undecided("concept", "The run has no list of what it forgets.")
     device = set_up_device(config)
     before = _examined(config, config.unlearn.model, device, console)
     after = _examined(config, model, device, console, is_result=True, eraser=eraser)
     if request.kind == "files":
-        return _undecided("files", "The forgotten images share their captions or classes with retained ones.")
+        return undecided("files", "The forgotten images share their captions or classes with retained ones.")
     if not isinstance(before.model, LatentModel) and before.model.condition == "none":
-        return _undecided("share", "The model is unconditional.")
+        return undecided("share", "The model is unconditional.")
     return _examine_concepts(config, request, before, after, console)
 
 
-def _undecided(kind: str, reason: str) -> Examination:
+def undecided(kind: str, reason: str) -> Examination:
+    """An examination that cannot tell, with the reason in a sentence."""
     return Examination(Verdict(forgotten="cannot tell", retained="cannot tell", kind=kind, reasons=(reason,)), (), {})
 
 
@@ -144,6 +146,7 @@ def _examine_concepts(
     config: Config, request: Request, before: ExaminedModel, after: ExaminedModel, console: Console
 ) -> Examination:
     settings, seed = config.verdict, config.seed + SEED
+    given = [judge_named(reference, before.model.device) for reference in settings.judges]
     chosen = candidates_of(request, before, _anchors(config, request, before))
     sought, retained, others = chosen.sought, chosen.retained, chosen.others
     before.model.release_encoders()
@@ -175,7 +178,8 @@ def _examine_concepts(
     )
     passes = classifier.passes(drawings, len(sought) + len(retained) + len(others))
     with progress_bar(console, "Verdict: judging", passes) as bar:
-        judges: list[Judge] = [OriginalJudge(before.model, classifier, bar.advance)]
+        # Those that were asked for come first, and decide.
+        judges: list[Judge] = [*given, OriginalJudge(before.model, classifier, bar.advance)]
         findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
     distances = distance_figures(before, after, drawn, chosen.anchor, seed=seed)
     labels, kept = ([candidate.label for candidate in candidates] for candidates in (sought, retained))

@@ -59,4 +59,6 @@ def train(
     launch_workers(full_config, "train")
     with loading(messages):
         from erasediff.workflows.train_pixel import training_job
-    run_job(training_job(full_config, console=messages, rehearse=place is None), place, as_json=as_json, out=out)
+    run_job(
+        lambda: (place, training_job(full_config, console=messages, rehearse=place is None)), as_json=as_json, out=out
+    )

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,10 +83,13 @@ def build_job(
     settings: options.Settings = None,
     resume: str | None = None,
     dry_run: bool = False,
+    verdict: bool | None = None,
+    judge: list[str] | None = None,
+    keep: str | None = None,
 ) -> "tuple[RunPlace | None, TrainingJob | StandaloneJob]":
     """The unlearning run that flags describe, and where it goes: nowhere, if it is to be measured.
 
-    Its parameters are the flags that ``unlearn`` and ``bench`` share, besides ``out``, ``resume`` and ``dry_run``.
+    Its annotated parameters are the flags that ``unlearn`` and ``bench`` share.
     """
     flags: dict[str, Any] = dict(
         unlearn__model=model,
@@ -111,6 +115,9 @@ def build_job(
         unlearn__steps=steps,
         unlearn__batch_size=batch_size,
         unlearn__lr=lr,
+        verdict__enabled=verdict,
+        verdict__judges=judge,
+        verdict__keep=keep,
         seed=seed,
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
@@ -135,6 +142,20 @@ def unlearn(
     out: options.RunOut = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
+    verdict: Annotated[
+        bool | None,
+        typer.Option("--verdict/--no-verdict", help="End the run with a verdict on what it forgot and retained."),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge besides the original model, which decides in its place: clip:FOLDER, classifier:FOLDER, "
+            "onnx:FILE[:LABELS], nudenet or module:function. May be repeated."
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Name in OUT of a model that did not pass; by default, one that says why.")
+    ] = None,
     as_json: options.Json = False,
     **flags: Any,
 ) -> None:
@@ -143,11 +164,17 @@ def unlearn(
     A class-conditional or unconditional model forgets classes or images; a text-to-image model forgets captioned
     images, or prompts.
 
-    Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
-    in ten was skipped as not finite, or no weight changed.
+    The run ends with a verdict: the model from before judges what the unlearned one draws, and so may others. It is in
+    OUT/verdict.json and, with pictures, in OUT/report.html.
+
+    Exit codes: 0 forgotten and retained; 2 invalid input, before the first step; 3 the run failed, without OUT/model:
+    the verdict is another one, and the model is called OUT/model-not-forgotten, model-damaged or model-unproven; or
+    more than one step in ten was skipped as not finite, or no weight changed.
     """
-    place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
-    run_job(job, place, as_json=as_json, out=out)
+    build = partial(
+        build_job, out=out, resume=resume, dry_run=dry_run, verdict=verdict, judge=judge, keep=keep, **flags
+    )
+    run_job(build, as_json=as_json, out=out, has_verdict=True)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]
