@@ -214,8 +214,8 @@ def _judge_retained(
     if findings.retained == "damaged":
         findings.reasons.append(
             f"The judge {judge.name} misses what they were asked for in {100 * drop.after.value:.0f} points more of "
-            f"the retained images (limit {100 * settings.retained_limit:.0f}), in {100 * drops[worst].value:.0f} points of "
-            f'"{drawn.retained[worst].label}".'
+            f"the retained images (limit {100 * settings.retained_limit:.0f}), in {100 * drops[worst].value:.0f} "
+            f'points of "{drawn.retained[worst].label}".'
         )
 
 
