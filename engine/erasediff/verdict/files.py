@@ -65,7 +65,7 @@ def judge_files(evidence: FileEvidence, settings: VerdictConfig) -> Findings:
     ]
     if passed:
         findings.forgotten = "forgotten" if all(passed) else "not forgotten"
-    else:
+    elif not findings.reasons:
         findings.reasons.append(_untold(evidence))
     _judge_retained(findings, evidence, settings)
     return findings
@@ -111,6 +111,11 @@ def _reproduction(findings: Findings, evidence: FileEvidence, settings: VerdictC
         )
     )
     if not tells:
+        if hits[BEFORE]:
+            findings.reasons.append(
+                f"{hits[BEFORE]} of {count} draws of the original model reproduce an image to forget, too few to tell "
+                "whether they are gone: raise verdict.images."
+            )
         return None
     if not figure.is_met:
         findings.reasons.append(
@@ -139,7 +144,8 @@ def _membership(findings: Findings, evidence: FileEvidence, settings: VerdictCon
             )
         )
         return None
-    tells = before.low > 0.5 and before.value > settings.auc_limit and _is_told(after, settings.auc_limit)
+    is_known = before.low > 0.5 and before.value > settings.auc_limit
+    tells = is_known and _is_told(after, settings.auc_limit)
     figure = Figure(
         key="auc_unseen",
         title="Forgotten images told from unseen ones by a lower loss (AUC)",
@@ -151,6 +157,8 @@ def _membership(findings: Findings, evidence: FileEvidence, settings: VerdictCon
     )
     findings.figures.append(figure)
     if not tells:
+        if is_known:
+            findings.reasons.append(f"{after.count} losses are too few to tell forgotten images from unseen ones.")
         return None
     if not figure.is_met:
         findings.reasons.append(

@@ -46,7 +46,8 @@ def examine_files(
     forget, retain = run_images(config, run, size, forgotten=MOST_LOSSES, retained=COMPARED)
     if not len(forget) or not len(retain):
         return undecided("files", "No image that the run has seen is still there to compare with.")
-    forget, retain = _distinct(forget, retain)
+    unseen = None if config.verdict.unseen_data is None else unseen_images(config, size, most)
+    forget, retain, *others = _distinct(*(images for images in (forget, retain, unseen) if images is not None))
     asks = list(dict.fromkeys(forget.asks))[:MOST_ASKED]
     each = _draws_of_each(config, before, len(asks), quarter)
     with progress_bar(console, "Verdict: drawing", 2 * each * len(asks)) as bar:
@@ -56,8 +57,8 @@ def examine_files(
         }
     found = _reproduced(before, forget, retain, images, seed)
     sets = {FORGOTTEN: _some(forget, most), RETAINED: _some(retain, most)}
-    if config.verdict.unseen_data is not None:
-        sets[UNSEEN] = unseen_images(config, size, most)
+    if others and len(others[0]):
+        sets[UNSEEN] = others[0]
     count = 2 * LOSS_DRAWS * sum(map(len, sets.values()))
     with progress_bar(console, "Verdict: losses", count) as bar:
         losses = {
