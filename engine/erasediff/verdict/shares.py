@@ -209,7 +209,8 @@ def _judge_retained(
             f"The judge {judge.name} sees nothing that the data have in {100 * rise.after.value:.0f} points more of "
             f"the samples (limit {100 * settings.nothing_limit:.0f})."
         )
-    if shift is not None and shift in damaged:
+    # Without a retained sample there are no proportions, and nothing else to say of them.
+    if shift is not None and shift in damaged and shift.after.count:
         findings.reasons.append(
             f"The proportion of {shifted[0] if shifted else ''} among the retained samples has changed by "
             f"{100 * shift.after.value:.0f} points (limit {100 * settings.shift_limit:.0f})."
