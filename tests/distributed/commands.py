@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import Forked, erasediff
+from helpers import without_verdict
 from placing import environment, on_gpus
 from safetensors.torch import load_file
 from torch import Tensor

@@ -212,9 +212,10 @@ def _judge_retained(
         return
     findings.retained = "retained" if drop.is_met and worst_drop.is_met else "damaged"
     if findings.retained == "damaged":
+        mean_points, worst_points = (100 * figure.after.value for figure in (drop, worst_drop))
         findings.reasons.append(
-            f"The judge {judge.name} misses what they were asked for in {100 * drop.after.value:.0f} points more of "
-            f"the retained images (limit {100 * settings.retained_limit:.0f}), in {100 * drops[worst].value:.0f} points of "
+            f"The judge {judge.name} misses what they were asked for in {mean_points:.0f} points more of the retained "
+            f"images (limit {100 * settings.retained_limit:.0f}), in {worst_points:.0f} points of "
             f'"{drawn.retained[worst].label}".'
         )
 
