@@ -70,6 +70,14 @@ def build_job(
     eta: Annotated[float | None, typer.Option(help="Strength of the barrier (fixed: the multiplier itself).")] = None,
     target: Annotated[str | None, typer.Option(help="Forget target: uniform, gaussian or relabel.")] = None,
     steps: options.Steps = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            help="steps, or forgotten: go on in rounds of --steps until it is. By default forgotten, without --steps."
+        ),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of all rounds at most; four rounds by default.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Minutes after which no further round begins.")] = None,
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
     seed: options.Seed = None,
@@ -113,6 +121,9 @@ def build_job(
         unlearn__eta=eta,
         unlearn__target=target,
         unlearn__steps=steps,
+        unlearn__until=until,
+        unlearn__max_steps=max_steps,
+        unlearn__max_minutes=max_minutes,
         unlearn__batch_size=batch_size,
         unlearn__lr=lr,
         verdict__enabled=verdict,
