@@ -54,9 +54,10 @@ class UnlearnConfig(Section):
         retain: Classes to retain, by number or name; None for all others.
         method: Name of a method, see ``erasediff unlearn --help``. A method reads what applies to it.
         steps: Optimizer steps; of one round, where the run goes on until it has forgotten.
-        until: "steps": the run ends after ``steps``. "forgotten": after each ``steps``, a quick form of the
-            verdict looks at what the network draws; where that is still recognised, a further round follows at twice the
-            learning rate. None: "forgotten" where no number of steps is given and a caption or class is to be forgotten.
+        until: "steps": the run ends after ``steps``. "forgotten": after each ``steps``, a quick form of the verdict
+            looks at what the network draws; where that is still recognised, another round follows, at twice the
+            learning rate. None: "forgotten" where no number of steps is given and a caption or class is to be
+            forgotten.
         max_steps: Steps of all rounds at most; None for those of four rounds.
         max_minutes: Minutes after which no further round begins.
         batch_size: Samples of the retain batch, and of the forget batch, per step over all ranks and micro-batches.

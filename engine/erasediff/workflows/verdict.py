@@ -22,12 +22,12 @@ from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
 from erasediff.verdict.candidates import candidates_of
-from erasediff.verdict.concepts import concluded, distance_figures, draw, judge_images
 from erasediff.verdict.examined import AnyModel, ExaminedModel
 from erasediff.verdict.judges.base import Judge
 from erasediff.verdict.judges.original import OriginalJudge
 from erasediff.verdict.judges.registry import judge_named
 from erasediff.verdict.outcome import Verdict
+from erasediff.verdict.recognition import concluded, distance_figures, draw, judge_images
 from erasediff.verdict.request import Request, run_request
 from erasediff.workflows.labelled_data import for_data, open_data
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, load_unprompted
