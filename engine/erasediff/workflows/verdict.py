@@ -15,19 +15,28 @@ from rich.console import Console
 from torch import Tensor
 
 from erasediff.config import Config, SampleConfig, for_text_to_image
+from erasediff.config.verdict_config import VerdictConfig
 from erasediff.evaluation.diffusion_classifier import DiffusionClassifier
 from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
 from erasediff.utils.progress import progress_bar
-from erasediff.verdict.candidates import candidates_of
+from erasediff.verdict.candidates import Chosen, candidates_of
 from erasediff.verdict.examined import AnyModel, ExaminedModel
 from erasediff.verdict.judges.base import Judge
 from erasediff.verdict.judges.original import OriginalJudge
 from erasediff.verdict.judges.registry import judge_named
 from erasediff.verdict.outcome import Verdict
-from erasediff.verdict.recognition import concluded, distance_figures, draw, judge_images
+from erasediff.verdict.recognition import (
+    Drawn,
+    Findings,
+    concluded,
+    distance_figures,
+    draw,
+    is_doubtful,
+    judge_images,
+)
 from erasediff.verdict.request import Request, run_request
 from erasediff.workflows.labelled_data import for_data, open_data
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, load_unprompted
@@ -149,38 +158,15 @@ def _examine_concepts(
     given = [judge_named(reference, before.model.device) for reference in settings.judges]
     chosen = candidates_of(request, before, _anchors(config, request, before))
     sought, retained, others = chosen.sought, chosen.retained, chosen.others
-    before.model.release_encoders()
     count = settings.images or _affordable(config, before, len(sought), len(others) + len(retained))
     each = max(4, -(-count // max(len(retained), 1)))
-    drawings = 2 * (-(-count // len(sought)) * len(sought) + each * len(retained))
-    with progress_bar(console, "Verdict: drawing", drawings) as bar:
-        drawn = draw(
-            before,
-            after,
-            sought,
-            retained,
-            others,
-            chosen.prompts,
-            count=count,
-            each=each,
-            seed=seed,
-            progress=bar.advance,
-        )
-    for examined in (before, after):
-        examined.model.release_encoders()
-    gc.collect()
-    classifier = DiffusionClassifier(
-        before.model.denoiser,
-        before.model.process,
-        before.model.predict,
-        seed=seed,
-        batch_size=before.settings.batch_size,
-    )
-    passes = classifier.passes(drawings, len(sought) + len(retained) + len(others))
-    with progress_bar(console, "Verdict: judging", passes) as bar:
-        # Those that were asked for come first, and decide.
-        judges: list[Judge] = [*given, OriginalJudge(before.model, classifier, bar.advance)]
-        findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
+    drawn = _drawn(before, after, chosen, count, each, seed, console)
+    findings, judges = _judged(before, given, drawn, settings, seed, console)
+    if settings.images is None and is_doubtful(findings[0]):
+        # What chance may explain is looked at again, in thrice as many images.
+        more = _drawn(before, after, chosen, 2 * count, 2 * each, seed + 1, console)
+        drawn = drawn.with_more(more)
+        findings, judges = _judged(before, given, drawn, settings, seed, console)
     distances = distance_figures(before, after, drawn, chosen.anchor, seed=seed)
     labels, kept = ([candidate.label for candidate in candidates] for candidates in (sought, retained))
     verdict = concluded(
@@ -195,12 +181,47 @@ def _examine_concepts(
             "guidance_scale": before.settings.guidance_scale,
             "num_inference_steps": before.settings.num_inference_steps,
             "images_forgotten": len(drawn.of("before", sought)),
-            "images_of_each_retained": each if retained else 0,
+            "images_of_each_retained": len(drawn.of("before", retained[:1])) if retained else 0,
             "prompts": {label: list(chosen.prompts[label]) for label in (*labels, *kept)},
         },
     )
     rows = [row for found in findings for row in found.rows]
     return Examination(verdict, rows, drawn.images, labels, kept)
+
+
+def _drawn(
+    before: ExaminedModel,
+    after: ExaminedModel,
+    chosen: Chosen,
+    count: int,
+    each: int,
+    seed: int,
+    console: Console,
+) -> Drawn:
+    """Images of both models: see ``draw``. Encoders and autoencoders leave memory."""
+    of_sought = -(-count // len(chosen.sought)) * len(chosen.sought)
+    with progress_bar(console, "Verdict: drawing", 2 * (of_sought + each * len(chosen.retained))) as bar:
+        drawn = draw(before, after, chosen, count=count, each=each, seed=seed, progress=bar.advance)
+    for examined in (before, after):
+        examined.model.release_encoders()
+    gc.collect()
+    return drawn
+
+
+def _judged(
+    before: ExaminedModel, given: Sequence[Judge], drawn: Drawn, settings: VerdictConfig, seed: int, console: Console
+) -> tuple[list[Findings], list[Judge]]:
+    """Findings of each judge: those that were asked for, the first of which decides, and the original."""
+    model = before.model
+    classifier = DiffusionClassifier(
+        model.denoiser, model.process, model.predict, seed=seed, batch_size=before.settings.batch_size
+    )
+    images = sum(len(of_one) for of_model in drawn.images.values() for of_one in of_model.values())
+    candidates = len(drawn.sought) + len(drawn.retained) + len(drawn.others)
+    with progress_bar(console, "Verdict: judging", classifier.passes(images, candidates)) as bar:
+        judges: list[Judge] = [*given, OriginalJudge(model, classifier, bar.advance)]
+        findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
+    return findings, judges
 
 
 def _anchors(config: Config, request: Request, before: ExaminedModel) -> tuple[str, ...]:
