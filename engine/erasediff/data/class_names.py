@@ -36,7 +36,8 @@ def class_numbers(requested: Iterable[int | str], names: Sequence[str], of: str 
         elif is_number:
             found.append(int(text))
         else:
-            raise UserError(f"There is no class {text} in {of}: choose from {_near(text, names)}.")
+            several = "; to name several, give the flag once for each" if "," in text else ""
+            raise UserError(f"There is no class {text} in {of}: choose from {_near(text, names)}{several}.")
     return tuple(dict.fromkeys(found))
 
 

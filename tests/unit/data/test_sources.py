@@ -252,6 +252,10 @@ def test_a_class_is_named_first_and_numbered_second() -> None:
     assert class_numbers(["1"], ["0", "10", "2"]) == (1,)
     with pytest.raises(UserError, match="There is no class Bea in the data: choose from bee"):
         class_numbers(["Bea"], NAMES)
+    with pytest.raises(
+        UserError, match=r"no class ant,bee in the data: .*; to name several, give the flag once for each"
+    ):
+        class_numbers(["ant,bee"], NAMES)
     with pytest.raises(UserError, match="choose from ant, bee, cow"):
         class_numbers([3], NAMES)
     with pytest.raises(UserError, match="no class bee in the data, since there are none"):

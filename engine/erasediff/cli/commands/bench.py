@@ -11,6 +11,7 @@ from erasediff.cli import options
 from erasediff.cli.commands.unlearn import build_job
 from erasediff.cli.output import emit, messages
 from erasediff.errors import UserError
+from erasediff.io.disk_room import check_file
 from erasediff.utils.versions import library_versions
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def bench(
     """
     if plot is not None and out is None:
         raise UserError("The plot is drawn from a file of results; name one with --out.")
-
+    for path in (out, plot):
+        if path is not None:
+            check_file(path)
     _, job = build_job(**flags, dry_run=True)
     from erasediff.report.figures import draw
     from erasediff.training.job import TrainingJob
