@@ -25,10 +25,10 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """UserError if ``path``, a folder that may not exist yet, is something else or lies in it."""
-    existing = _existing(path)
-    if not existing.is_dir():
-        raise UserError(f"{path} cannot be a folder for results, since {existing} is none: choose another place.")
+    """UserError if ``path``, a folder that may not exist yet, is something else or cannot be written."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is no folder that results can be written to: choose another place.")
+    check_writable(path)
 
 
 def check_file(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from erasediff.config import Config, differences, load_config, read_settings
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
-from erasediff.io.disk_room import check_folder, check_writable
+from erasediff.io.disk_room import check_folder
 from erasediff.io.jsonl import MetricsFile
 from erasediff.io.temporary_names import is_temporary
 from erasediff.parallel.control_plane import ControlPlane
@@ -171,7 +171,6 @@ class RunPlace:
         if not ControlPlane.current().is_main:
             return
         check_folder(self.path)
-        check_writable(self.path)
         if not self.resuming:
             RunFolder.check_free(self.path)
 

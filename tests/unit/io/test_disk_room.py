@@ -37,8 +37,8 @@ def test_what_is_no_folder_or_no_file_is_refused_before_the_work(tmp_path: Path)
     check_folder(tmp_path / "new/run")
     check_file(tmp_path / "new/results.jsonl")
     check_file(tmp_path / "file")
-    for place in (tmp_path / "file", tmp_path / "file/run", Path("/dev/full")):
-        with pytest.raises(UserError, match="cannot be a folder for results"):
+    for place in (tmp_path / "file", Path("/dev/full")):
+        with pytest.raises(UserError, match="is no folder that results can be written to"):
             check_folder(place)
     for place in (tmp_path, Path("/dev/full")):
         with pytest.raises(UserError, match="is no file that results can be written to"):
