@@ -37,10 +37,12 @@ def bench(
         if path is not None:
             check_file(path)
     _, job = build_job(**flags, dry_run=True)
-    from erasediff.report.figures import draw
+    from erasediff.report.figures import FORMATS, draw
     from erasediff.training.job import TrainingJob
     from erasediff.workflows.benchmark_step import bench as measure
 
+    if plot is not None and plot.suffix not in FORMATS:
+        raise UserError(f"A plot is written as {', '.join(FORMATS)}, not as {plot.suffix or plot.name}.")
     assert isinstance(job, TrainingJob)
     with job.thread_scope(), messages.status("Warming up") as status:
         done = iter(range(1, turns + 3))
