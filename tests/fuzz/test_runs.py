@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from harness import command, fuzzed, refusal, tree
-from helpers import run_command
 from hypothesis import strategies as st
 from mutations import Change, apply, changes
-from seeds import TINY_RUN, copy_of, make_run
+from seeds import copy_of, make_run
 
 from erasediff.io.jsonl import MetricsFile
 from erasediff.training.checkpoint import Checkpoint
@@ -56,35 +55,3 @@ def test_resumed_runs(found: list[Change], step: int, mixed: bool, finished: Pat
             left = tree(folder).keys() ^ before.keys()
             assert not left, left
         assert Checkpoint.newest(folder / "run") is not None or ended.code
-
-
-@pytest.fixture(scope="module")
-def unlearned(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished unlearning run of few steps, and its base beside it."""
-    home = tmp_path_factory.mktemp("unlearned")
-    (home / "tiny.yaml").write_text(TINY_RUN + "unlearn: {forget: [3], steps: 3, batch_size: 2, lr: 1.0e-5}\n")
-    shutil.copytree(finished / "run/model", home / "base")
-    words = ("--model", home / "base", "--config", home / "tiny.yaml", "--out", home / "run")
-    assert run_command("unlearn", *words) == 0
-    return home
-
-
-FLAGS = (
-    *((), ("--steps", "4"), ("--lr", "nan"), ("--forget", "9"), ("--seed", "7"), ("--set", "run.checkpoint_every=0")),
-    *(("--set", "run.keep_checkpoints=1"), ("--out", "elsewhere"), ("--launch", "fsdp", "--processes", "1000000")),
-    *(("--resume", "latest"), ("--resume", "/dev/null"), ("--device", "meta"), ("--config", "absent.yaml")),
-)
-
-
-@fuzzed(10, found=changes(most=2), flags=st.sampled_from(FLAGS), at=st.sampled_from(("run", "run/checkpoint-2")))
-def test_resumed_unlearning(found: list[Change], flags: tuple[str, ...], at: str, unlearned: Path) -> None:
-    """A resumed run under other flags ends well or is refused; refused, nothing is written."""
-    with copy_of(unlearned / "run") as folder:
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        shutil.rmtree(folder / "checkpoint-3", ignore_errors=True)
-        apply(folder, found)
-        before = tree(folder)
-        ended = command("unlearn", "--resume", at, *flags)
-        if ended.code == 2:
-            left = tree(folder).keys() ^ before.keys()
-            assert not left, left
