@@ -59,6 +59,13 @@ def test_a_model_with_prompts_has_captions_of_the_template(tmp_path: Path) -> No
         read(str(tmp_path / "data.npz"), ReadOptions(captions=True))
 
 
+def test_npz_whose_labels_number_no_classes(tmp_path: Path) -> None:
+    """Names for as many classes would take all memory."""
+    np.savez(tmp_path / "data.npz", images=noise(2, 3, 3), labels=np.array([0, 10**12]))
+    with pytest.raises(UserError, match="has a label of 1,000,000,000,000"):
+        read(str(tmp_path / "data.npz"), OPTIONS)
+
+
 def test_npz_with_a_byte_changed(tmp_path: Path) -> None:
     """Its bits, its kind of compression, its flags, the header of its array: read or refused, and nothing else."""
     np.savez_compressed(tmp_path / "data.npz", images=noise(2, 3, 3))
