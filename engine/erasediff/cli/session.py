@@ -15,6 +15,7 @@ from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
 from erasediff.errors import RunFailedError
+from erasediff.io.disk_room import check_folder
 
 if TYPE_CHECKING:
     from erasediff.training.job import StandaloneJob, TrainingJob
@@ -31,6 +32,8 @@ def resolve_run(
     **flags: Any,
 ) -> tuple[RunPlace | None, Config]:
     """Resolve the run folder (None for a dry run) and the full configuration, by default the resumed run's own."""
+    if out is not None:
+        check_folder(out)
     fresh = None if resume else configure(file, settings, **flags)
     if fresh and dry_run:
         return None, fresh

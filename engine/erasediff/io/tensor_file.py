@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.file_faults import fault_of
 from erasediff.io.user_file import check_regular
 
@@ -136,7 +136,7 @@ def _stored(path: Path, handle: Any, name: str) -> StoredTensor:
 def _reason(path: Path, error: Exception) -> str:
     if "incomplete metadata" in str(error):
         return "it is cut short; download or copy it again"
-    return fault_of(path) or " ".join(str(error).split())
+    return fault_of(path) or reason(error)
 
 
 class ByteSink(Protocol):

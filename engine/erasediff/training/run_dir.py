@@ -8,7 +8,7 @@ from typing import Any
 from erasediff.config import Config, differences, load_config, read_settings
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
-from erasediff.io.disk_room import check_writable
+from erasediff.io.disk_room import check_folder
 from erasediff.io.jsonl import MetricsFile
 from erasediff.io.temporary_names import is_temporary
 from erasediff.parallel.control_plane import ControlPlane
@@ -170,7 +170,7 @@ class RunPlace:
         """Raise ``UserError`` for a folder that is not empty or not writable, before long preparations."""
         if not ControlPlane.current().is_main:
             return
-        check_writable(self.path)
+        check_folder(self.path)
         if not self.resuming:
             RunFolder.check_free(self.path)
 

@@ -28,7 +28,10 @@ def build_job(
         typer.Option(help="Image folder or data set, with captions or classes; what is not forgotten is retained."),
     ] = None,
     forget_class: Annotated[
-        list[str] | None, typer.Option(help="Forget the images of this class by name or number (subfolder or column).")
+        list[str] | None,
+        typer.Option(
+            help="Forget this class, by name or number (subfolder or column); give it once for each of several."
+        ),
     ] = None,
     retain_class: Annotated[
         list[str] | None, typer.Option(help="Without prompts: retain this class; by default all others.")
