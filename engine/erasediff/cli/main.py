@@ -17,6 +17,7 @@ from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli.commands.verify import verify
 from erasediff.cli.crash import as_user_error, log_crash
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
 from erasediff.cli.streams import lossy_streams, lost_results
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, plan, bench, compare, mask, info):
+for command in (demo, train, unlearn, verify, sample, evaluate, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 

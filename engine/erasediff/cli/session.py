@@ -14,6 +14,7 @@ from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
 
 if TYPE_CHECKING:
+    from erasediff.provenance.ssh_signature import SshKey
     from erasediff.training.job import StandaloneJob, TrainingJob
     from erasediff.training.run_dir import RunPlace
 
@@ -73,18 +74,34 @@ def _gpu_count(device: str) -> int:
     return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
+def signing_key(name: str | None) -> SshKey | None:
+    """Key of ``--sign``, before anything is prepared. UserError for one that cannot sign."""
+    from erasediff.provenance.ssh_signature import SshKey
+
+    return None if name is None else SshKey.named(name)
+
+
 def run_job(
-    job: TrainingJob | StandaloneJob, place: RunPlace | None, *, as_json: bool, out: Path | None = None
+    job: TrainingJob | StandaloneJob,
+    place: RunPlace | None,
+    command: Literal["train", "unlearn"],
+    *,
+    as_json: bool,
+    out: Path | None = None,
+    key: SshKey | None = None,
 ) -> None:
-    """Run ``job`` at ``place`` and print its result.
+    """Run ``job`` at ``place``, leave the receipt of ``command`` there, signed with ``key``, and print the result.
 
     Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``.
     """
+    from erasediff.provenance.receipt import record_run
     from erasediff.training.job import StandaloneJob
 
     if isinstance(job, StandaloneJob):
         assert place is not None
-        emit(job.run(place, messages), as_json=as_json)
+        report = job.run(place, messages)
+        record_run(place.path, command, key)
+        emit(report, as_json=as_json)
         return
     if place is None:
         from erasediff.workflows.dry_run import dry_run
@@ -96,4 +113,5 @@ def run_job(
         emit(asdict(measured), as_json=as_json)
         return
     result = job.run(place, messages)
+    record_run(place.path, command, key)
     emit({**asdict(result), "run": str(result.run), "model": str(result.model)}, as_json=as_json)

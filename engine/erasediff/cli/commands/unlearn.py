@@ -5,7 +5,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.session import launch_workers, resolve_run, run_job
+from erasediff.cli.session import launch_workers, resolve_run, run_job, signing_key
 from erasediff.config.method_index import barrier_names, method_index
 from erasediff.config.unlearn_config import or_list
 
@@ -135,6 +135,7 @@ def unlearn(
     out: options.RunOut = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
+    sign: options.Sign = None,
     as_json: options.Json = False,
     **flags: Any,
 ) -> None:
@@ -146,8 +147,9 @@ def unlearn(
     Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
     in ten was skipped as not finite, or no weight changed.
     """
+    key = signing_key(sign)
     place, job = build_job(out=out, resume=resume, dry_run=dry_run, **flags)
-    run_job(job, place, as_json=as_json, out=out)
+    run_job(job, place, "unlearn", as_json=as_json, out=out, key=key)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]
