@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from erasediff.config import Config
@@ -11,35 +11,28 @@ from erasediff.data.image_folder import CaptionedImage
 from erasediff.data.image_lists import FORGET, RETAIN
 from erasediff.data.sources import ReadOptions, read_image_set
 from erasediff.data.survey import ahead
-from erasediff.errors import UserError
 from erasediff.provenance.faults import Fault
 from erasediff.provenance.figures import read_lines
 
+ListedDigest = tuple[str, str | None]
+"""Name of an image within its data set, and its SHA-256; None for one that no step of the run saw."""
 
-def image_faults(run: Path, config: Config, data: Path) -> Iterator[Fault]:
-    """Faults of the images that ``forget.jsonl`` and ``retain.jsonl`` name, each by its name within the data set.
+
+def image_faults(config: Config, listed: Sequence[ListedDigest], data: Path) -> Iterator[Fault]:
+    """Faults of the images of a run, each by its name within the data set.
 
     Args:
-        run: Folder of the run.
-        config: Its configuration.
-        data: The data set, where it is now. Images that came from elsewhere, such as drawn ones, are not looked for.
+        config: The run's configuration.
+        listed: Its images, see ``listed_digests``.
+        data: The data set, where it is now.
 
     Raises:
-        UserError: The run read no data set, or ``data`` cannot be read.
+        UserError: ``data`` cannot be read.
     """
-    location = config.images.data
-    if location is None:
-        raise UserError("The run read no data set of images: omit --data.")
     options = ReadOptions(split=config.images.split, class_column=config.images.class_column)
     present = {_within(str(image.path), str(data)): image for image in read_image_set(str(data), options).images}
-    listed = [
-        (name, None if record.get("sha256") is None else str(record["sha256"]))
-        for manifest in (FORGET, RETAIN)
-        for record in _records(run / f"{manifest}.jsonl")
-        if (name := _within(str(record.get("image")), location)) is not None
-    ]
 
-    def found(item: tuple[str, str | None]) -> str | None:
+    def found(item: ListedDigest) -> str | None:
         name, expected = item
         image: CaptionedImage | None = present.get(name)
         if image is None:
@@ -50,6 +43,19 @@ def image_faults(run: Path, config: Config, data: Path) -> Iterator[Fault]:
     for (name, expected), digest in zip(listed, ahead(found, listed), strict=True):
         if digest != expected:
             yield Fault(f"image {name}", expected or "the image", str(digest))
+
+
+def listed_digests(run: Path, location: str) -> list[ListedDigest]:
+    """Images of a run's lists that came from the data set ``location``, and not from elsewhere, such as drawn ones.
+
+    UserError for a list that is damaged.
+    """
+    return [
+        (name, None if record.get("sha256") is None else str(record["sha256"]))
+        for manifest in (FORGET, RETAIN)
+        for record in _records(run / f"{manifest}.jsonl")
+        if (name := _within(str(record.get("image")), location)) is not None
+    ]
 
 
 def _records(manifest: Path) -> Iterator[dict[str, object]]:

@@ -23,6 +23,7 @@ from erasediff.provenance.run_files import (
     VERDICT_LINES,
     checkpoint_files,
     covered_files,
+    open_output,
     open_source,
     output_model,
 )
@@ -85,7 +86,9 @@ def build_receipt(run: Path, command: Command) -> dict[str, Any]:
             **_further_inputs(config, run),
         },
         "files": files,
-        "moves": None if checkpoint is None or model is None else measure_moves(checkpoint, open_source(config, model)),
+        "moves": None
+        if checkpoint is None or model is None
+        else measure_moves(checkpoint, open_output(config, model, checkpoint)),
         "figures": run_figures(run),
         "evidence": {name: _sha256(files, name) for name in (VERDICT, VERDICT_LINES, AUDIT)},
     }

@@ -55,6 +55,13 @@ def open_source(config: Config, path: Path) -> Checkpoint:
     return open_checkpoint(path, config=settings.config, prediction_type=settings.prediction_type)
 
 
+def open_output(config: Config, path: Path, source: Checkpoint) -> Checkpoint:
+    """Open the model at ``path`` that a run made of ``source``: a single file does not say all of its architecture."""
+    settings = config.text_to_image
+    folder = settings.config or (source.path if isinstance(source, DiffusersFolder) else None)
+    return open_checkpoint(path, config=folder, prediction_type=settings.prediction_type)
+
+
 def checkpoint_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     """Files of a checkpoint that a run reads, by their names within it: of several variants of weights, one."""
     path = checkpoint.path

@@ -17,7 +17,7 @@ from erasediff.provenance.canonical import DIGEST, canonical_json, content_sha25
 from erasediff.provenance.digests import describe_files, file_sha256
 from erasediff.provenance.faults import Fault, differences, file_differences, shown
 from erasediff.provenance.figures import run_figures, verdict_statements
-from erasediff.provenance.image_digests import image_faults
+from erasediff.provenance.image_digests import image_faults, listed_digests
 from erasediff.provenance.moves import measure_moves
 from erasediff.provenance.receipt import FORMAT
 from erasediff.provenance.run_files import (
@@ -27,6 +27,7 @@ from erasediff.provenance.run_files import (
     checkpoint_files,
     covered_files,
     may_be_added,
+    open_output,
     open_source,
     output_model,
 )
@@ -96,7 +97,7 @@ class _Verifier:
             self._add(self._input_faults(config))
         self._add(self._figure_faults())
         if self.data is not None and config is not None:
-            self._add(image_faults(self.run, config, self.data))
+            self._add(self._image_faults(config, self.data))
         elif self.receipt_figure(FORGET) is not None:
             self.result.notes.append("The images were not hashed again: name their folder with --data.")
         return self.result
@@ -208,7 +209,7 @@ class _Verifier:
         if model is None:
             yield from differences("moves", stated, None)
             return
-        found = self._guarded(model.name, lambda: measure_moves(source, open_source(config, model)))
+        found = self._guarded(model.name, lambda: measure_moves(source, open_output(config, model, source)))
         if found is None:
             return
         if not found["moved"] and not found["added"]:
@@ -225,6 +226,13 @@ class _Verifier:
             statements = self._guarded(VERDICT, lambda: verdict_statements(self.run)) or {}
             for name, derived in figures["verdict"].items():
                 yield from differences(f"{VERDICT}, {name}", statements.get(name), derived)
+
+    def _image_faults(self, config: Config, data: Path) -> Iterator[Fault]:
+        location = config.images.data
+        if location is None:
+            raise UserError(f"The run in {self.run} read no data set of images: omit --data.")
+        listed = self._guarded("images", lambda: listed_digests(self.run, location))
+        yield from image_faults(config, listed or (), data)
 
     def _guarded(self, what: str, read: Callable[[], Any]) -> Any:
         """Result of ``read``; None where a file is damaged, which is a fault."""
