@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from erasediff.provenance.canonical import canonical_json, content_sha256
 from erasediff.provenance.digests import describe_files
-from erasediff.provenance.figures import run_figures
+from erasediff.provenance.run_figures import run_figures
 from erasediff.provenance.run_files import covered_files
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -13,8 +13,8 @@ from erasediff.io.atomic import atomic_write
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.provenance.canonical import DIGEST, canonical_json, content_sha256
 from erasediff.provenance.digests import describe_files, file_sha256
-from erasediff.provenance.figures import run_figures
 from erasediff.provenance.moves import measure_moves
+from erasediff.provenance.run_figures import run_figures
 from erasediff.provenance.run_files import (
     AUDIT,
     RECEIPT,

@@ -9,7 +9,7 @@ from pathlib import Path
 from erasediff.config import Config
 from erasediff.io.temporary_names import is_temporary
 from erasediff.models.checkpoint.base import WEIGHT_FILES, Checkpoint, component_files, has
-from erasediff.models.checkpoint.diffusers_folder import INDEX, DiffusersFolder, documents_in
+from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder, files_in
 from erasediff.models.checkpoint.network_folder import NetworkFolder
 from erasediff.models.checkpoint.opening import open_checkpoint
 from erasediff.training.checkpoint import PREFIX
@@ -66,11 +66,10 @@ def checkpoint_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     """Files of a checkpoint that a run reads, by their names within it: of several variants of weights, one."""
     path = checkpoint.path
     if isinstance(checkpoint, DiffusersFolder):
-        names = [name for name in checkpoint.index if not name.startswith("_") and has(checkpoint, name)]
-        yield INDEX, path / INDEX
-        for document in documents_in(path):
-            yield document, path / document
-        for name in names:
+        components = [name for name in checkpoint.index if not name.startswith("_") and has(checkpoint, name)]
+        for name in sorted(files_in(path)):
+            yield name, path / name
+        for name in components:
             for file in sorted(_files_below(path / name)):
                 if not _is_weights(file):
                     yield f"{name}/{file}", path / name / file
@@ -93,3 +92,5 @@ def _weights(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
     if any(file.suffix == ".safetensors" for file in folder.iterdir()):
         for file in component_files(folder):
             yield f"{prefix}{file.path.name}", file.path
+        for index in sorted(folder.glob("*.safetensors.index*.json")):
+            yield f"{prefix}{index.name}", index

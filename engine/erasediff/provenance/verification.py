@@ -16,10 +16,10 @@ from erasediff.models.checkpoint.base import Checkpoint
 from erasediff.provenance.canonical import DIGEST, canonical_json, content_sha256
 from erasediff.provenance.digests import describe_files, file_sha256
 from erasediff.provenance.faults import Fault, differences, file_differences, shown
-from erasediff.provenance.figures import run_figures, verdict_statements
 from erasediff.provenance.image_digests import image_faults, listed_digests
 from erasediff.provenance.moves import measure_moves
 from erasediff.provenance.receipt import FORMAT
+from erasediff.provenance.run_figures import run_figures, verdict_statements
 from erasediff.provenance.run_files import (
     RECEIPT,
     SIGNATURE,
