@@ -13,6 +13,7 @@ from erasediff.cli.commands.demo import demo
 from erasediff.cli.commands.evaluate import evaluate
 from erasediff.cli.commands.info import info
 from erasediff.cli.commands.mask import mask
+from erasediff.cli.commands.patch import patch
 from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.train import train
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (demo, train, unlearn, verify, sample, evaluate, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
+app.add_typer(patch, name="patch")
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 
 
