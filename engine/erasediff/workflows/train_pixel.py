@@ -135,7 +135,7 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
 
 SETTINGS_AFTER_THE_FIRST_CACHES = {
     "unlearn": {"target_space", "level"},
-    "images": {"cache"},
+    "images": {"cache", "after", "rehearsal_share"},
     "distributed": {"own_reduction"},
     "run": {"look_every", "drift_limit"},
 }

@@ -20,6 +20,10 @@ def build_job(
     model: Annotated[
         Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
     ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(help="A run to follow: its model is unlearned from, and what it forgot stays forgotten."),
+    ] = None,
     forget: Annotated[str | None, typer.Option(help="Classes to forget by number, such as 3 or 3,5.")] = None,
     retain: Annotated[str | None, typer.Option(help="Classes to retain by number; by default all others.")] = None,
     data: Annotated[
@@ -89,6 +93,7 @@ def build_job(
     """
     flags: dict[str, Any] = dict(
         unlearn__model=model,
+        images__after=after,
         unlearn__forget=options.class_numbers(forget),
         unlearn__retain=_retained(retain, retain_class),
         unlearn__relabel_to=relabel_class,
