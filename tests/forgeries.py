@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from erasediff.errors import UserError
 from erasediff.provenance.canonical import canonical_json, content_sha256
 from erasediff.provenance.digests import describe_files
 from erasediff.provenance.run_figures import run_figures
@@ -59,7 +61,8 @@ def seal(run: Path, change: Callable[[dict[str, Any]], None] = lambda receipt: N
     receipt = receipt_of(run)
     if files:
         receipt["files"] = describe_files(covered_files(run))
-        receipt["figures"] = run_figures(run)
+        with suppress(UserError):
+            receipt["figures"] = run_figures(run)
         found = receipt["files"]
         receipt["evidence"] = {name: found[name]["sha256"] if name in found else None for name in receipt["evidence"]}
     change(receipt)
@@ -261,15 +264,33 @@ def _lines() -> Iterator[Forgery]:
     swapped = on("", lambda folder: shutil.copy(folder / "run/retain.jsonl", folder / "run/forget.jsonl"))
     yield Forgery("other lists of images", swapped, "figures, forget, requests")
     kind = "edited verdict"
-    for old, new in (('"value": 0.25', '"value": 0.0'), ("0.0714", "0.0001"), ('"count": 8', '"count": 800')):
+    recognised, retained = "verdict.json, original, recognised", "verdict.json, original, retained"
+    for old, new, named in (
+        (
+            '"value": 0.0, "low": 0.0, "high": 0.32',
+            '"value": 0.0, "low": 0.0, "high": 0.02',
+            f"{recognised}, after, high",
+        ),
+        ('"value": 1.0', '"value": 0.5', f"{recognised}, before, value"),
+        ('"count": 8', '"count": 800', f"{recognised}, before, count"),
+        ('"value": 0.75', '"value": 1.0', f"{retained}, before, value"),
+        ('"limit": 0.03', '"limit": -1', f"{recognised}, is_met"),
+        ('"is_met": true', '"is_met": false', f"{recognised}, is_met"),
+        ('"verdict": "forgotten', '"verdict": "not forgotten', "verdict.json, verdict"),
+        ('"forgotten": "forgotten"', '"forgotten": "not forgotten"', "verdict.json, forgotten"),
+        ('"retained": "retained"', '"retained": "damaged"', "verdict.json, retained"),
+        ('["cat"]', '["boat"]', "verdict.json, original, re"),
+    ):
         change = on("run/verdict.json", edit, old, new)
         yield Forgery(kind, change, "verdict.json, sha256")
-        yield Forgery(kind, sealed(change), "verdict.json, forgotten")
-    lines = on("run/verdict.jsonl", edit, "true", "false")
-    yield Forgery(kind, lines, "verdict.jsonl, sha256")
-    yield Forgery(kind, sealed(lines), "verdict.json, forgotten")
-    yield Forgery(kind, sealed(on("run/verdict.jsonl", without_line)), "verdict.json, forgotten")
-    yield Forgery(kind, sealed(on("run/verdict.jsonl", edit, '"value": 0.5', '"value": 0.1')), "verdict.json, drift")
+        yield Forgery(kind, sealed(change), named)
+    seen = on("run/verdict.jsonl", edit, '"after", "asked": "cat", "image": 3, "sees": "boat"',
+              '"after", "asked": "cat", "image": 3, "sees": "cat"')  # fmt: skip
+    yield Forgery(kind, seen, "verdict.jsonl, sha256")
+    yield Forgery(kind, sealed(seen), f"{recognised}, after, value")
+    yield Forgery(kind, sealed(on("run/verdict.jsonl", without_line)), f"{recognised}, before, count")
+    yield Forgery(kind, sealed(on("run/verdict.jsonl", without_line, 20)), f"{retained}, before, count")
+    yield Forgery(kind, sealed(on("run/verdict.jsonl", truncate, 0.5)), "figures: expected what can be read")
 
 
 def _claims() -> Iterator[Forgery]:

@@ -12,7 +12,7 @@ from erasediff.data.image_lists import FORGET, RETAIN
 from erasediff.data.sources import ReadOptions, read_image_set
 from erasediff.data.survey import ahead
 from erasediff.provenance.faults import Fault
-from erasediff.provenance.run_figures import read_lines
+from erasediff.provenance.json_lines import read_lines
 
 ListedDigest = tuple[str, str | None]
 """Name of an image within its data set, and its SHA-256; None for one that no step of the run saw."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from erasediff.config import Config
+from erasediff.io.json_file import read_object
 from erasediff.io.temporary_names import is_temporary
 from erasediff.models.checkpoint.base import WEIGHT_FILES, Checkpoint, component_files, has
 from erasediff.models.checkpoint.diffusers_folder import DiffusersFolder, files_in
@@ -29,9 +30,10 @@ def covered_files(run: Path) -> Iterator[tuple[str, Path]]:
             yield name, run / name
 
 
-def may_be_added(name: str) -> bool:
-    """Return true for a file that a run may hold beside what its receipt covers: neither weights nor of the model."""
-    return not name.startswith(f"{MODEL}/") and not name.endswith(WEIGHT_FILES)
+def may_be_added(name: str, model: Path | None) -> bool:
+    """Return true for a file that a run may hold beside what its receipt covers: neither weights nor of its model."""
+    within = model is not None and name.startswith(f"{model.name}/")
+    return not within and not name.endswith(WEIGHT_FILES)
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -45,8 +47,14 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def output_model(run: Path) -> Path | None:
-    """The model of a run, a folder or a single file; None for a run without, such as one that made an eraser."""
-    return next((path for path in (run / MODEL, run / SINGLE_FILE) if path.exists()), None)
+    """The model of a run, a folder or a single file, by the name that its verdict may have given it.
+
+    None for a run without, such as one that made an eraser. UserError for a verdict that is damaged.
+    """
+    verdict = read_object(run / VERDICT) if (run / VERDICT).is_file() else {}
+    named = verdict.get("model")
+    names = (MODEL, SINGLE_FILE) if not isinstance(named, str) or "/" in named else (named, MODEL, SINGLE_FILE)
+    return next((run / name for name in names if name not in ("", ".", "..") and (run / name).exists()), None)
 
 
 def open_source(config: Config, path: Path) -> Checkpoint:

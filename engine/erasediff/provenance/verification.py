@@ -19,7 +19,7 @@ from erasediff.provenance.faults import Fault, differences, file_differences, sh
 from erasediff.provenance.image_digests import image_faults, listed_digests
 from erasediff.provenance.moves import measure_moves
 from erasediff.provenance.receipt import FORMAT
-from erasediff.provenance.run_figures import run_figures, verdict_statements
+from erasediff.provenance.run_figures import run_figures
 from erasediff.provenance.run_files import (
     RECEIPT,
     SIGNATURE,
@@ -32,6 +32,7 @@ from erasediff.provenance.run_files import (
     output_model,
 )
 from erasediff.provenance.ssh_signature import signature_fault
+from erasediff.provenance.verdict_evidence import verdict_faults
 from erasediff.training.run_dir import CONFIG
 
 LARGEST_RECEIPT = 1000 * MEGABYTE
@@ -131,7 +132,8 @@ class _Verifier:
     def _file_faults(self) -> Iterator[Fault]:
         expected = _mapping(self.receipt.get("files"))
         present = dict(covered_files(self.run))
-        added = [name for name in present if name not in expected and may_be_added(name)]
+        model = output_model(self.run)
+        added = [name for name in present if name not in expected and may_be_added(name, model)]
         if added:
             self.result.notes.append(f"Not covered by the receipt: {shown(', '.join(added))}.")
         found = self._described([(name, path) for name, path in present.items() if name not in added])
@@ -223,9 +225,7 @@ class _Verifier:
             return
         yield from differences("figures", self.receipt.get("figures"), figures)
         if figures["verdict"] is not None:
-            statements = self._guarded(VERDICT, lambda: verdict_statements(self.run)) or {}
-            for name, derived in figures["verdict"].items():
-                yield from differences(f"{VERDICT}, {name}", statements.get(name), derived)
+            yield from self._guarded(VERDICT, lambda: list(verdict_faults(self.run, figures["verdict"]))) or ()
 
     def _image_faults(self, config: Config, data: Path) -> Iterator[Fault]:
         location = config.images.data

@@ -14,7 +14,7 @@ from erasediff.data.forget_split import Selected
 from erasediff.data.image_lists import FORGET
 from erasediff.errors import UserError
 from erasediff.io.json_file import read_object
-from erasediff.provenance.run_figures import read_lines
+from erasediff.provenance.json_lines import read_lines
 from erasediff.provenance.run_files import RECEIPT, output_model
 from erasediff.training.run_dir import CONFIG
 

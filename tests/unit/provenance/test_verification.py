@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nano
 import pytest
@@ -19,7 +20,7 @@ from erasediff.errors import UserError
 from erasediff.provenance.receipt import write_receipt
 from erasediff.provenance.ssh_signature import SshKey
 from erasediff.provenance.verification import Verification, verify_run
-from erasediff.verdict.statistics import mean, share
+from erasediff.verdict.statistics import Estimate, mean, share
 
 SETTINGS = """
 threads: 1
@@ -60,11 +61,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _give_verdict(run: Path) -> None:
-    hits, drifts = [True, True, *[False] * 6], [0.5, 0.25, 1.0]
-    lines = [{"figure": "forgotten", "hit": hit} for hit in hits] + [{"figure": "drift", "value": d} for d in drifts]
+    """A verdict whose judge saw all of eight cats before and none after, and six of as many dogs both times."""
+    lines, hits = [], {"cat": {"before": 8, "after": 0}, "dog": {"before": 6, "after": 6}}
+    for label, by_model in hits.items():
+        for model, count in by_model.items():
+            for image in range(8):
+                sees = label if image < count else "boat"
+                line = {"judge": "original", "model": model, "asked": label, "image": image, "sees": sees}
+                lines.append(line)
     (run / "verdict.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    figures = {"forgotten": share(2, 8).to_dict() | {"limit": 0.03}, "drift": mean(drifts).to_dict()}
-    (run / "verdict.json").write_text(json.dumps({"figures": figures}))
+
+    def figure(key: str, after: Estimate, before: Estimate | None = None, limit: float | None = None) -> dict[str, Any]:
+        return {
+            "key": key,
+            "judge": "original",
+            "before": before and before.to_dict(),
+            "after": after.to_dict(),
+            "relation": None if limit is None else "at most",
+            "limit": limit,
+            "compared": "low" if key == "worst_drop" else "value",
+            "is_met": None if limit is None else True,
+            "decides": limit is not None,
+        }
+
+    figures = [
+        figure("recognised", share(0, 8), share(8, 8), limit=0.03),
+        figure("retained_drop", mean([0.0] * 8), limit=0.05),
+        figure("worst_drop", mean([0.0] * 8), limit=0.1),
+        figure("retained", share(6, 8), share(6, 8)),
+    ]
+    verdict = {"verdict": "forgotten, the rest retained", "forgotten": "forgotten", "retained": "retained"}
+    verdict |= {"sought": ["cat"], "figures": figures, "model": "model"}
+    (run / "verdict.json").write_text(json.dumps(verdict))
 
 
 @pytest.fixture
@@ -108,6 +136,17 @@ def test_what_a_run_may_hold_besides_is_a_note(place: Place) -> None:
     result = verified(place)
     assert result.faults == []
     assert result.notes == ["Not covered by the receipt: audit.jsonl, images/0.png."]
+
+
+def test_a_model_is_known_by_the_name_that_its_verdict_gave_it(place: Place) -> None:
+    (place.run / "model").rename(place.run / "model-damaged")
+    content = (place.run / "verdict.json").read_text()
+    (place.run / "verdict.json").write_text(content.replace('"model": "model"', '"model": "model-damaged"'))
+    write_receipt(place.run, "unlearn")
+    result = verified(place)
+    assert result.faults == []
+    (place.run / "model-damaged/more.txt").write_text("x")
+    assert [fault.what for fault in verified(place).faults] == ["model-damaged/more.txt"]
 
 
 def test_only_a_receipt_and_what_it_names_can_be_verified(place: Place) -> None:
