@@ -290,6 +290,7 @@ def _lines() -> Iterator[Forgery]:
     yield Forgery(kind, sealed(seen), f"{recognised}, after, value")
     yield Forgery(kind, sealed(on("run/verdict.jsonl", without_line)), f"{recognised}, before, count")
     yield Forgery(kind, sealed(on("run/verdict.jsonl", without_line, 20)), f"{retained}, before, count")
+    yield Forgery(kind, sealed(on("run/verdict.json", truncate, 0.5)), "verdict.json: expected what can be read")
     yield Forgery(kind, sealed(on("run/verdict.jsonl", truncate, 0.5)), "figures: expected what can be read")
 
 

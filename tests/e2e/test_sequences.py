@@ -84,6 +84,20 @@ def test_a_text_to_image_model_forgets_one_thing_after_another(
     assert conditions("third", "retain") == conditions("second", "retain")
 
 
+def test_prompts_that_a_method_without_images_forgot_are_rehearsed(
+    unlearn: Callable[..., Ended], run: Run, nano_folder: Folder
+) -> None:
+    shutil.copytree(nano_folder("sd"), "model")
+    esd = ("--method", "esd", "--model", "model", "--forget-prompts", "a bird", "--config", "nano.yaml")
+    ended = run("unlearn", *esd, "--train", "esd-x", "--out", "first")
+    assert ended.code == 0, ended.errors
+    assert unlearn("--after", "first", "--forget-class", "cat", *TWO_IMAGES, "--out", "second").code == 0
+    assert conditions("second", "retain") == {"a airplane", "a bird"}
+    assert {record["selected_by"][0] for record in listed("second", "retain") if "selected_by" in record} == {
+        "after: a bird"
+    }
+
+
 @pytest.mark.parametrize("asked", [("--forget-phrase", "bird"), ("--forget-files", "list.txt")])
 def test_what_was_asked_for_by_words_or_files_is_not_retained(
     unlearn: Callable[..., Ended], nano_folder: Folder, asked: tuple[str, str]
@@ -117,4 +131,9 @@ def test_what_cannot_be_followed_is_refused(unlearn: Callable[..., Ended], nano_
     ended = unlearn("--after", "first", "--model", "model", "--forget-class", "cat", "--out", "out")
     assert ended.code == 2
     assert "omit --model" in ended.errors
+    receipt = json.loads(Path("first/receipt.json").read_text()) | {"previous": {"path": "../first/receipt.json"}}
+    Path("first/receipt.json").write_text(json.dumps(receipt))
+    ended = unlearn("--after", "first", "--forget-class", "cat", "--out", "out")
+    assert ended.code == 2
+    assert "names a run that follows it" in ended.errors
     assert not Path("out").exists()

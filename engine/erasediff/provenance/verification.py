@@ -78,6 +78,7 @@ class _Verifier:
     def __init__(self, run: Path, base: Path | None, data: Path | None, signers: Path | None) -> None:
         self.run, self.base, self.data, self.signers = run, base, data, signers
         self.result = Verification()
+        self.model = self._guarded(VERDICT, lambda: output_model(run))
         try:
             self.content = read_bytes(run / RECEIPT, LARGEST_RECEIPT)
             self.receipt = parse_object(self.content)
@@ -132,8 +133,7 @@ class _Verifier:
     def _file_faults(self) -> Iterator[Fault]:
         expected = _mapping(self.receipt.get("files"))
         present = dict(covered_files(self.run))
-        model = output_model(self.run)
-        added = [name for name in present if name not in expected and may_be_added(name, model)]
+        added = [name for name in present if name not in expected and may_be_added(name, self.model)]
         if added:
             self.result.notes.append(f"Not covered by the receipt: {shown(', '.join(added))}.")
         found = self._described([(name, path) for name, path in present.items() if name not in added])
@@ -206,8 +206,7 @@ class _Verifier:
             yield from differences(f"previous receipt, {within}{name}", stated, _mapping(record).get("sha256"))
 
     def _move_faults(self, config: Config, source: Checkpoint) -> Iterator[Fault]:
-        model = output_model(self.run)
-        stated = self.receipt.get("moves")
+        model, stated = self.model, self.receipt.get("moves")
         if model is None:
             yield from differences("moves", stated, None)
             return

@@ -43,11 +43,10 @@ class EarlierRequest:
     @classmethod
     def of(cls, run: Path) -> EarlierRequest:
         """The request of a run that has ended. UserError for a folder of no such run."""
-        if not (run / CONFIG).is_file() or not (run / f"{FORGET}.jsonl").is_file():
-            raise UserError(f"{run} is no run that forgot images: name the folder of an unlearning run with --after.")
-        config = load_config(run / CONFIG)
+        config, manifest = load_config(run / CONFIG), run / f"{FORGET}.jsonl"
         names, captions = [], Counter[str]()
-        for record in read_lines(run / f"{FORGET}.jsonl"):
+        # A method that reads no images, such as ESD, forgets prompts alone.
+        for record in read_lines(manifest) if manifest.is_file() else ():
             names.append(_within(str(record.get("image")), config.images.data))
             if record.get("caption"):
                 captions[str(record["caption"])] += 1
@@ -86,15 +85,19 @@ def earlier_requests(run: Path | None) -> list[EarlierRequest]:
     UserError for a run that is none, or whose chain of receipts is broken.
     """
     requests: list[EarlierRequest] = []
+    visited: set[Path] = set()
     while run is not None:
-        if not (run / RECEIPT).is_file():
+        if run.resolve() in visited:
+            raise UserError(f"The receipt of {run} names a run that follows it: name another run with --after.")
+        visited.add(run.resolve())
+        if not (run / RECEIPT).is_file() or not (run / CONFIG).is_file():
             raise UserError(f"There is no {RECEIPT} in {run}: name a run that has ended with --after.")
         receipt = read_object(run / RECEIPT)
         if receipt.get("command") != "unlearn":
             break
         requests.append(EarlierRequest.of(run))
         previous = receipt.get("previous")
-        run = run / Path(str(previous["path"])).parent if isinstance(previous, dict) else None
+        run = run / Path(str(previous.get("path"))).parent if isinstance(previous, dict) else None
     return requests
 
 
