@@ -17,6 +17,7 @@ from erasediff.training.checkpoint import PREFIX, Checkpoint
 CONFIG = "config.yaml"
 MODEL = "model"
 SINGLE_FILE = "model.safetensors"
+VERDICT = "verdict.json"
 ROLLED_BACK = "rolled-back"
 """Folder of the model of a run that was stopped, from before it destroyed what it should keep."""
 LATEST = "latest"
@@ -100,8 +101,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the run's model has been saved."""
-        return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
+        """True if the run's model has been saved; a verdict may have given it another name."""
+        return self.model.is_dir() or any((self.path / name).is_file() for name in (SINGLE_FILE, VERDICT))
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Checkpoint after ``step`` steps, which may not exist yet."""

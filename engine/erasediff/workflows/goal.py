@@ -138,8 +138,9 @@ def rounds_of(
     return rounds
 
 
-def _records(images: tuple[ListedImage, ...]) -> Iterator[Mapping[str, str]]:
+def _records(images: tuple[ListedImage, ...]) -> Iterator[Mapping[str, object]]:
     """What a request reads of listed images."""
     for image in images:
         kind, value = image.condition
-        yield {kind: value} if image.class_name is None else {kind: value, "class": image.class_name}
+        record = {kind: value, "selected_by": image.selected_by}
+        yield record if image.class_name is None else record | {"class": image.class_name}

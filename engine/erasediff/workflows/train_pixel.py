@@ -135,7 +135,7 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
 
 SETTINGS_AFTER_THE_FIRST_CACHES: Mapping[str, set[str] | bool] = {
     "unlearn": {"target_space", "level", "until", "max_steps", "max_minutes"},
-    "images": {"cache"},
+    "images": {"cache", "after", "rehearsal_share"},
     "distributed": {"own_reduction"},
     "run": {"look_every", "drift_limit"},
     "verdict": True,

@@ -6,7 +6,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.session import launch_workers, resolve_run, run_job
+from erasediff.cli.session import launch_workers, resolve_run, run_job, signing_key
 from erasediff.config.method_index import barrier_names, method_index
 from erasediff.config.unlearn_config import or_list
 
@@ -20,6 +20,10 @@ def build_job(
     out: Path | None = None,
     model: Annotated[
         Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
+    ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(help="A run to follow: its model is unlearned from, and what it forgot stays forgotten."),
     ] = None,
     forget: Annotated[str | None, typer.Option(help="Classes to forget by number, such as 3 or 3,5.")] = None,
     retain: Annotated[str | None, typer.Option(help="Classes to retain by number; by default all others.")] = None,
@@ -104,6 +108,7 @@ def build_job(
     """
     flags: dict[str, Any] = dict(
         unlearn__model=model,
+        images__after=after,
         unlearn__forget=options.class_numbers(forget),
         unlearn__retain=_retained(retain, retain_class),
         unlearn__relabel_to=relabel_class,
@@ -170,6 +175,7 @@ def unlearn(
     keep: Annotated[
         str | None, typer.Option(help="Name in OUT of a model that did not pass; by default, one that says why.")
     ] = None,
+    sign: options.Sign = None,
     as_json: options.Json = False,
     **flags: Any,
 ) -> None:
@@ -185,10 +191,11 @@ def unlearn(
     the verdict is another one, and the model is called OUT/model-not-forgotten, model-damaged or model-unproven; or
     more than one step in ten was skipped as not finite, or no weight changed.
     """
+    key = signing_key(sign)
     build = partial(
         build_job, out=out, resume=resume, dry_run=dry_run, verdict=verdict, judge=judge, keep=keep, **flags
     )
-    run_job(build, as_json=as_json, out=out, has_verdict=True)
+    run_job(build, "unlearn", as_json=as_json, out=out, key=key)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]
