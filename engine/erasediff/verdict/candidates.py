@@ -40,12 +40,8 @@ class Chosen:
     prompts: Mapping[str, Sequence[str]]
 
 
-def candidates_of(
-    request: Request, before: ExaminedModel, anchors: Sequence[str], *, most: int = MOST_OTHERS
-) -> Chosen:
+def candidates_of(request: Request, before: ExaminedModel, anchors: Sequence[str]) -> Chosen:
     """Choose candidates: the anchors' concepts, those nearest to what is sought, and others far from each other.
-
-    At most ``most`` of them, and those sought.
 
     Text encoders tell what is near. Synonyms among the candidates would be answers like any other.
     """
@@ -54,10 +50,10 @@ def candidates_of(
     known = {prompt for concept in request.retained for prompt in concept.prompts}
     others = [before.candidate(text) for text in dict.fromkeys(anchors) if text not in known]
     rest = [concept for concept in request.retained if concept not in of_anchors]
-    room = most - len(others) - len(of_anchors)
+    room = MOST_OTHERS - len(others) - len(of_anchors)
     retained = [
         before.candidate(concept.prompts[0], concept.label)
-        for concept in [*of_anchors, *_spread(before, sought, rest, max(room, 0))][:most]
+        for concept in [*of_anchors, *_spread(before, sought, rest, max(room, 0))][:MOST_OTHERS]
     ]
     prompts = {concept.label: concept.prompts for concept in (*request.sought, *request.retained)}
     anchor = next((retained[number] for number in range(len(of_anchors[:1]))), next(iter(others), None))

@@ -76,6 +76,8 @@ def build_unlearning_job(
     if run.model.denoiser_is_meta and not loads_sharded(run.config):
         run.load_denoiser()
     conditioning = run.conditioning(batches)
+    if question is not None:
+        question = run.with_anchors(question)
     # With what only the run could find out, such as the anchor.
     config = resolved_goal(run.config, question, asked=config.unlearn.until)
     job = build_training_job(

@@ -25,8 +25,6 @@ from erasediff.verdict.request import Request
 
 ROUNDS = 4
 """Rounds at most, unless ``unlearn.max_steps`` says otherwise."""
-OTHERS = 5
-"""Conditions besides those sought that a look compares with."""
 SEED = 2_000_003
 """Added to the run's seed: a look's noise is neither that of the run nor that of its verdict."""
 
@@ -75,7 +73,7 @@ def question_of(
     if not isinstance(model, LatentModel):
         numbers = config.unlearn.relabel_to or ()
         anchors = tuple(model.class_names[number] for number in numbers if isinstance(number, int))
-    chosen = candidates_of(request, examined, anchors, most=OTHERS)
+    chosen = candidates_of(request, examined, anchors)
     others = [*chosen.retained, *chosen.others]
     if not others and isinstance(model, LatentModel):
         others = [examined.candidate("")]

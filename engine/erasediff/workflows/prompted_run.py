@@ -1,6 +1,7 @@
 """Unlearning runs of text-to-image models: images with captions, prompts, the anchor."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from erasediff.methods import METHOD_SPECS
 from erasediff.models.attention import set_attention, use_backend
 from erasediff.models.base import LatentModel
 from erasediff.training.job import precision_of, set_up_device
+from erasediff.verdict.judges.base import Candidate
 from erasediff.verdict.quick import QuickQuestion
 from erasediff.workflows.anchor_selection import Encode, anchor_candidates, anchored, needs_anchor
 from erasediff.workflows.build_method import (
@@ -94,6 +96,15 @@ class PromptedRun(UnlearningRun):
     def question(self, batches: RunBatches) -> QuickQuestion | None:
         size = image_size(self.config, self.model)
         return question_of(self.config, self.model, batches.lists, self.model.latent_shape(*size), size)
+
+    def with_anchors(self, question: QuickQuestion) -> QuickQuestion:
+        known = {candidate.text for candidate in question.others}
+        anchors = [
+            Candidate(text, text, prompt_condition(self.config, self.model, self._encode, (text,)))
+            for text in self.config.text_to_image.anchor_prompts
+            if text not in known
+        ]
+        return replace(question, others=[*question.others, *anchors])
 
     def conditioning(self, batches: RunBatches) -> dict[str, Any]:
         """See ``UnlearningRun``; the anchor prompt is chosen first, where none is given."""

@@ -58,6 +58,10 @@ class UnlearningRun(ABC):
     def question(self, batches: RunBatches) -> QuickQuestion | None:
         """Question of the looks of a run that goes on until it has forgotten; the encoders are still in memory."""
 
+    def with_anchors(self, question: QuickQuestion) -> QuickQuestion:
+        """``question`` with anchors that were chosen after it; the encoders may have left memory."""
+        return question
+
     @abstractmethod
     def conditioning(self, batches: RunBatches) -> dict[str, Any]:
         """Keywords of ``UnlearningModel`` that depend on the condition, once the denoiser is read."""
