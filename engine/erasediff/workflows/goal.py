@@ -71,7 +71,8 @@ def question_of(
         return None
     examined = ExaminedModel(model=model, settings=config.sample, size=size)
     if not isinstance(model, LatentModel):
-        numbers = config.unlearn.relabel_to or ()
+        relabels = METHOD_SPECS[config.unlearn.method].needs(config).relabel
+        numbers = (config.unlearn.relabel_to or ()) if relabels else ()
         anchors = tuple(model.class_names[number] for number in numbers if isinstance(number, int))
     chosen = candidates_of(request, examined, anchors)
     others = [*chosen.retained, *chosen.others]
