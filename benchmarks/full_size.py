@@ -158,7 +158,17 @@ def step(
         images = Path(temporary, "images")
         for kind in ("forgotten", "retained"):
             write_images(images / kind, kind, size, batch_size)
-        command = [sys.executable, "-m", "erasediff.cli", "unlearn", "--model", str(folder), "--data", str(images)]
+        command = [
+            sys.executable,
+            "-m",
+            "erasediff.cli",
+            "unlearn",
+            "--no-verdict",
+            "--model",
+            str(folder),
+            "--data",
+            str(images),
+        ]
         command += ["--forget-class", "forgotten", "--json"]
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
         plan, _, _ = run([*command, "--dry-run"], temporary)

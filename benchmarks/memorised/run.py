@@ -49,7 +49,17 @@ def unlearn(folder: Path, memorised: Memorised, settings: dict[str, str]) -> flo
     """``erasediff unlearn`` as a user runs it, into ``folder/unlearned``; returns seconds of the whole command."""
     remove_directory(folder / "unlearned")
     anchors = ";".join(prompt(label) for label in memorised.classes)
-    command = [sys.executable, "-m", "erasediff.cli", "unlearn", "--model", folder / "model", "--data", folder / "data"]
+    command = [
+        sys.executable,
+        "-m",
+        "erasediff.cli",
+        "unlearn",
+        "--no-verdict",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "data",
+    ]
     command += ["--forget-files", folder / "forget.txt", "--out", folder / "unlearned", "--anchor-prompts", anchors]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]

@@ -31,3 +31,8 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
         self.step = step
         self.checkpoint = checkpoint
+
+
+def reason(error: BaseException) -> str:
+    """The message of a library's ``error`` as a part of a sentence: in one line, without a full stop at its end."""
+    return " ".join(str(error).split()).rstrip(".")

@@ -11,10 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from crash_points import FULL, contents, different, evenly, leftovers, trace_of
 from forked_ranks import CUT_SIGNAL, Proxy, Ranks
-from safetensors.torch import load_file
 
 from erasediff.models import PixelModel
 from erasediff.parallel.control_plane import ControlPlane
@@ -33,7 +31,6 @@ LAYOUTS = {
     "zero-2": ("--launch", "zero", "--stage", "2"),
     "zero-3": ("--launch", "zero", "--stage", "3"),
 }
-WEIGHTS = Path("model", "unet", "diffusion_pytorch_model.safetensors")
 TIMEOUT = 5.0
 PATIENCE = 60.0
 """Far more than ranks need to notice that one is gone, after the timeout."""
@@ -69,22 +66,13 @@ def check_whole(run: Path) -> None:
             pass
 
 
-def check_same_result(run: Path, whole: Path, layout: str) -> None:
-    """The files of two runs, and their bits; under ZeRO-3 the model's within rounding.
-
-    In a process's first step DeepSpeed has not seen the order of modules yet, and sums in another one.
-    """
+def check_same_result(run: Path, whole: Path) -> None:
+    """The files of two runs, and their bits."""
     found, expected = (
         {name: content for name, content in contents(folder).items() if name != "config.yaml"}
         for folder in (run, whole)
     )
-    if layout != "zero-3":
-        assert different(found, expected) == []
-        return
-    assert found.keys() == expected.keys()
-    theirs = load_file(whole / WEIGHTS)
-    for name, weight in load_file(run / WEIGHTS).items():
-        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
+    assert different(found, expected) == []
 
 
 def sentence_of(errors: str) -> str:
@@ -112,7 +100,7 @@ def kill_ranks(place: Path, tmp_path: Path, layout: str, rank: int, most: int | 
         kills[call.split()[0]] += 1
         check_whole(root / "run")
         finish(Ranks(resume(place, root / "run", layout), root))
-        check_same_result(root / "run", whole / "run", layout)
+        check_same_result(root / "run", whole / "run")
         assert leftovers(root) == [], where
         shutil.rmtree(root)
     return kills
@@ -230,5 +218,5 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
         check_whole(root / "run")
         assert Checkpoint.newest(root / "run") is not None, where
         finish(Ranks(resume(place, root / "run", layout), root))
-        check_same_result(root / "run", whole / "run", layout)
+        check_same_result(root / "run", whole / "run")
         assert leftovers(root) == [], where

@@ -33,6 +33,25 @@ def test_any_layout_goes_on_from_any_other(run_on: RunOn, tmp_path: Path, chain:
             assert found == pytest.approx(expected, rel=2e-5, abs=1e-6), (size, layout)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "zero-2"},
+        {"layout": "zero-3"},
+        {"layout": "zero-3", "zero": {"stage3_max_reuse_distance": 1000}},
+    ],
+)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(run_on: RunOn, tmp_path: Path, options: dict[str, Any]) -> None:
+    """A process's first step, of which DeepSpeed has seen nothing before, is like any other."""
+    for run, (first, last) in (("whole", (0, 3)), ("resumed", (0, 1)), ("resumed", (1, 3))):
+        run_on(2, CASES, "go_on", str(tmp_path / run), first, last, options)
+    whole, resumed = (tmp_path / run / "checkpoint-3" for run in ("whole", "resumed"))
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) == 3
+    for name in names:
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_each_rank_writes_its_own_part_alone(run_on: RunOn, tmp_path: Path) -> None:
     for name, layout in (("whole", "ddp"), ("parts", "zero-2")):
         run_on(3, CASES, "go_on", str(tmp_path / name), 0, 1, {"layout": layout})

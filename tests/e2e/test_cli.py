@@ -54,6 +54,7 @@ def test_a_run_leaves_a_folder_that_plain_diffusers_loads(home: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "model",
+        "receipt.json",
     ]
     pipeline = DDPMPipeline.from_pretrained(home / "base" / "model")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"

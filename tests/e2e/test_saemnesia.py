@@ -39,7 +39,7 @@ def test_unlearn_then_sample(
     assert not out.exists()
     prompts = ("--forget-prompts", "a cat", "--retain-prompts", "a dog;a sofa")
     assert unlearn(model, out, *prompts) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "saemnesia"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "receipt.json", "saemnesia"]
     assert unlearn(model, out, *prompts) == 2
     draw = ("sample", "--model", str(model), "--prompts", "a cat", "--set", "sample.num_inference_steps=2", "--out")
     assert run_command(*draw, str(tmp_path / "before.png")) == 0

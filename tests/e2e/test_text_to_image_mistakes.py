@@ -162,6 +162,8 @@ CATS = ("--data", "photos", "--forget-class", "cat")
         (("sample", "--model", "sd", "--out", "out"), "--prompts"),
         ((*SAMPLE, "--set", "sample.num_inference_steps=5000"), "more than the 1,000 timesteps"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos"), "photos exists already"),
+        (("sample", "--model", "sd", "--prompts", "a cat", "--out", "photos/cat/0.png"), "0.png exists already"),
+        (("train", "--out", "photos/cat/0.png"), "is no folder that results can be written to"),
         (("sample", "--model", "sd", "--prompts", "a cat", "--classes", "3", "--out", "out"), "--prompts"),
     ],
 )

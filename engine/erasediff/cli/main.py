@@ -13,11 +13,13 @@ from erasediff.cli.commands.demo import demo
 from erasediff.cli.commands.evaluate import evaluate
 from erasediff.cli.commands.info import info
 from erasediff.cli.commands.mask import mask
+from erasediff.cli.commands.patch import patch
 from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
 from erasediff.cli.commands.scan import scan
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
+from erasediff.cli.commands.verify import verify
 from erasediff.cli.crash import as_user_error, log_crash
 from erasediff.cli.output import messages, print_error, results_alone_on_stdout
 from erasediff.cli.streams import lossy_streams, lost_results
@@ -31,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, scan, plan, bench, compare, mask, info):
+for command in (demo, train, unlearn, verify, sample, evaluate, scan, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
+app.add_typer(patch, name="patch")
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 
 

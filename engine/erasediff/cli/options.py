@@ -28,6 +28,9 @@ Cache = Annotated[
     str | None,
     typer.Option(metavar="needed|all", help="Images to read and encode: those that the steps will see, or all."),
 ]
+Sign = Annotated[
+    str | None, typer.Option(metavar="ssh:KEYFILE", help="Sign the run's receipt with an SSH key, by ssh-keygen.")
+]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder for the run.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.")]

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from erasediff.cli.interrupts import exit_on_interrupt
 from erasediff.io import jsonl
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ def print_error(sentence: str, console: Console = messages) -> None:
 
 
 def results_alone_on_stdout(command: Callable[P, None]) -> Callable[P, None]:
-    """``command``, where whatever libraries print to standard output goes to standard error instead."""
+    """``command``, where what libraries print to standard output goes to standard error, and Ctrl-C is one line."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         results.file = sys.stdout
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), exit_on_interrupt():
             command(*args, **kwargs)
 
     return run

@@ -15,8 +15,10 @@ from erasediff.cli.output import emit, loading, messages
 from erasediff.cli.worker import is_rank
 from erasediff.config import Config, check_offload, check_shares
 from erasediff.errors import RunFailedError
+from erasediff.io.disk_room import check_folder
 
 if TYPE_CHECKING:
+    from erasediff.provenance.ssh_signature import SshKey
     from erasediff.training.job import StandaloneJob, TrainingJob
     from erasediff.training.run_dir import RunPlace
 
@@ -31,6 +33,8 @@ def resolve_run(
     **flags: Any,
 ) -> tuple[RunPlace | None, Config]:
     """Resolve the run folder (None for a dry run) and the full configuration, by default the resumed run's own."""
+    if out is not None:
+        check_folder(out)
     fresh = None if resume else configure(file, settings, **flags)
     if fresh and dry_run:
         return None, fresh
@@ -76,21 +80,31 @@ def _gpu_count(device: str) -> int:
     return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
+def signing_key(name: str | None) -> SshKey | None:
+    """Key of ``--sign``, before anything is prepared. UserError for one that cannot sign."""
+    from erasediff.provenance.ssh_signature import SshKey
+
+    return None if name is None else SshKey.named(name)
+
+
 def run_job(
     build: Callable[[], tuple[RunPlace | None, TrainingJob | StandaloneJob]],
+    command: Literal["train", "unlearn"],
     *,
     as_json: bool,
     out: Path | None = None,
-    has_verdict: bool = False,
+    key: SshKey | None = None,
 ) -> None:
-    """Run the job that ``build`` returns at its place and print its result.
+    """Run the job that ``build`` returns, leave the receipt of ``command`` at its place, signed with ``key``, and print
+    the result.
 
-    Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``. A run
-    with a verdict ends with one, when the job has left memory.
+    Without a place, measure trial steps and print the plan, after a check that a run could be written to ``out``. An
+    unlearning run ends with a verdict, when the job has left memory.
 
     Raises:
         RunFailedError: The verdict is not that the model has forgotten and retained what it should.
     """
+    from erasediff.provenance.receipt import record_run
     from erasediff.training.job import StandaloneJob
 
     place, job = build()
@@ -112,18 +126,16 @@ def run_job(
         result = job.run(place, messages)
         report = {**asdict(result), "run": str(result.run), "model": str(result.model)}
         model, eraser = result.model, None
-    if not has_verdict or not config.verdict.enabled:
-        emit(report, as_json=as_json)
-        return
     del job
-    from erasediff.workflows.end_of_run import end_run
+    ended = None
+    if command == "unlearn" and config.verdict.enabled:
+        from erasediff.workflows.end_of_run import end_run
 
-    assert model is not None
-    ended = end_run(
-        config, place.path, model, messages, command=shlex.join(["erasediff", *sys.argv[1:]]), eraser=eraser
-    )
-    if eraser is None:
-        report["model"] = ended.model
-    emit({**report, "verdict": ended.sentence, "report": ended.report}, as_json=as_json)
-    if ended.failure is not None:
+        assert model is not None
+        line = shlex.join(["erasediff", *sys.argv[1:]])
+        ended = end_run(config, place.path, model, messages, command=line, eraser=eraser)
+        report |= {"verdict": ended.sentence, "report": ended.report} | ({} if eraser else {"model": ended.model})
+    record_run(place.path, command, key)
+    emit(report, as_json=as_json)
+    if ended is not None and ended.failure is not None:
         raise RunFailedError(ended.failure)

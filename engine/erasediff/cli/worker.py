@@ -29,6 +29,8 @@ HEARTBEAT_SECONDS = 0.5
 """Between two signs of life of a rank."""
 SILENCE_SECONDS = 5.0
 """Without a sign of life, after which a process counts as gone."""
+AFTER_SILENCE_SECONDS = 2.0
+"""In which a launcher may still say what became of a process that gave no sign of life all that time."""
 RESUME = "--resume latest continues from the last checkpoint"
 # "[/path/to/gloo/pair.cc:123] " at the head of gloo's messages.
 _SOURCE_PLACE = re.compile(r"\[\S+\.(?:cc|cpp|h):\d+\] *")
@@ -174,8 +176,10 @@ def _run(command: Callable[[], int], peers: ControlPlane, heartbeat: Heartbeat, 
     except PeerError as failure:
         return _pass_on(failure, peers)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it)
-        if heartbeat.lost() or _is_broken_connection(error):
-            return _lost(error, peers, stderr)
+        if heartbeat.lost():
+            return _lost(error, peers, stderr, AFTER_SILENCE_SECONDS)
+        if _is_broken_connection(error):
+            return _lost(error, peers, stderr, SHUTDOWN_TIMEOUT)
         known = as_user_error(error)
         sentence = log_crash(error, peers.rank) if known is None else str(known)
         crash = PeerError(peers.rank, 1 if known is None else known.exit_code, sentence)
@@ -201,14 +205,14 @@ def _is_broken_connection(error: Exception) -> bool:
     return isinstance(error, DistBackendError | DistNetworkError) or "/gloo/" in str(error)
 
 
-def _lost(error: Exception, peers: ControlPlane, stderr: TextIO) -> int:
-    """Another process is gone or cannot be reached. It may have said why, or its launcher is about to."""
+def _lost(error: Exception, peers: ControlPlane, stderr: TextIO, seconds: float) -> int:
+    """Another process is gone or cannot be reached. It may say why in ``seconds``, or its launcher."""
     from erasediff.parallel.control_plane import PeerError
 
     reason = _SOURCE_PLACE.sub("", " ".join(str(error).split()))[:200].rstrip(". ")
     sentence = f"Rank {peers.rank} has lost another process of this run ({reason}): see whether it runs; {RESUME}."
     try:
-        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
+        deadline = time.monotonic() + seconds
         while (failure := peers.failure()) is None and time.monotonic() < deadline:
             time.sleep(0.2)
         if failure is None:

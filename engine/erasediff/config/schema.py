@@ -87,13 +87,16 @@ class Config(Section):
         """Settings of one method, by their class: ``config.section(EsdConfig)`` is ``config.esd``, typed."""
         return next(value for value in vars(self).values() if type(value) is kind)
 
-    def to_yaml(self, exclude: Mapping[str, set[str]] | None = None) -> str:
-        """Dump as YAML that ``load_config`` reads back to an equal configuration, without the keys to ``exclude``."""
+    def to_yaml(self, exclude: Mapping[str, set[str] | bool] | None = None) -> str:
+        """Dump as YAML that ``load_config`` reads back to an equal configuration.
+
+        ``exclude`` names keys, or whole sections by true, to be left out.
+        """
         return yaml.safe_dump(self.model_dump(mode="json", exclude=dict(exclude or {})), sort_keys=False)
 
 
-BASE_FIELDS = frozenset(Config.model_fields)
-"""Settings and sections that do not belong to a method."""
+BASE_FIELDS = frozenset(Config.model_fields) - {"verdict"}
+"""Settings and sections that do not belong to a method; without the section that earlier runs did not have."""
 
 
 def register_sections(sections: Mapping[str, type[Section]]) -> None:

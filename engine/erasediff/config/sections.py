@@ -145,6 +145,10 @@ class ImagesConfig(Section):
         forget_prompts: Prompts to forget by images that the original model draws of them.
         retain_prompts: Prompts to retain by images that the original model draws of them.
         images_per_prompt: Images that are drawn of each prompt.
+        after: Folder of an unlearning run that this one follows: its model is unlearned from, and what it and those
+            before it were asked to forget is not retained.
+        rehearsal_share: Share of the retained samples that rehearse these requests, of text-to-image models: images
+            that the model draws of the captions which were forgotten.
         split: Split of a data set that has several.
         caption_column: Column of captions; None for ``text``, ``caption`` or ``prompt``.
         caption_template: Caption of images that have none, such as "a photo of a {class}".
@@ -168,6 +172,8 @@ class ImagesConfig(Section):
     forget_prompts: tuple[str, ...] = ()
     retain_prompts: tuple[str, ...] = ()
     images_per_prompt: Count = 8
+    after: Path | None = None
+    rehearsal_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     split: str = "train"
     caption_column: str | None = None
     caption_template: str | None = None

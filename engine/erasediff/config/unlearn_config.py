@@ -53,7 +53,13 @@ class UnlearnConfig(Section):
             in ``ImagesConfig``.
         retain: Classes to retain, by number or name; None for all others.
         method: Name of a method, see ``erasediff unlearn --help``. A method reads what applies to it.
-        steps: Optimizer steps.
+        steps: Optimizer steps; of one round, where the run goes on until it has forgotten.
+        until: "steps": the run ends after ``steps``. "forgotten": after each ``steps``, a quick form of the verdict
+            looks at what the network draws; where that is still recognised, another round follows, at twice the
+            learning rate. None: "forgotten" where no number of steps is given and a caption or class is to be
+            forgotten.
+        max_steps: Steps of all rounds at most; None for those of four rounds.
+        max_minutes: Minutes after which no further round begins.
         batch_size: Samples of the retain batch, and of the forget batch, per step over all ranks and micro-batches.
         lr: Peak learning rate.
         lr_schedule: Learning rate after the warm-up.
@@ -87,6 +93,9 @@ class UnlearnConfig(Section):
     retain: tuple[ClassReference, ...] | None = None
     method: MethodName = "erasediff"
     steps: Count | None = None
+    until: Literal["forgotten", "steps"] | None = None
+    max_steps: Count | None = None
+    max_minutes: Positive | None = None
     batch_size: Count = 64
     lr: Positive | None = None
     lr_schedule: Literal["constant", "cosine"] = "cosine"

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH, MAX_VALUES = 20, 10_000
@@ -50,7 +50,7 @@ def read_yaml(text: str) -> Any:
     try:
         node = yaml.compose(text, Loader=_Composer)
     except yaml.YAMLError as error:
-        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"is not valid YAML: {reason(error)}.") from None
     except RecursionError:
         raise UserError(f"is nested more than {MAX_DEPTH} deep: it is no configuration.") from None
     return None if node is None else _Reader().value(node, MAX_DEPTH)
@@ -101,7 +101,10 @@ def _plain(node: ScalarNode) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     if text.lower() in AMBIGUOUS_WORDS:
-        raise UserError(f'has "{text}"{_place(node)}: write true or false, or "{text}" in quotes for the word.')
+        raise UserError(
+            f'has "{text}"{_place(node)}, which readers of YAML take for true or false or for a word: write the '
+            f'setting\'s own kind of value, such as true or 5, or "{text}" in quotes for the word.'
+        )
     if AMBIGUOUS_NUMBER.fullmatch(text):
         raise UserError(
             f"has {_shortened(text)}{_place(node)}, which readers of YAML take for different numbers: write a plain "

@@ -36,8 +36,13 @@ def class_numbers(requested: Iterable[int | str], names: Sequence[str], of: str 
         elif is_number:
             found.append(int(text))
         else:
-            raise UserError(f"There is no class {text} in {of}: choose from {_near(text, names)}.")
+            raise UserError(f"There is no class {text} in {of}: choose from {_near(text, names)}{several_hint(text)}.")
     return tuple(dict.fromkeys(found))
+
+
+def several_hint(wanted: str) -> str:
+    """How several classes are named, for the end of the sentence about one that looks like a list of them."""
+    return "; to name several, give the flag once for each" if "," in wanted else ""
 
 
 def _near(wanted: str, names: Sequence[str]) -> str:

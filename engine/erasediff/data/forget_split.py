@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erasediff.data.class_names import several_hint
 from erasediff.data.digits import Images
 from erasediff.data.image_folder import CLASS, CaptionedImage
 from erasediff.data.image_table import ImageTable
@@ -185,7 +186,9 @@ def select_classes(images: Sequence[CaptionedImage], classes: Iterable[str], col
         wanted = class_form(asked)
         if wanted not in by_class:
             choices = near(wanted, sorted(by_class)) or sorted(by_class)
-            raise UserError(f"No image has the {column} {asked!r}: choose from {', '.join(choices[:20])}.")
+            raise UserError(
+                f"No image has the {column} {asked!r}: choose from {', '.join(choices[:20])}{several_hint(asked)}."
+            )
         for number in by_class[wanted]:
             selected[number].append(("class", asked))
     if not selected:

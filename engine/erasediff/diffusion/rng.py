@@ -34,6 +34,7 @@ class NoiseRole(IntEnum):
     DRIFT = 14
     CLASSIFIER = 15
     DISTANCE = 16
+    QUICK_LOOK = 17
     ORDER = 64
     BUCKET_ORDER = 65
     FLIP = 66

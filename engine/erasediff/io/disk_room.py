@@ -24,6 +24,20 @@ def check_writable(path: Path) -> None:
         raise UserError(f"Cannot write {path}: {os.strerror(reason).lower()} ({existing}); choose another place.")
 
 
+def check_folder(path: Path) -> None:
+    """UserError if ``path``, a folder that may not exist yet, is something else or cannot be written."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is no folder that results can be written to: choose another place.")
+    check_writable(path)
+
+
+def check_file(path: Path) -> None:
+    """UserError if ``path``, a file that may not exist yet, is something else or cannot be written."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that results can be written to: choose another place.")
+    check_writable(path)
+
+
 def check_room(path: Path, size: int, what: str) -> None:
     """UserError if the disk of ``path``, which may not exist yet, has no room for ``size`` bytes of ``what``."""
     free = shutil.disk_usage(_existing(path)).free

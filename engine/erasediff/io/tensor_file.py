@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.file_faults import fault_of
+from erasediff.io.json_file import parse_object
 from erasediff.io.user_file import check_regular
 
 DTYPES = {
@@ -136,7 +137,21 @@ def _stored(path: Path, handle: Any, name: str) -> StoredTensor:
 def _reason(path: Path, error: Exception) -> str:
     if "incomplete metadata" in str(error):
         return "it is cut short; download or copy it again"
-    return fault_of(path) or " ".join(str(error).split())
+    return fault_of(path) or reason(error)
+
+
+def read_header(path: Path) -> bytes:
+    """Read all that a safetensors file has before its first tensor. UserError as ``TensorFile.open``."""
+    TensorFile.open(path)
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
+
+
+def tensors_in_order(header: bytes) -> list[str]:
+    """Names of the tensors of a ``read_header`` in the order of their bytes. ValueError for one that is damaged."""
+    entries = {name: entry for name, entry in parse_object(header[8:]).items() if name != "__metadata__"}
+    return sorted(entries, key=lambda name: (entries[name]["data_offsets"], name))
 
 
 class ByteSink(Protocol):

@@ -19,7 +19,15 @@ from erasediff.errors import UserError
 from erasediff.methods.barriers import BARRIERS, Barrier, Norm
 from erasediff.methods.base import Solver, SolverOptions, StepReport
 from erasediff.methods.inner_solve import InnerCopy, InnerSolve
-from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import (
+    FORGET_KEYS,
+    RETAIN_KEYS,
+    SOLVER_KEYS,
+    UNTIL_KEYS,
+    BuildContext,
+    MethodSpec,
+    Requirements,
+)
 from erasediff.parallel.gradient_store import Shard
 
 if TYPE_CHECKING:
@@ -186,6 +194,7 @@ def needs(config: Config) -> Requirements:
 
 READS = (
     SOLVER_KEYS
+    | UNTIL_KEYS
     | RETAIN_KEYS
     | FORGET_KEYS
     | {"target", "relabel_to", "target_space", "teacher", "retain_target", "barrier", "eta", "level"}

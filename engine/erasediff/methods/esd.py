@@ -19,7 +19,7 @@ from erasediff.diffusion.trajectories import Trajectories
 from erasediff.errors import UserError
 from erasediff.methods.barriers import Barrier, Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import SOLVER_KEYS, UNTIL_KEYS, BuildContext, MethodSpec, Requirements
 from erasediff.parallel.gradient_store import Shard
 
 
@@ -298,7 +298,7 @@ SPEC = MethodSpec(
     name="esd",
     summary="negative guidance away from a prompt (Erased Stable Diffusion, arXiv 2303.07345)",
     config=EsdConfig,
-    reads=lambda _: SOLVER_KEYS,
+    reads=lambda _: SOLVER_KEYS | UNTIL_KEYS,
     needs=lambda _: Requirements(retain=False, forget=False, teacher=True),
     prompts=encoded_prompts,
     build=build,

@@ -33,7 +33,7 @@ from erasediff.methods.base import Solver
 from erasediff.methods.concept_prune import HeldMask
 from erasediff.methods.erasediff import EraseDiff
 from erasediff.methods.esd import ESD
-from erasediff.methods.spec import SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import SOLVER_KEYS, UNTIL_KEYS, BuildContext, MethodSpec, Requirements
 from erasediff.models.diffusion_model import Space
 from erasediff.models.weight_masks import (
     add_masks,
@@ -327,7 +327,9 @@ SPEC = MethodSpec(
     name="pruning",
     summary="masks over weights, learned (arXiv 2405.16534) or training-free (ConceptPrune, arXiv 2405.19237)",
     config=PruningConfig,
-    reads=lambda config: SOLVER_KEYS | {"barrier", "eta", "level"} if prunes_by_prompts(config) else erasediff.READS,
+    reads=lambda config: (
+        SOLVER_KEYS | {"barrier", "eta", "level"} if prunes_by_prompts(config) else erasediff.READS - UNTIL_KEYS
+    ),
     sections=("esd",),
     defaults=defaults,
     needs=needs,

@@ -16,7 +16,15 @@ from erasediff.errors import UserError
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver
 from erasediff.methods.erasediff import EraseDiff
-from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import (
+    FORGET_KEYS,
+    RETAIN_KEYS,
+    SOLVER_KEYS,
+    UNTIL_KEYS,
+    BuildContext,
+    MethodSpec,
+    Requirements,
+)
 from erasediff.parallel.gradient_store import GradientStore
 
 HALF_BITS = 16
@@ -194,7 +202,7 @@ SPEC = MethodSpec(
     name="salun",
     summary="relabelling under a saliency mask (SalUn, arXiv 2310.12508)",
     config=SalunConfig,
-    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS | {"target", "relabel_to", "teacher"},
+    reads=lambda _: SOLVER_KEYS | UNTIL_KEYS | RETAIN_KEYS | FORGET_KEYS | {"target", "relabel_to", "teacher"},
     needs=lambda config: Requirements(
         teacher=config.unlearn.teacher == "frozen", relabel=True, batches=config.section(SalunConfig).batches
     ),

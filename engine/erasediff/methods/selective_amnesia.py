@@ -15,7 +15,15 @@ from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import NoiseRole, noise_key
 from erasediff.methods.barriers import Fixed
 from erasediff.methods.base import Solver, SolverOptions, StepReport
-from erasediff.methods.spec import FORGET_KEYS, RETAIN_KEYS, SOLVER_KEYS, BuildContext, MethodSpec, Requirements
+from erasediff.methods.spec import (
+    FORGET_KEYS,
+    RETAIN_KEYS,
+    SOLVER_KEYS,
+    UNTIL_KEYS,
+    BuildContext,
+    MethodSpec,
+    Requirements,
+)
 from erasediff.parallel.gradient_store import Shard
 from erasediff_kernels import philox_noise
 
@@ -145,7 +153,7 @@ SPEC = MethodSpec(
     name="selective-amnesia",
     summary="surrogates for what is forgotten, old weights held by Fisher information (arXiv 2305.10120)",
     config=SelectiveAmnesiaConfig,
-    reads=lambda _: SOLVER_KEYS | RETAIN_KEYS | FORGET_KEYS,
+    reads=lambda _: SOLVER_KEYS | UNTIL_KEYS | RETAIN_KEYS | FORGET_KEYS,
     needs=lambda config: Requirements(batches=config.section(SelectiveAmnesiaConfig).fisher_batches),
     build=build,
 )

@@ -101,6 +101,8 @@ SOLVER_KEYS = frozenset(
     }
 )
 """Settings of ``unlearn`` that every method reads which takes optimizer steps."""
+UNTIL_KEYS = frozenset({"until", "max_steps", "max_minutes"})
+"""Those of a run that goes on until it has forgotten, of methods whose every step forgets."""
 RETAIN_KEYS = frozenset({"antithetic", "retain_label_dropout"})
 """Those that concern the retained batches."""
 FORGET_KEYS = frozenset({"antithetic", "forget_label_dropout"})

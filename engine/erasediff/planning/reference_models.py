@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.models.checkpoint.base import has, read_json
 from erasediff.models.checkpoint.components import empty_module
 from erasediff.models.checkpoint.network_folder import is_network_alone
@@ -109,7 +109,7 @@ def _empty(config: dict[str, Any]) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             module: nn.Module = cls.from_config(config)
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"The configuration of a {name} is damaged: {' '.join(str(error).split())}.") from error
+        raise UserError(f"The configuration of a {name} is damaged: {reason(error)}.") from error
     return module
 
 

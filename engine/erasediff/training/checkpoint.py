@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.atomic import atomic_directory, publish, storage_errors, temporary_sibling
 from erasediff.io.json_file import read_object
 from erasediff.io.state_file import HostState, load_state, open_state, save_state
@@ -345,8 +345,7 @@ def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
     except (PeerError, torch.OutOfMemoryError):
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"The checkpoint {checkpoint.path} does not fit this run: {reason}.") from error
+        raise UserError(f"The checkpoint {checkpoint.path} does not fit this run: {reason(error)}.") from error
 
 
 def _diverged(checkpoint: Checkpoint, name: str) -> UserError:

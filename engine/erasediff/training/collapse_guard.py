@@ -142,6 +142,10 @@ class CollapseGuard:
         self._was_beyond = is_beyond
         return torch.tensor(drift, dtype=torch.float64, device=self._gradients.device)
 
+    def extend(self, steps: int) -> None:
+        """Make the run one of ``steps`` steps."""
+        self._steps = steps
+
     @torch.no_grad()
     def roll_back(self) -> None:
         """Restore the weights of the best look, and their averages: see ``Collapse.best``."""

@@ -27,6 +27,7 @@ from erasediff.parallel.zero.config import cuts_parameters
 from erasediff.training.collapse_guard import MOST_BATCHES, SAMPLES, Collapse, CollapseGuard, RetainedLoss
 from erasediff.training.loop import Batches, check_skipped_steps, prefetched, run_steps
 from erasediff.training.lr_schedule import LearningRate
+from erasediff.training.rounds import Rounds, rate_of_round
 from erasediff.training.run_dir import CONFIG, MODEL, ROLLED_BACK, RunPlace
 from erasediff.training.run_lock import run_lock
 from erasediff.training.run_size import check_storage
@@ -74,6 +75,7 @@ class TrainingJob:
         saved_as: Name of the model in the run's folder.
         disk_bytes: Estimate of the bytes that the model and all checkpoints take at most.
         lists: Images to forget and to retain, which the run's folder records before the first step.
+        rounds: What decides whether the run goes on after the steps of ``rate``; None ends it there.
     """
 
     title: str
@@ -88,6 +90,7 @@ class TrainingJob:
     saved_as: str = MODEL
     disk_bytes: int = 0
     lists: ImageLists | None = None
+    rounds: Callable[[Console], Rounds] | None = None
 
     def run(self, place: RunPlace, console: Console) -> RunResult:
         """Take all steps, from the beginning or from where ``place`` resumes, and save the averaged weights.
@@ -122,11 +125,12 @@ class TrainingJob:
             settings=self.config.run,
             retain=self.retain,
             forget=self.forget,
-            before_step=lambda step: self.rate.apply(self.optimizer, step),
+            before_step=self._apply_rate,
             console=console,
             title=self.title,
             shared=self.config.distributed.launch != "none",
             guard=guard,
+            rounds=None if self.rounds is None else self.rounds(console),
         )
         check_skipped_steps(self.method, self.method.updates, run.path)
         if guard is not None and outcome.collapse is not None:
@@ -144,6 +148,10 @@ class TrainingJob:
             weights_changed=None if update is None else update.changed / update.weights,
             relative_update=None if update is None else update.relative,
         )
+
+    def _apply_rate(self, step: int) -> None:
+        rate, within = rate_of_round(self.rate, step) if self.rounds is not None else (self.rate, step)
+        rate.apply(self.optimizer, within)
 
     def check_storage(self, out: Path) -> None:
         """UserError if the folder ``out`` cannot be written, or its disk has no room for the run."""

@@ -21,6 +21,7 @@ from erasediff.training.checkpoint import Checkpoint, snapshot_of
 from erasediff.training.checkpoint_writer import CheckpointWriter
 from erasediff.training.collapse_guard import DRIFT, Collapse, CollapseGuard
 from erasediff.training.graceful_stop import AgreedStop, stop_on_signal
+from erasediff.training.rounds import Rounds, end_of_round
 from erasediff.training.run_dir import RunFolder
 from erasediff.utils.progress import progress_bar
 
@@ -70,10 +71,16 @@ class Batches(Protocol):
     def at(self, step: int) -> Batch: ...
 
 
-def prefetched(retain: Batches, forget: Batches | None, *, stop: int) -> Prefetcher[tuple[Batch, Batch]]:
-    """Batches (retain, forget) of each step before ``stop``, loaded one step ahead; {} in place of None."""
+def prefetched(
+    retain: Batches, forget: Batches | None, *, stop: int, round_steps: int | None = None
+) -> Prefetcher[tuple[Batch, Batch]]:
+    """Batches (retain, forget) of each step before ``stop``, loaded one step ahead; {} in place of None.
+
+    After ``round_steps`` steps they come again from the first on.
+    """
 
     def load(step: int) -> tuple[Batch, Batch]:
+        step = step if round_steps is None else step % round_steps
         return retain.at(step), forget.at(step) if forget is not None else {}
 
     return Prefetcher(load, stop=stop)
@@ -110,6 +117,7 @@ def run_steps(
     title: str,
     shared: bool = False,
     guard: CollapseGuard | None = None,
+    rounds: Rounds | None = None,
 ) -> Outcome:
     """Take ``method`` to ``steps`` steps in all, from where ``run`` resumes.
 
@@ -131,6 +139,7 @@ def run_steps(
         console: Console of the progress bar and notes.
         title: Title of the progress bar.
         shared: Several ranks run the loop together: a collective, of which the main rank alone writes metrics.
+        rounds: Decides after ``steps`` steps, and each time after as many more on the same batches, whether to go on.
         guard: Looks at what should be kept, and may stop the run; it changes no bit of one that it does not stop.
 
     Raises:
@@ -150,8 +159,10 @@ def run_steps(
         if damaged:
             console.print(f"{run.metrics.path} had {damaged} damaged lines, which were left out.", soft_wrap=True)
     if guard is not None:
+        guard.extend(end_of_round(method.iteration, steps))
         guard.resume(method.iteration, run.metrics.read() if is_main else ())
     start, began = method.iteration, time.monotonic()
+    end = end_of_round(start, steps)
     metrics = MetricBuffer()
     last: dict[str, Any] = {}
 
@@ -171,18 +182,31 @@ def run_steps(
         return run.checkpoint(step)
 
     with (
-        progress_bar(console, title, steps, completed=start) as bar,
+        progress_bar(console, title, end, completed=start) as bar,
         stop_on_signal(console.print) as stop_request,
         CheckpointWriter(background=snapshot.in_background) as writer,
-        prefetched(retain, forget, stop=steps) as batches,
+        prefetched(
+            retain,
+            forget,
+            stop=steps if rounds is None else rounds.max_steps,
+            round_steps=None if rounds is None else steps,
+        ) as batches,
     ):
 
         def reason_to_stop() -> int | None:
-            is_hopeless = last.get("skipped", 0) * SKIPPED_LIMIT > steps
+            is_hopeless = last.get("skipped", 0) * SKIPPED_LIMIT > end
             return HOPELESS if is_hopeless else stop_request.signal_number
 
         stop = AgreedStop(reason_to_stop)
-        for index in range(start, steps):
+        index = start
+        while True:
+            if index >= end:
+                if rounds is None or not rounds.goes_on(index):
+                    break
+                end += steps
+                bar.extend(end)
+                if guard is not None:
+                    guard.extend(end)
             if before_step is not None:
                 before_step(index)
             try:
@@ -198,15 +222,16 @@ def run_steps(
                 log()
             signal_number = stop.after_step()
             if signal_number == HOPELESS:
-                check_skipped_steps(method, steps, run.path)
+                check_skipped_steps(method, end, run.path)
             if guard is not None and guard.collapse is not None:
                 log()
                 break
-            if (index + 1) % settings.checkpoint_every == 0 or index + 1 == steps or signal_number is not None:
+            if (index + 1) % settings.checkpoint_every == 0 or index + 1 == end or signal_number is not None:
                 saved = save_checkpoint()
                 if signal_number is not None:
                     writer.wait()
                     raise Interrupted(signal_number, saved.step, saved.path)
+            index += 1
         stop.close()
     # Those that the last save of a killed run did not come to remove.
     run.remove_old_checkpoints(settings.keep_checkpoints)

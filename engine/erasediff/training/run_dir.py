@@ -8,7 +8,7 @@ from typing import Any
 from erasediff.config import Config, differences, load_config, read_settings
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, remove_directory, remove_leftovers
-from erasediff.io.disk_room import check_writable
+from erasediff.io.disk_room import check_folder
 from erasediff.io.jsonl import MetricsFile
 from erasediff.io.temporary_names import is_temporary
 from erasediff.parallel.control_plane import ControlPlane
@@ -17,6 +17,7 @@ from erasediff.training.checkpoint import PREFIX, Checkpoint
 CONFIG = "config.yaml"
 MODEL = "model"
 SINGLE_FILE = "model.safetensors"
+VERDICT = "verdict.json"
 ROLLED_BACK = "rolled-back"
 """Folder of the model of a run that was stopped, from before it destroyed what it should keep."""
 LATEST = "latest"
@@ -100,8 +101,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the run's model has been saved."""
-        return self.model.is_dir() or (self.path / SINGLE_FILE).is_file()
+        """True if the run's model has been saved; a verdict may have given it another name."""
+        return self.model.is_dir() or any((self.path / name).is_file() for name in (SINGLE_FILE, VERDICT))
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Checkpoint after ``step`` steps, which may not exist yet."""
@@ -170,7 +171,7 @@ class RunPlace:
         """Raise ``UserError`` for a folder that is not empty or not writable, before long preparations."""
         if not ControlPlane.current().is_main:
             return
-        check_writable(self.path)
+        check_folder(self.path)
         if not self.resuming:
             RunFolder.check_free(self.path)
 

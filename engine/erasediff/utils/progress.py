@@ -18,6 +18,10 @@ class Bar:
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
 
+    def extend(self, total: int) -> None:
+        """Make ``total`` steps of it."""
+        self._progress.update(self._task, total=total)
+
     def note(self, text: str) -> None:
         """Show ``text`` at the end of the bar."""
         self._progress.update(self._task, note=text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -51,6 +51,13 @@ class ExaminedModel:
         if model.condition == "none":
             return Candidate(label, text)
         return Candidate(label, text, {"class_labels": torch.tensor([model.class_names.index(text)])})
+
+    def null_condition(self) -> Mapping[str, Tensor] | None:
+        """The condition that classifier-free guidance leads away from; None for a model without."""
+        model = self.model
+        if isinstance(model, LatentModel):
+            return self.candidate("").condition if model.has_null_prediction else None
+        return None if model.null_label is None else {"class_labels": torch.tensor([model.null_label])}
 
     def draw(
         self,

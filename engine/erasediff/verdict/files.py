@@ -10,8 +10,8 @@ from torch import Tensor
 
 from erasediff.config.verdict_config import VerdictConfig
 from erasediff.evaluation.memorization import nearest, reproduces
-from erasediff.verdict.concepts import AFTER, BEFORE, Findings
 from erasediff.verdict.outcome import Figure
+from erasediff.verdict.recognition import AFTER, BEFORE, Findings
 from erasediff.verdict.statistics import Estimate, area_under_curve, mean, share, share_ratio
 
 REPRODUCTION, LOSS = "reproduction", "loss"

@@ -54,9 +54,11 @@ class Request:
     ) -> Request:
         """The request of listed images, records as in ``forget.jsonl``.
 
-        Where every concept of the forgotten images is one of retained images too, files are forgotten.
+        Where every concept of the forgotten images is one of retained images too, files are forgotten. Retained images
+        that something selected rehearse what earlier runs forgot, and show nothing that is to be recognised.
         """
-        forgotten, kept = (_concepts(images) for images in (forget, retain))
+        forgotten = _concepts(forget)
+        kept = _concepts(image for image in retain if not image.get("selected_by"))
         labels = {concept.label for concept in kept}
         apart = tuple(concept for concept in forgotten if concept.label not in labels)
         return cls("concept" if apart else "files", apart or forgotten, kept, tuple(anchors))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from erasediff.config.verdict_config import VerdictConfig
-from erasediff.verdict.concepts import AFTER, BEFORE, Findings
 from erasediff.verdict.judges.base import UNKNOWN, Candidate, Judge
 from erasediff.verdict.outcome import Figure
+from erasediff.verdict.recognition import AFTER, BEFORE, Findings
 from erasediff.verdict.statistics import Estimate, mean, share, share_difference, share_ratio
 
 RECOGNISED = 0.8

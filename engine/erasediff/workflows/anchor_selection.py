@@ -115,8 +115,9 @@ def anchor_candidates(lists: ImageLists | None) -> list[str]:
     """
     if lists is None:
         return [NULL_CAPTION]
-    retained, forgotten = ([image.condition[1] for image in images] for images in (lists.retain, lists.forget))
-    return _captions_apart(retained, forgotten)
+    # What a retained image was selected by is an earlier request, which it rehearses.
+    retained = [image.condition[1] for image in lists.retain if not image.selected_by]
+    return _captions_apart(retained, [image.condition[1] for image in lists.forget])
 
 
 def anchored(

@@ -29,6 +29,8 @@ from erasediff.training.loop import Batches
 from erasediff.training.lr_schedule import LearningRate
 from erasediff.training.run_dir import MODEL, SINGLE_FILE
 from erasediff.training.run_size import run_bytes
+from erasediff.verdict.quick import QuickQuestion
+from erasediff.workflows.goal import rounds_of
 from erasediff_kernels import ConstrainedAdamW
 
 ADAPTERS = "lora.safetensors"
@@ -199,6 +201,7 @@ class UnlearningModel:
         optimizer_options: Further keywords of ``ConstrainedAdamW``.
         encode_prompts: See ``BuildContext``.
         latent_shape: See ``BuildContext``.
+        question: Question of the looks of a run that goes on until it has forgotten; None for one of so many steps.
     """
 
     network: nn.Module
@@ -213,6 +216,7 @@ class UnlearningModel:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     encode_prompts: Callable[[Sequence[str]], dict[str, Tensor]] = _no_prompts
     latent_shape: Callable[[], tuple[int, ...]] = _no_latents
+    question: QuickQuestion | None = None
 
 
 def build_training_job(
@@ -237,6 +241,9 @@ def build_training_job(
         moments=settings.moments,
         **model.optimizer_options,
     )
+    if model.question is not None:
+        # Before the first step, and before ranks share the network.
+        teacher()
     trained, optimizer = parallelize(config, settings, model.network, parameters, make_optimizer, model.weights)
     method = unlearning_method(config, model, trained, optimizer, teacher=teacher, retain=retain, forget=forget)
     return TrainingJob(
@@ -251,6 +258,7 @@ def build_training_job(
         rate=rate,
         retain=retain,
         forget=forget,
+        rounds=None if model.question is None else rounds_of(config, method, teacher, model.predict, model.question),
     )
 
 

@@ -26,6 +26,7 @@ from erasediff.workflows.build_method import (
     save_unlearned,
     saved_bytes,
 )
+from erasediff.workflows.goal import goes_in_rounds, resolved_goal
 from erasediff.workflows.labelled_run import LabelledRun
 from erasediff.workflows.load_model import is_text_to_image
 from erasediff.workflows.prompted_run import PromptedRun
@@ -58,6 +59,7 @@ def build_unlearning_job(
     Raises:
         UserError: For every mistake in checkpoint, images and settings, before anything is written but caches.
     """
+    in_rounds = goes_in_rounds(config)
     run = _open(config, model, console or Console(quiet=True), data)
     check_output(run.config, run.model)
     run.set_up_denoiser()
@@ -69,12 +71,15 @@ def build_unlearning_job(
         check_storage(out, run_bytes(run.config, run.config.unlearn, run.model.denoiser, trained, model_bytes))
     # Before a LoRA is added: images for prompts are the original model's.
     batches = run.batches(rehearse=rehearse)
+    question = run.question(batches) if in_rounds and not rehearse else None
     run.model.release_encoders()
     if run.model.denoiser_is_meta and not loads_sharded(run.config):
         run.load_denoiser()
     conditioning = run.conditioning(batches)
+    if question is not None:
+        question = run.with_anchors(question)
     # With what only the run could find out, such as the anchor.
-    config = run.config
+    config = resolved_goal(run.config, question, asked=config.unlearn.until)
     job = build_training_job(
         config,
         UnlearningModel(
@@ -86,6 +91,7 @@ def build_unlearning_job(
             is_measured=run.is_measured,
             saved_as=output_name(config),
             weights=run.model.denoiser_weights if run.model.denoiser_is_meta else None,
+            question=question,
             **conditioning,
         ),
         method_parameters(config, run.model.denoiser, selected),

@@ -14,11 +14,11 @@ from erasediff.evaluation.denoiser_features import DenoiserFeatures
 from erasediff.evaluation.memorization import image_losses
 from erasediff.models.base import LatentModel
 from erasediff.utils.progress import progress_bar
-from erasediff.verdict.concepts import AFTER, BEFORE, concluded
 from erasediff.verdict.examined import ExaminedModel
 from erasediff.verdict.files import FORGOTTEN, RETAINED, UNSEEN, FileEvidence, judge_files, reproduced
 from erasediff.verdict.judges.base import Candidate
 from erasediff.verdict.judges.original import samples_of
+from erasediff.verdict.recognition import AFTER, BEFORE, concluded
 from erasediff.workflows.verdict_images import RealImages, run_images, size_of, unseen_images
 from erasediff.workflows.verdict_outcome import Examination, affordable_passes, undecided
 

@@ -37,6 +37,7 @@ from erasediff.models.diffusion_model import SampleEncoder, UnpromptedModel
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
+from erasediff.workflows.earlier_requests import earlier_requests
 from erasediff.workflows.latent_data import NoiseBatches, listed_images, read_data
 from erasediff.workflows.load_model import check_fits
 from erasediff.workflows.seen_images import seen_numbers
@@ -115,6 +116,13 @@ class TensorData:
         forgotten = class_numbers((*config.unlearn.forget, *settings.forget_classes), self.class_names)
         retained = config.unlearn.retain
         kept = None if retained is None else class_numbers(retained, self.class_names)
+        earlier = class_numbers(
+            [name for request in earlier_requests(settings.after) for name in request.class_names(self.class_names)],
+            self.class_names,
+        )
+        if earlier:
+            every = range(len(self.class_names)) if kept is None else kept
+            kept = tuple(number for number in every if number not in (*earlier, *forgotten))
         forget, retain = forget_retain_split(self.dataset.train, forgotten, kept)
         return LabelledSplit(forget, retain, forgotten)
 

@@ -22,11 +22,13 @@ from erasediff.models.trainable import has_attention, select
 from erasediff.models.unprompted_latents import UnpromptedLatentModel
 from erasediff.training.job import set_up_device
 from erasediff.training.loop import Batches
+from erasediff.verdict.quick import QuickQuestion
 from erasediff.workflows.build_method import (
     differs_by_training,
     needed_batches,
     selected_weights,
 )
+from erasediff.workflows.goal import question_of
 from erasediff.workflows.labelled_data import (
     DIGITS,
     LabelledSplit,
@@ -127,6 +129,9 @@ class LabelledRun(UnlearningRun):
         else:
             images, lists = _cached(forget), ImageLists(_listed(split.forget, forget), _listed(split.retain, retain))
         return replace(lists, warning=unseen_warning(self.config, forget.order, images, len(lists.forget)))
+
+    def question(self, batches: RunBatches) -> QuickQuestion | None:
+        return question_of(self.config, self.model, batches.lists, self.model.sample_shape)
 
     def conditioning(self, batches: RunBatches) -> dict[str, Any]:
         return {"relabel": partial(relabelling, self.config.unlearn, self.model)}

@@ -45,6 +45,7 @@ from erasediff.parallel.control_plane import ControlPlane
 from erasediff.parallel.init import share_of
 from erasediff.training.loop import Batches
 from erasediff.utils.collector import paused_collector
+from erasediff.workflows.earlier_requests import as_share, rehearsed_captions, without_earlier
 from erasediff.workflows.seen_images import batches_seen, seen_numbers, unseen_warning
 
 
@@ -60,6 +61,9 @@ def image_sets(config: Config, sampler: Sampler, console: Console) -> Partition:
     drawn = [replace(image, selected_by=(("prompt", image.caption),)) for image in make(settings.forget_prompts)]
     # A lazy list of retained images stays one, unless others are drawn.
     retained = [*retain, *make(settings.retain_prompts)] if settings.retain_prompts else retain
+    if settings.after is not None and settings.rehearsal_share > 0:
+        rehearsed = make(rehearsed_captions(settings))
+        retained = [*retained, *as_share(rehearsed, settings.rehearsal_share, len(retained))]
     return Partition([*forget, *drawn], retained)
 
 
@@ -92,6 +96,8 @@ def listed_images(settings: ImagesConfig, data: ImageSet | None = None, *, capti
     if data is None and settings.data:
         data = read_data(settings, settings.data, captions=captions)
     forget, retain = _selected(settings, data) if data else Partition([], [])
+    if data and settings.after is not None:
+        retain = without_earlier(retain, data, settings)
     if settings.forget_data:
         request = (("folder", settings.forget_data),)
         others = read_data(settings, settings.forget_data, captions=captions).images

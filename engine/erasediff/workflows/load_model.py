@@ -115,7 +115,7 @@ def _described(image_shape: tuple[int, ...], num_classes: int | None) -> str:
     return f"images of {' x '.join(map(str, image_shape))}{classes}"
 
 
-SECTIONS = ("text_to_image.", "images.images_per_prompt")
+SECTIONS = ("text_to_image.", "images.images_per_prompt", "images.rehearsal_share")
 """Settings of text-to-image models alone, but for ``ANY_MODEL``."""
 ANY_MODEL = frozenset(
     f"text_to_image.{name}"

@@ -1,6 +1,7 @@
 """Unlearning runs of text-to-image models: images with captions, prompts, the anchor."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from erasediff.methods import METHOD_SPECS
 from erasediff.models.attention import set_attention, use_backend
 from erasediff.models.base import LatentModel
 from erasediff.training.job import precision_of, set_up_device
+from erasediff.verdict.judges.base import Candidate
+from erasediff.verdict.quick import QuickQuestion
 from erasediff.workflows.anchor_selection import Encode, anchor_candidates, anchored, needs_anchor
 from erasediff.workflows.build_method import (
     NoBatches,
@@ -26,6 +29,7 @@ from erasediff.workflows.build_method import (
     needed_batches,
     selected_weights,
 )
+from erasediff.workflows.goal import question_of
 from erasediff.workflows.latent_data import image_size, latent_batches, rehearsal_batches
 from erasediff.workflows.load_model import load_checkpoint
 from erasediff.workflows.unlearning_run import RunBatches, UnlearningRun
@@ -88,6 +92,19 @@ class PromptedRun(UnlearningRun):
         if rehearse:
             return RunBatches(*rehearsal_batches(self.config, self.model), None)
         return RunBatches(*latent_batches(self.config, self.model, self.console, self.load_denoiser))
+
+    def question(self, batches: RunBatches) -> QuickQuestion | None:
+        size = image_size(self.config, self.model)
+        return question_of(self.config, self.model, batches.lists, self.model.latent_shape(*size), size)
+
+    def with_anchors(self, question: QuickQuestion) -> QuickQuestion:
+        known = {candidate.text for candidate in question.others}
+        anchors = [
+            Candidate(text, text, prompt_condition(self.config, self.model, self._encode, (text,)))
+            for text in self.config.text_to_image.anchor_prompts
+            if text not in known
+        ]
+        return replace(question, others=[*question.others, *anchors])
 
     def conditioning(self, batches: RunBatches) -> dict[str, Any]:
         """See ``UnlearningRun``; the anchor prompt is chosen first, where none is given."""

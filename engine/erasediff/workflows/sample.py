@@ -15,6 +15,7 @@ from erasediff.data import class_numbers
 from erasediff.errors import UserError
 from erasediff.evaluation.sampling import sample_images
 from erasediff.io.atomic import atomic_directory, atomic_file, check_new
+from erasediff.io.disk_room import check_writable
 from erasediff.methods.sparse_autoencoder import SaemnesiaConfig
 from erasediff.models.base import LatentModel
 from erasediff.models.diffusion_model import UnpromptedModel
@@ -40,10 +41,9 @@ def sample(
     """Draw ``count`` images of each class (by default of every class), or in all from an unconditional model.
 
     ``out`` with the ending of an image is one grid, a row or more per class; any other ``out`` is a folder of images.
-    UserError for classes that do not exist, and for an ``out`` that is there already if it is a folder.
+    UserError for classes that do not exist, and for an ``out`` that is there already.
     """
-    if not is_picture(out):
-        check_new(out)
+    check_out(out)
     model = load_unprompted(model_path, set_up_device(config), console, lora_file=config.text_to_image.lora)
     labels = labels_for(model, model_path, classes, count)
     images = draw(config, model, labels, count, console, "Sampling")
@@ -51,6 +51,13 @@ def sample(
     names = [f"{prefix}{number:05d}" for number, prefix in enumerate(prefixes)]
     write_images(images, out, names, columns=count, scale=max(1, 32 // images.shape[-1]))
     return SampledImages(images=images, labels=labels, written=out)
+
+
+def check_out(out: Path) -> None:
+    """UserError for an ``out`` that is there already, and for a format that no grid is written in."""
+    is_picture(out)
+    check_new(out)
+    check_writable(out)
 
 
 def write_images(images: Tensor, out: Path, names: Sequence[str], *, columns: int, scale: int) -> None:
@@ -155,8 +162,7 @@ def sample_prompts(
     config: Config, model_path: Path, out: Path, console: Console, *, prompts: Sequence[str], count: int
 ) -> SampledImages:
     """Draw ``count`` images of each prompt; ``out`` as in ``sample``. UserError as in ``load_checkpoint``."""
-    if not is_picture(out):
-        check_new(out)
+    check_out(out)
     config = for_text_to_image(config)
     settings = config.sample
     model = load_checkpoint(config, model_path, set_up_device(config))

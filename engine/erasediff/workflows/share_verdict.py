@@ -12,12 +12,12 @@ from torch import Tensor
 from erasediff.config import Config
 from erasediff.evaluation.denoiser_features import DenoiserFeatures
 from erasediff.utils.progress import progress_bar
-from erasediff.verdict.concepts import AFTER, BEFORE, concluded
 from erasediff.verdict.examined import ExaminedModel
 from erasediff.verdict.judges.base import Candidate, Judge
 from erasediff.verdict.judges.feature_judge import FeatureJudge
 from erasediff.verdict.judges.original import samples_of
 from erasediff.verdict.judges.registry import judge_named
+from erasediff.verdict.recognition import AFTER, BEFORE, concluded
 from erasediff.verdict.request import Request
 from erasediff.verdict.shares import RECOGNISED, HeldOut, SampledShares, grouped, judge_shares
 from erasediff.workflows.verdict_images import RealImages, run_images, size_of

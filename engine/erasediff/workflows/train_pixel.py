@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -133,11 +133,12 @@ def _batches(config: Config, model: PixelModel, images: Samples, console: Consol
     return batches[Stream.RETAIN]
 
 
-SETTINGS_AFTER_THE_FIRST_CACHES = {
-    "unlearn": {"target_space", "level"},
-    "images": {"cache"},
+SETTINGS_AFTER_THE_FIRST_CACHES: Mapping[str, set[str] | bool] = {
+    "unlearn": {"target_space", "level", "until", "max_steps", "max_minutes"},
+    "images": {"cache", "after", "rehearsal_share"},
     "distributed": {"own_reduction"},
     "run": {"look_every", "drift_limit"},
+    "verdict": True,
 }
 """Settings that do not change what is trained and are younger than caches in use: no cache goes cold for them."""
 

@@ -18,6 +18,7 @@ from erasediff.training.run_dir import RunPlace
 from erasediff.verdict.judges.registry import judge_named
 from erasediff.workflows.build_method import check_settings
 from erasediff.workflows.build_unlearning import build_unlearning_job
+from erasediff.workflows.earlier_requests import following
 from erasediff.workflows.labelled_run import check_unprompted
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint
 from erasediff.workflows.prompted_run import with_latent_defaults
@@ -39,6 +40,7 @@ def unlearning_job(
         UserError: As ``build_unlearning_job``, and for settings that the method or the kind of model does not read.
     """
     check_settings(config, given)
+    config = following(config)
     source = config.unlearn.model
     if source is not None and not is_text_to_image(source):
         check_unprompted(config)

@@ -11,6 +11,7 @@ from erasediff.config import Config
 from erasediff.data.image_lists import ImageLists
 from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.training.loop import Batches
+from erasediff.verdict.quick import QuickQuestion
 from erasediff.workflows.load_model import read_denoiser
 
 
@@ -52,6 +53,14 @@ class UnlearningRun(ABC):
         Raises:
             UserError: For the images' mistakes.
         """
+
+    @abstractmethod
+    def question(self, batches: RunBatches) -> QuickQuestion | None:
+        """Question of the looks of a run that goes on until it has forgotten; the encoders are still in memory."""
+
+    def with_anchors(self, question: QuickQuestion) -> QuickQuestion:
+        """``question`` with anchors that were chosen after it; the encoders may have left memory."""
+        return question
 
     @abstractmethod
     def conditioning(self, batches: RunBatches) -> dict[str, Any]:

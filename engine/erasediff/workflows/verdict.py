@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from erasediff.config import Config, SampleConfig, for_text_to_image
+from erasediff.config.verdict_config import VerdictConfig
 from erasediff.evaluation.diffusion_classifier import DiffusionClassifier
 from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
+from erasediff.training.run_dir import SINGLE_FILE
 from erasediff.utils.progress import progress_bar
-from erasediff.verdict.candidates import candidates_of
-from erasediff.verdict.concepts import concluded, distance_figures, draw, judge_images
+from erasediff.verdict.candidates import Chosen, candidates_of
 from erasediff.verdict.examined import AnyModel, ExaminedModel
 from erasediff.verdict.judges.base import Judge
 from erasediff.verdict.judges.original import OriginalJudge
 from erasediff.verdict.judges.registry import judge_named
+from erasediff.verdict.recognition import (
+    Drawn,
+    Findings,
+    concluded,
+    distance_figures,
+    draw,
+    is_doubtful,
+    judge_images,
+)
 from erasediff.verdict.request import Request, run_request
 from erasediff.workflows.file_verdict import examine_files
 from erasediff.workflows.labelled_data import for_data, open_data
@@ -56,7 +67,7 @@ def examine_run(config: Config, run: Path, model: Path, console: Console, *, era
         return undecided("concept", "The run has no list of what it forgets.")
     device = set_up_device(config)
     before = _examined(config, config.unlearn.model, device, console)
-    after = _examined(config, model, device, console, is_result=True, eraser=eraser)
+    after = _examined(_of_result(config, before, model), model, device, console, eraser=eraser)
     if not isinstance(before.model, LatentModel) and before.model.condition == "none":
         examination = examine_shares(config, run, request, before, after, console, config.seed + SEED)
         if examination is not None:
@@ -76,20 +87,25 @@ def _request(config: Config, run: Path) -> Request | None:
     return None
 
 
+def _of_result(config: Config, before: ExaminedModel, model: Path) -> Config:
+    """Configuration to read the run's model with: the run's LoRA is in its weights, and a single file has no config."""
+    changes: dict[str, Any] = {"lora": None}
+    original = before.model.checkpoint.path
+    if model.name == SINGLE_FILE and config.text_to_image.config is None and original.is_dir():
+        changes["config"] = original
+    return config.model_copy(update={"text_to_image": config.text_to_image.model_copy(update=changes)})
+
+
 def _examined(
     config: Config,
     source: Path | None,
     device: torch.device,
     console: Console,
     *,
-    is_result: bool = False,
     eraser: Path | None = None,
 ) -> ExaminedModel:
-    """The model in ``source`` with the settings to draw with; a result has the run's LoRA in its weights."""
+    """The model in ``source`` with the settings to draw with."""
     assert source is not None
-    if is_result:
-        changes = {"lora": None}
-        config = config.model_copy(update={"text_to_image": config.text_to_image.model_copy(update=changes)})
     sampling = config.sample.model_copy(update={"batch_size": max(config.sample.batch_size, 16)})
     attached: Callable[[], AbstractContextManager[object]] = nullcontext
     model: AnyModel
@@ -124,38 +140,15 @@ def _examine_concepts(
     given = [judge_named(reference, before.model.device) for reference in settings.judges]
     chosen = candidates_of(request, before, _anchors(config, request, before))
     sought, retained, others = chosen.sought, chosen.retained, chosen.others
-    before.model.release_encoders()
     count = settings.images or _affordable(config, before, len(sought), len(others) + len(retained))
     each = max(4, -(-count // max(len(retained), 1)))
-    drawings = 2 * (-(-count // len(sought)) * len(sought) + each * len(retained))
-    with progress_bar(console, "Verdict: drawing", drawings) as bar:
-        drawn = draw(
-            before,
-            after,
-            sought,
-            retained,
-            others,
-            chosen.prompts,
-            count=count,
-            each=each,
-            seed=seed,
-            progress=bar.advance,
-        )
-    for examined in (before, after):
-        examined.model.release_encoders()
-    gc.collect()
-    classifier = DiffusionClassifier(
-        before.model.denoiser,
-        before.model.process,
-        before.model.predict,
-        seed=seed,
-        batch_size=before.settings.batch_size,
-    )
-    passes = classifier.passes(drawings, len(sought) + len(retained) + len(others))
-    with progress_bar(console, "Verdict: judging", passes) as bar:
-        # Those that were asked for come first, and decide.
-        judges: list[Judge] = [*given, OriginalJudge(before.model, classifier, bar.advance)]
-        findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
+    drawn = _drawn(before, after, chosen, count, each, seed, console)
+    findings, judges = _judged(before, given, drawn, settings, seed, console)
+    if settings.images is None and is_doubtful(findings[0]):
+        # What chance may explain is looked at again, in thrice as many images.
+        more = _drawn(before, after, chosen, 2 * count, 2 * each, seed + 1, console)
+        drawn = drawn.with_more(more)
+        findings, judges = _judged(before, given, drawn, settings, seed, console)
     distances = distance_figures(before, after, drawn, chosen.anchor, seed=seed)
     labels, kept = ([candidate.label for candidate in candidates] for candidates in (sought, retained))
     verdict = concluded(
@@ -170,12 +163,47 @@ def _examine_concepts(
             "guidance_scale": before.settings.guidance_scale,
             "num_inference_steps": before.settings.num_inference_steps,
             "images_forgotten": len(drawn.of("before", sought)),
-            "images_of_each_retained": each if retained else 0,
+            "images_of_each_retained": len(drawn.of("before", retained[:1])) if retained else 0,
             "prompts": {label: list(chosen.prompts[label]) for label in (*labels, *kept)},
         },
     )
     rows = [row for found in findings for row in found.rows]
     return Examination(verdict, rows, drawn.images, labels, kept)
+
+
+def _drawn(
+    before: ExaminedModel,
+    after: ExaminedModel,
+    chosen: Chosen,
+    count: int,
+    each: int,
+    seed: int,
+    console: Console,
+) -> Drawn:
+    """Images of both models: see ``draw``. Encoders and autoencoders leave memory."""
+    of_sought = -(-count // len(chosen.sought)) * len(chosen.sought)
+    with progress_bar(console, "Verdict: drawing", 2 * (of_sought + each * len(chosen.retained))) as bar:
+        drawn = draw(before, after, chosen, count=count, each=each, seed=seed, progress=bar.advance)
+    for examined in (before, after):
+        examined.model.release_encoders()
+    gc.collect()
+    return drawn
+
+
+def _judged(
+    before: ExaminedModel, given: Sequence[Judge], drawn: Drawn, settings: VerdictConfig, seed: int, console: Console
+) -> tuple[list[Findings], list[Judge]]:
+    """Findings of each judge: those that were asked for, the first of which decides, and the original."""
+    model = before.model
+    classifier = DiffusionClassifier(
+        model.denoiser, model.process, model.predict, seed=seed, batch_size=before.settings.batch_size
+    )
+    images = sum(len(of_one) for of_model in drawn.images.values() for of_one in of_model.values())
+    candidates = len(drawn.sought) + len(drawn.retained) + len(drawn.others)
+    with progress_bar(console, "Verdict: judging", classifier.passes(images, candidates)) as bar:
+        judges: list[Judge] = [*given, OriginalJudge(model, classifier, bar.advance)]
+        findings = [judge_images(judge, drawn, settings, decides=not number) for number, judge in enumerate(judges)]
+    return findings, judges
 
 
 def _anchors(config: Config, request: Request, before: ExaminedModel) -> tuple[str, ...]:

@@ -13,12 +13,12 @@ from erasediff.io import jsonl
 from erasediff.io.atomic import atomic_write, remove_directory, storage_errors
 from erasediff.io.jsonl import MetricsFile
 from erasediff.report import FigureRow, JudgeRow, PictureGroup, PictureRow, VerdictContents, render_verdict
-from erasediff.training.run_dir import SINGLE_FILE
+from erasediff.training.run_dir import SINGLE_FILE, VERDICT
 from erasediff.utils.versions import library_versions
 from erasediff.verdict.outcome import Figure, Verdict
 from erasediff.workflows.verdict_outcome import Examination
 
-VERDICT, ROWS, REPORT = "verdict.json", "verdict.jsonl", "report.html"
+ROWS, REPORT = "verdict.jsonl", "report.html"
 SHOWN = 8
 """Concepts of each group of pictures."""
 

@@ -46,7 +46,7 @@ def test_an_alias_is_a_copy() -> None:
         (r'a: "x\0y"', "has a character that is none of any text"),
         (r'"\ud800": 1', "has a character that is none of any text"),
         ("!!timestamp x", "has the tag"),
-        ("seed: yes", 'has "yes": write true or false'),
+        ("seed: yes", 'has "yes", which readers of YAML take for true or false or for a word: write the setting'),
         ("x: 1\nseed: On", 'has "On" in line 2'),
         ("010", "has 010, which readers of YAML take for different numbers"),
         ("0x1F", "0x1F"),

@@ -59,6 +59,13 @@ def test_a_model_with_prompts_has_captions_of_the_template(tmp_path: Path) -> No
         read(str(tmp_path / "data.npz"), ReadOptions(captions=True))
 
 
+def test_npz_whose_labels_number_no_classes(tmp_path: Path) -> None:
+    """Names for as many classes would take all memory."""
+    np.savez(tmp_path / "data.npz", images=noise(2, 3, 3), labels=np.array([0, 10**12]))
+    with pytest.raises(UserError, match="has a label of 1,000,000,000,000"):
+        read(str(tmp_path / "data.npz"), OPTIONS)
+
+
 def test_npz_with_a_byte_changed(tmp_path: Path) -> None:
     """Its bits, its kind of compression, its flags, the header of its array: read or refused, and nothing else."""
     np.savez_compressed(tmp_path / "data.npz", images=noise(2, 3, 3))
@@ -252,6 +259,10 @@ def test_a_class_is_named_first_and_numbered_second() -> None:
     assert class_numbers(["1"], ["0", "10", "2"]) == (1,)
     with pytest.raises(UserError, match="There is no class Bea in the data: choose from bee"):
         class_numbers(["Bea"], NAMES)
+    with pytest.raises(
+        UserError, match=r"no class ant,bee in the data: .*; to name several, give the flag once for each"
+    ):
+        class_numbers(["ant,bee"], NAMES)
     with pytest.raises(UserError, match="choose from ant, bee, cow"):
         class_numbers([3], NAMES)
     with pytest.raises(UserError, match="no class bee in the data, since there are none"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from erasediff.errors import UserError
-from erasediff.io.disk_room import check_room, check_writable
+from erasediff.io.disk_room import check_file, check_folder, check_room, check_writable
 
 
 def test_room_is_counted_on_the_disk_of_the_nearest_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,19 @@ def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
     check_writable(tmp_path)
     with pytest.raises(UserError, match=r"Cannot write .*file/run: not a directory"):
         check_writable(tmp_path / "file/run")
+
+
+def test_what_is_no_folder_or_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_folder(tmp_path / "new/run")
+    check_file(tmp_path / "new/results.jsonl")
+    check_file(tmp_path / "file")
+    for place in (tmp_path / "file", Path("/dev/full")):
+        with pytest.raises(UserError, match="is no folder that results can be written to"):
+            check_folder(place)
+    for place in (tmp_path, Path("/dev/full")):
+        with pytest.raises(UserError, match="is no file that results can be written to"):
+            check_file(place)
 
 
 def test_a_folder_of_others_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from erasediff.config import Config, UnlearnConfig, load_config
 from erasediff.config.method_index import method_index
 from erasediff.errors import UserError
 from erasediff.methods import METHOD_SPECS
+from erasediff.methods.spec import UNTIL_KEYS
 from erasediff.models import PixelModel
 from erasediff.workflows import labelled_run, prompted_run
 from erasediff.workflows.build_method import check_settings
@@ -32,6 +33,9 @@ OTHER_VALUES: dict[str, Any] = {
     "forget": [4],
     "retain": [5],
     "steps": 7,
+    "until": "steps",
+    "max_steps": 9,
+    "max_minutes": 3.0,
     "batch_size": 10,
     "lr": 0.5,
     "lr_schedule": "constant",
@@ -129,8 +133,8 @@ def read_keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, Any]]
     return recording
 
 
-# Checked before defaults are filled in: which model, and which classes.
-BEFORE = {"model", "forget", "retain"}
+# Looked at before defaults are filled in: which model, which classes, and whether the run goes on until it forgot.
+BEFORE = {"model", "forget", "retain", *UNTIL_KEYS}
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -146,7 +150,7 @@ def test_a_method_reads_what_it_declares(
         values["pruning.objective"] = "erasediff"
     config, seen = read_keys(method, values)
     build_unlearning_job(config, PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1))
-    assert seen - {"method"} == METHOD_SPECS[method].reads(config) - BEFORE - {"method"}
+    assert seen - BEFORE - {"method"} == METHOD_SPECS[method].reads(config) - BEFORE - {"method"}
 
 
 @pytest.mark.usefixtures("here", "one_thread")

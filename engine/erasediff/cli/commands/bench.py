@@ -11,6 +11,7 @@ from erasediff.cli import options
 from erasediff.cli.commands.unlearn import build_job
 from erasediff.cli.output import emit, messages
 from erasediff.errors import UserError
+from erasediff.io.disk_room import check_file
 from erasediff.utils.versions import library_versions
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ def bench(
     """
     if plot is not None and out is None:
         raise UserError("The plot is drawn from a file of results; name one with --out.")
-
+    for path in (out, plot):
+        if path is not None:
+            check_file(path)
     _, job = build_job(**flags, dry_run=True)
-    from erasediff.report.figures import draw
+    from erasediff.report.figures import FORMATS, draw
     from erasediff.training.job import TrainingJob
     from erasediff.workflows.benchmark_step import bench as measure
 
+    if plot is not None and plot.suffix not in FORMATS:
+        raise UserError(f"A plot is written as {', '.join(FORMATS)}, not as {plot.suffix or plot.name}.")
     assert isinstance(job, TrainingJob)
     with job.thread_scope(), messages.status("Warming up") as status:
         done = iter(range(1, turns + 3))

@@ -7,6 +7,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import emit, loading, messages
+from erasediff.io.disk_room import check_folder
 
 if TYPE_CHECKING:
     from rich.table import Table as Shown
@@ -40,12 +41,13 @@ def compare(
     Each run is a command of its own, so that time and memory are the method's. An interrupted comparison goes on with
     the same command.
     """
+    folder = out or Path("runs", "compare-short" if short else "compare")
+    check_folder(folder)
     with loading(messages):
         from erasediff.comparison import ResultsFile
         from erasediff.comparison import compare as measured
         from erasediff.comparison.digits_task import METHODS, tasks_named
         from erasediff.comparison.page import verdict, write_page
-    folder = out or Path("runs", "compare-short" if short else "compare")
     lines = ResultsFile(folder / "compare.jsonl")
     measured(
         tasks_named((tasks or ("digits/3" if short else "digits")).split(","), short=short),

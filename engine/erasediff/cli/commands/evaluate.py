@@ -11,7 +11,11 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="The diffusers folder to evaluate.")],
     forget: Annotated[str, typer.Option(help="The classes that it should have forgotten, such as 3 or airplane,5.")],
     data: Annotated[
-        str | None, typer.Option(help="The data set that it was trained on, with classes; by default the digits.")
+        str | None,
+        typer.Option(
+            help="The data set that it was trained on, with classes, as in train --data: a classifier learns them from "
+            "it. By default the digits."
+        ),
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The model that it was unlearned from, to compare with.")] = None,
     guidance: options.Guidance = None,

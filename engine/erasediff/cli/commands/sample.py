@@ -9,13 +9,16 @@ from erasediff.cli.output import emit, loading, messages
 
 def sample(
     model: Annotated[Path, typer.Option(help="A diffusers folder, a .safetensors file, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="An image such as grid.png, or a folder for single images.")],
+    out: Annotated[Path, typer.Option(help="A new image such as grid.png, or a new folder for single images.")],
     classes: Annotated[
         str | None, typer.Option(help="Classes to draw by number or name, such as 0,1; by default all.")
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="Text-to-image: prompts to draw, 'a;b', or a .txt file.")] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Images of each class or prompt; by default 50 of a class, 1 of a prompt.")
+        int | None,
+        typer.Option(
+            min=1, help="Images of each class or of each prompt, not in all; by default 50 of a class, 1 of a prompt."
+        ),
     ] = None,
     lora: options.Lora = None,
     saemnesia: Annotated[

@@ -4,7 +4,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.session import launch_workers, resolve_run, run_job
+from erasediff.cli.session import launch_workers, resolve_run, run_job, signing_key
 
 
 def train(
@@ -30,6 +30,7 @@ def train(
     settings: options.Settings = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
+    sign: options.Sign = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a small diffusion model in pixels from scratch, and save it as a diffusers folder in OUT/model.
@@ -39,6 +40,7 @@ def train(
     Exit codes: 0 done; 2 invalid input, before the first step; 3 the run failed, without OUT/model: more than one step
     in ten was skipped as not finite, or no weight changed.
     """
+    key = signing_key(sign)
     place, full_config = resolve_run(
         out,
         resume,
@@ -60,5 +62,9 @@ def train(
     with loading(messages):
         from erasediff.workflows.train_pixel import training_job
     run_job(
-        lambda: (place, training_job(full_config, console=messages, rehearse=place is None)), as_json=as_json, out=out
+        lambda: (place, training_job(full_config, console=messages, rehearse=place is None)),
+        "train",
+        as_json=as_json,
+        out=out,
+        key=key,
     )

@@ -6,7 +6,7 @@ import typer
 
 from erasediff.cli import options
 from erasediff.cli.output import loading, messages
-from erasediff.cli.session import launch_workers, resolve_run, run_job
+from erasediff.cli.session import launch_workers, resolve_run, run_job, signing_key
 from erasediff.config.method_index import barrier_names, method_index
 from erasediff.config.unlearn_config import or_list
 
@@ -21,6 +21,10 @@ def build_job(
     model: Annotated[
         Path | None, typer.Option(help="Model to unlearn from: a diffusers folder, a .safetensors file, or a hub id.")
     ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(help="A run to follow: its model is unlearned from, and what it forgot stays forgotten."),
+    ] = None,
     forget: Annotated[str | None, typer.Option(help="Classes to forget by number, such as 3 or 3,5.")] = None,
     retain: Annotated[str | None, typer.Option(help="Classes to retain by number; by default all others.")] = None,
     data: Annotated[
@@ -28,7 +32,10 @@ def build_job(
         typer.Option(help="Image folder or data set, with captions or classes; what is not forgotten is retained."),
     ] = None,
     forget_class: Annotated[
-        list[str] | None, typer.Option(help="Forget the images of this class by name or number (subfolder or column).")
+        list[str] | None,
+        typer.Option(
+            help="Forget this class, by name or number (subfolder or column); give it once for each of several."
+        ),
     ] = None,
     retain_class: Annotated[
         list[str] | None, typer.Option(help="Without prompts: retain this class; by default all others.")
@@ -70,6 +77,14 @@ def build_job(
     eta: Annotated[float | None, typer.Option(help="Strength of the barrier (fixed: the multiplier itself).")] = None,
     target: Annotated[str | None, typer.Option(help="Forget target: uniform, gaussian or relabel.")] = None,
     steps: options.Steps = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            help="steps, or forgotten: go on in rounds of --steps until it is. By default forgotten, without --steps."
+        ),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of all rounds at most; four rounds by default.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Minutes after which no further round begins.")] = None,
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
     seed: options.Seed = None,
@@ -93,6 +108,7 @@ def build_job(
     """
     flags: dict[str, Any] = dict(
         unlearn__model=model,
+        images__after=after,
         unlearn__forget=options.class_numbers(forget),
         unlearn__retain=_retained(retain, retain_class),
         unlearn__relabel_to=relabel_class,
@@ -113,6 +129,9 @@ def build_job(
         unlearn__eta=eta,
         unlearn__target=target,
         unlearn__steps=steps,
+        unlearn__until=until,
+        unlearn__max_steps=max_steps,
+        unlearn__max_minutes=max_minutes,
         unlearn__batch_size=batch_size,
         unlearn__lr=lr,
         verdict__enabled=verdict,
@@ -156,6 +175,7 @@ def unlearn(
     keep: Annotated[
         str | None, typer.Option(help="Name in OUT of a model that did not pass; by default, one that says why.")
     ] = None,
+    sign: options.Sign = None,
     as_json: options.Json = False,
     **flags: Any,
 ) -> None:
@@ -171,10 +191,11 @@ def unlearn(
     the verdict is another one, and the model is called OUT/model-not-forgotten, model-damaged or model-unproven; or
     more than one step in ten was skipped as not finite, or no weight changed.
     """
+    key = signing_key(sign)
     build = partial(
         build_job, out=out, resume=resume, dry_run=dry_run, verdict=verdict, judge=judge, keep=keep, **flags
     )
-    run_job(build, as_json=as_json, out=out, has_verdict=True)
+    run_job(build, "unlearn", as_json=as_json, out=out, key=key)
 
 
 unlearn.__signature__ = options.signature(unlearn, build_job, first="out")  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import numpy as np
 
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.user_file import MEGABYTE, read_bytes, read_text
 
 SIDE = 32
@@ -155,7 +155,7 @@ def _unpickled(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no file of CIFAR: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path} is no file of CIFAR: {reason(error)}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no file of CIFAR: it holds a {type(content).__name__}.")
     return content

@@ -12,7 +12,7 @@ import numpy as np
 
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.user_file import check_regular
 
 DAMAGE = (zlib.error, NotImplementedError, RuntimeError, SyntaxError, TokenError)
@@ -44,9 +44,7 @@ class NpzSource:
         except FileNotFoundError:
             raise UserError(f"There is no file {path}.") from None
         except (OSError, ValueError, zipfile.BadZipFile, EOFError, *DAMAGE) as error:
-            raise UserError(
-                f"{path} cannot be read as an .npz of plain arrays: {' '.join(str(error).split())}."
-            ) from None
+            raise UserError(f"{path} cannot be read as an .npz of plain arrays: {reason(error)}.") from None
         if images is None:
             raise UserError(f"{path} has no array {' or '.join(IMAGES)}: it has {', '.join(names) or 'none'}.")
         if labels is not None and (labels.size != len(images) or labels.dtype.kind not in "iu"):

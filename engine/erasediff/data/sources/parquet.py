@@ -20,7 +20,7 @@ from erasediff.data.sources.descriptions import Descriptions, described_images
 from erasediff.data.sources.parquet_images import PATH, ImageColumn, RowGroups, dataset_features
 from erasediff.data.sources.splits import TRAIN, files_in, files_of_split
 from erasediff.data.sources.webdataset import is_shard_folder
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.user_file import check_regular
 
 SUFFIX = ".parquet"
@@ -85,7 +85,7 @@ class _File:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}.") from None
+            raise UserError(f"{path} cannot be read as parquet: {reason(error)}.") from None
         return cls(path, schema, metadata, ImageColumn(path, schema))
 
     @property

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.json_file import parse_object
 
 BYTES, PATH = "bytes", "path"
@@ -98,7 +98,7 @@ class RowGroups:
                 self._held.popitem(last=False)
             table = self._open[1].read_row_group(group, columns=[self._column.leaf], use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self._files[file]} cannot be read: {' '.join(str(error).split())}.") from None
+            raise UserError(f"{self._files[file]} cannot be read: {reason(error)}.") from None
         self._held[number] = self._column.bytes_of(table)
         return self._held[number]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasediff.data.labelled_images import UNLABELLED, LabelledImages
-from erasediff.data.sources.base import ImageSet
+from erasediff.data.sources.base import MOST_NUMBERED, ImageSet
 from erasediff.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -42,6 +42,8 @@ def array_images(location: str, arrays: Arrays, labels: Sequence[int] | None, cl
     if len(labels) != len(arrays):
         raise UserError(f"{location} has {len(arrays)} images but {len(labels)} labels: it is damaged.")
     count = max(labels, default=-1) + 1
+    if count > MOST_NUMBERED:
+        raise UserError(f"{location} has a label of {count - 1:,}: it is damaged, or these are no numbers of classes.")
     names = tuple(class_names) or tuple(map(str, range(count)))
     if min(labels, default=0) < 0 or count > len(names):
         raise UserError(f"{location} has labels outside of 0 to {len(names) - 1}: it is damaged, or has other classes.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from erasediff.data.sources.base import ImageSet, ReadOptions
 from erasediff.data.sources.pixel_arrays import array_images
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.user_file import read_text
 
 SIDE = 96
@@ -40,7 +40,7 @@ class Stl10Source:
             labels = np.fromfile(folder / f"{options.split}_y.bin", np.uint8).astype(np.int64) - 1
             names = read_text(folder / "class_names.txt").split()
         except (OSError, ValueError) as error:
-            raise UserError(f"STL-10 in {folder} cannot be read: {' '.join(str(error).split())}.") from None
+            raise UserError(f"STL-10 in {folder} cannot be read: {reason(error)}.") from None
         return array_images(location, images, labels.tolist(), names)
 
 

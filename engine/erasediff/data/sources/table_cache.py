@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from erasediff.errors import UserError
+from erasediff.errors import UserError, reason
 from erasediff.io.atomic import atomic_file
 from erasediff.io.cache_dir import cache_folder
 
@@ -43,7 +43,7 @@ def cached_table(
     try:
         return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{cached} is damaged: remove it. ({' '.join(str(error).split())})") from None
+        raise UserError(f"{cached} is damaged: remove it. ({reason(error)})") from None
 
 
 def _status(file: Path) -> os.stat_result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,10 +48,20 @@ class HeldWeights:
             self._end()
 
     def _begin(self) -> None:
-        if self._holdable:
-            self._use_torchs_linear()
-        if self._can_gather():
-            self._disable_hooks()
+        if not self._holdable:
+            return
+        self._use_torchs_linear()
+        offload = self.offload
+        if offload.zero_quantized_weights or offload.zero_quantized_nontrainable_weights:
+            return
+        # From the first step on, for the same bits in each: these put functions of autograd around modules, which
+        # change the order in which gradients that meet are added up.
+        resting = list(offload.backward_hooks)
+        can_gather = self._can_gather()
+        if can_gather:
+            resting += offload.forward_hooks
+        self._disable_hooks(resting)
+        if can_gather:
             self._gather()
 
     def _end(self) -> None:
@@ -71,12 +81,9 @@ class HeldWeights:
             gathered.wait()
 
     def _can_gather(self) -> bool:
-        """Whether all weights may be whole, and DeepSpeed has seen in which order modules run and whose they use."""
-        offload = self.offload
-        is_quantized = offload.zero_quantized_weights or offload.zero_quantized_nontrainable_weights
+        """Whether DeepSpeed has seen in which order modules run and whose weights they use, and sends for none now."""
         is_quiet = all(parameter.ds_status.name != "INFLIGHT" for parameter in self._holdable)
-        coordinator = offload.get_param_coordinator()
-        return bool(self._holdable) and is_quiet and not is_quantized and coordinator.is_complete_trace()
+        return bool(is_quiet and self.offload.get_param_coordinator().is_complete_trace())
 
     def _gather(self) -> None:
         """Send for all weights at once; a module waits only for those that it needs.
@@ -99,11 +106,10 @@ class HeldWeights:
             if needed:
                 self._waiting.append(module.register_forward_pre_hook(functools.partial(_wait, needed), prepend=True))
 
-    def _disable_hooks(self) -> None:
-        """DeepSpeed's hooks around modules do not run."""
-        offload = self.offload
+    def _disable_hooks(self, handles: Iterable[Any]) -> None:
+        """DeepSpeed's hooks around modules, those of ``handles``, do not run."""
         disabled: dict[int, set[int]] = {}
-        for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        for handle in handles:
             hooks = handle.hooks_dict_ref()
             if handle.id in hooks:
                 if id(hooks) not in disabled:

@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 from erasediff.config.verdict_config import VerdictConfig
-from erasediff.verdict.concepts import Drawn, concluded, judge_images
 from erasediff.verdict.judges.base import Candidate
 from erasediff.verdict.outcome import DAMAGED, NOT_FORGOTTEN, UNPROVEN
+from erasediff.verdict.recognition import Drawn, concluded, judge_images
 
 COAT, BAG, SHOE = (Candidate(name, name) for name in ("coat", "bag", "shoe"))
 NOTHING = 255

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from erasediff.config.verdict_config import VerdictConfig
+from erasediff.verdict.candidates import Chosen
 from erasediff.verdict.distance import noise_predictions, relative_distances
 from erasediff.verdict.examined import ExaminedModel
 from erasediff.verdict.judges.base import UNKNOWN, Candidate, Judge
@@ -36,6 +37,14 @@ class Drawn:
     others: Sequence[Candidate]
     images: Mapping[str, Mapping[str, Tensor]]
 
+    def with_more(self, more: Drawn) -> Drawn:
+        """These images and ``more`` of the same candidates."""
+        images = {
+            model: {label: torch.cat([of_one, more.images[model][label]]) for label, of_one in of_model.items()}
+            for model, of_model in self.images.items()
+        }
+        return Drawn(self.sought, self.retained, self.others, images)
+
     def of(self, model: str, candidates: Sequence[Candidate]) -> Tensor:
         """All images of ``candidates``, one after the other, with three channels."""
         images = torch.cat([self.images[model][candidate.label] for candidate in candidates])
@@ -54,30 +63,25 @@ class Drawn:
 def draw(
     before: ExaminedModel,
     after: ExaminedModel,
-    sought: Sequence[Candidate],
-    retained: Sequence[Candidate],
-    others: Sequence[Candidate],
-    prompts: Mapping[str, Sequence[str]],
+    chosen: Chosen,
     *,
     count: int,
     each: int,
     seed: int,
     progress: Callable[[int], None],
 ) -> Drawn:
-    """Draw ``count`` images of what is sought, in all, and ``each`` of each retained candidate, by both models.
-
-    ``prompts`` are the captions of each by label: see ``ExaminedModel.draw``.
-    """
-    of_sought = -(-count // len(sought))
-    sizes = [(candidate, of_sought) for candidate in sought] + [(candidate, each) for candidate in retained]
+    """Draw ``count`` images of what is sought, in all, and ``each`` of each retained candidate, by both models."""
+    of_sought = -(-count // len(chosen.sought))
+    sizes = [(candidate, of_sought) for candidate in chosen.sought]
+    sizes += [(candidate, each) for candidate in chosen.retained]
     images = {
         name: {
-            candidate.label: model.draw(candidate, size, seed, progress, prompts=prompts[candidate.label])
+            candidate.label: model.draw(candidate, size, seed, progress, prompts=chosen.prompts[candidate.label])
             for candidate, size in sizes
         }
         for name, model in ((BEFORE, before), (AFTER, after))
     }
-    return Drawn(sought, retained, others, images)
+    return Drawn(chosen.sought, chosen.retained, chosen.others, images)
 
 
 @dataclass(slots=True)
@@ -97,6 +101,17 @@ class Findings:
     forgotten: Forgotten = "cannot tell"
     retained: Retained = "cannot tell"
     reasons: list[str] = field(default_factory=list)
+
+
+def is_doubtful(findings: Findings) -> bool:
+    """Return true where chance may explain that a limit is not met: it is within the figure's interval."""
+    return any(
+        figure.decides
+        and figure.is_met is False
+        and figure.limit is not None
+        and figure.after.low <= figure.limit <= figure.after.high
+        for figure in findings.figures
+    )
 
 
 def judge_images(judge: Judge, drawn: Drawn, settings: VerdictConfig, *, decides: bool) -> Findings:
@@ -212,10 +227,11 @@ def _judge_retained(
         return
     findings.retained = "retained" if drop.is_met and worst_drop.is_met else "damaged"
     if findings.retained == "damaged":
+        mean_points, worst_points = (100 * figure.after.value for figure in (drop, worst_drop))
         findings.reasons.append(
-            f"The judge {judge.name} misses what they were asked for in {100 * drop.after.value:.0f} points more of "
-            f"the retained images (limit {100 * settings.retained_limit:.0f}), in {100 * drops[worst].value:.0f} "
-            f'points of "{drawn.retained[worst].label}".'
+            f"The judge {judge.name} misses what they were asked for in {mean_points:.0f} points more of the retained "
+            f"images (limit {100 * settings.retained_limit:.0f}), in {worst_points:.0f} points of "
+            f'"{drawn.retained[worst].label}".'
         )
 
 

@@ -1,0 +1,1 @@
+"""Receipts of runs, their verification and signatures, and patches between checkpoints."""
