@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -54,8 +54,7 @@ def end_run(
     with peers.main_process_first():
         if peers.is_main:
             ended = _end(config, run, model, console, command=command, eraser=eraser)
-    common: EndOfRun = peers.broadcast_object(ended)
-    return common
+    return EndOfRun(**peers.broadcast_object(None if ended is None else asdict(ended)))
 
 
 def _end(config: Config, run: Path, model: Path, console: Console, *, command: str, eraser: Path | None) -> EndOfRun:
