@@ -86,6 +86,8 @@ def judge_shares(judge: Judge, sampled: SampledShares, settings: VerdictConfig, 
     controls = _controls(judge, sampled)
     findings.figures += [remaining, shares, *controls]
     findings.reasons += _forgotten(findings, judge, remaining, shares, controls, settings)
+    if not all(control.is_met for control in controls):
+        return findings
     if judge.tells_apart:
         _judge_retained(findings, judge, answers, labels, sought, settings, decides=decides)
     else:

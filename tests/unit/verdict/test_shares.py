@@ -82,7 +82,7 @@ def test_a_judge_that_does_not_know_real_images_cannot_tell(
     planted: Any, sampled: Callable[..., SampledShares]
 ) -> None:
     findings = verdict(planted(blind=True), sampled(BEFORE))
-    assert findings.forgotten == "cannot tell"
+    assert findings.forgotten == findings.retained == "cannot tell"
     assert "recognises 0% of real images" in findings.reasons[0]
 
 
