@@ -1,4 +1,4 @@
-"""Intervals of shares and means, at 95%."""
+"""Intervals of shares, means and areas under the curve, at 95%."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import Tensor
+
+from erasediff.evaluation.memorization import membership_auc
 
 Z95 = 1.959963984540054
 """Quantile 0.975 of the normal distribution."""
@@ -61,3 +65,43 @@ def mean(values: Sequence[float]) -> Estimate:
     deviation = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (count - 1))
     half = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
     return Estimate(value, value - half, value + half, count)
+
+
+def share_ratio(hits: int, hits_before: int, count: int) -> Estimate:
+    """Quotient of the shares of ``hits`` and ``hits_before``, each of ``count`` observations, with its interval.
+
+    The interval is that of Katz et al. (1978) with half a hit added to each count (Walter 1975); nan and [0, inf) where
+    nothing was hit before.
+
+    Raises:
+        ValueError: More hits than observations, or fewer than none.
+    """
+    if not (0 <= hits <= count and 0 <= hits_before <= count):
+        raise ValueError(f"{hits} and {hits_before} hits of {count}")
+    if hits_before == 0:
+        return Estimate(math.nan, 0.0, math.inf, count)
+    centre = math.log((hits + 0.5) / (hits_before + 0.5))
+    half = Z95 * math.sqrt(1 / (hits + 0.5) + 1 / (hits_before + 0.5) - 2 / (count + 0.5))
+    value = hits / hits_before
+    return Estimate(value, min(math.exp(centre - half), value) if hits else 0.0, math.exp(centre + half), count)
+
+
+def share_difference(hits: int, count: int, hits_before: int, count_before: int) -> Estimate:
+    """Absolute difference of two shares, with Wald's interval cut off at 0; nan and [0, 1] where a count is 0."""
+    if not count or not count_before:
+        return Estimate(math.nan, 0.0, 1.0, min(count, count_before))
+    p, q = hits / count, hits_before / count_before
+    half, value = Z95 * math.sqrt(p * (1 - p) / count + q * (1 - q) / count_before), abs(p - q)
+    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), min(count, count_before))
+
+
+def area_under_curve(members: Tensor, others: Tensor) -> Estimate:
+    """AUC of losses of members [M] and non-members [N], with the interval of Hanley & McNeil (1982).
+
+    See ``membership_auc``.
+    """
+    auc, m, n = membership_auc(members, others), len(members), len(others)
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = (auc * (1 - auc) + (m - 1) * (q1 - auc**2) + (n - 1) * (q2 - auc**2)) / (m * n)
+    half = Z95 * math.sqrt(max(variance, 0.0))
+    return Estimate(auc, max(auc - half, 0.0), min(auc + half, 1.0), m + n)

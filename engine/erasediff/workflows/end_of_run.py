@@ -11,8 +11,9 @@ from rich.console import Console
 from erasediff.config import Config
 from erasediff.parallel.control_plane import ControlPlane
 from erasediff.verdict.outcome import Figure, Verdict
-from erasediff.workflows.verdict import examine_run, undecided
+from erasediff.workflows.verdict import examine_run
 from erasediff.workflows.verdict_files import REPORT, record
+from erasediff.workflows.verdict_outcome import undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,9 @@ def _line(figure: Figure) -> str:
     """A figure in one line, such as "recognised: 100.0% -> 0.0% [0.0, 6.0] of 60, at most 10%"."""
     is_share = figure.judge is not None
     value = f"{figure.after.value:.1%}" if is_share else f"{figure.after.value:.3g}"
-    before = "" if figure.before is None else f"{figure.before.value:.1%} before, "
+    before = "" if figure.before is None else f"{figure.before.value:{'.1%' if is_share else '.3g'}} before, "
     low, high = (f"{100 * end:.1f}" if is_share else f"{end:.3g}" for end in (figure.after.low, figure.after.high))
-    limit = "" if figure.limit is None else f", {figure.relation} {figure.limit:.0%}"
+    limit = "" if figure.limit is None else f", {figure.relation} {figure.limit:{'.0%' if is_share else '.3g'}}"
     return (
         f"{figure.title}: {before}{value} [{low}, {high}] of {figure.after.count}{limit} ({figure.judge or 'models'})"
     )

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from erasediff.config import Config
+from erasediff.data.sources import check_location
 from erasediff.errors import UserError
 from erasediff.io.disk_room import check_writable
 from erasediff.methods import METHOD_SPECS
@@ -48,6 +49,8 @@ def unlearning_job(
         for reference in config.verdict.judges:
             # Before hours of work, not after them.
             judge_named(reference)
+        if config.verdict.unseen_data is not None:
+            check_location(config.verdict.unseen_data)
     spec = METHOD_SPECS[config.unlearn.method]
     if spec.run is not None:
         return _standalone_job(config, spec.run, place)

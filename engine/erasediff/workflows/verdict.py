@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from erasediff.config import Config, SampleConfig, for_text_to_image
 from erasediff.config.verdict_config import VerdictConfig
@@ -21,13 +19,13 @@ from erasediff.models.base import LatentModel
 from erasediff.models.checkpoint_model import CheckpointModel
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
+from erasediff.training.run_dir import SINGLE_FILE
 from erasediff.utils.progress import progress_bar
 from erasediff.verdict.candidates import Chosen, candidates_of
 from erasediff.verdict.examined import AnyModel, ExaminedModel
 from erasediff.verdict.judges.base import Judge
 from erasediff.verdict.judges.original import OriginalJudge
 from erasediff.verdict.judges.registry import judge_named
-from erasediff.verdict.outcome import Verdict
 from erasediff.verdict.recognition import (
     Drawn,
     Findings,
@@ -38,34 +36,16 @@ from erasediff.verdict.recognition import (
     judge_images,
 )
 from erasediff.verdict.request import Request, run_request
+from erasediff.workflows.file_verdict import examine_files
 from erasediff.workflows.labelled_data import for_data, open_data
 from erasediff.workflows.load_model import is_text_to_image, load_checkpoint, load_unprompted
+from erasediff.workflows.share_verdict import examine_shares
+from erasediff.workflows.verdict_outcome import Examination, affordable_passes, undecided
 
 FEWEST, MOST = 20, 60
 """Images of what is forgotten, and as many of what is retained, by each of the two models."""
 SEED = 1_000_003
 """Added to the run's seed: the verdict's noise is none that the run has seen."""
-BACKWARD = 3
-"""Cost of a forward and backward pass in forward passes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Examination:
-    """A verdict with what it rests on.
-
-    Attributes:
-        verdict: The verdict.
-        rows: A record for each image and judge.
-        images: By model ("before", "after") and label, uint8 [n, C, H, W].
-        sought: Labels of what is forgotten.
-        retained: Labels of what is retained.
-    """
-
-    verdict: Verdict
-    rows: Sequence[Mapping[str, Any]]
-    images: Mapping[str, Mapping[str, Tensor]]
-    sought: Sequence[str] = ()
-    retained: Sequence[str] = ()
 
 
 @thread_scope()
@@ -87,17 +67,14 @@ def examine_run(config: Config, run: Path, model: Path, console: Console, *, era
         return undecided("concept", "The run has no list of what it forgets.")
     device = set_up_device(config)
     before = _examined(config, config.unlearn.model, device, console)
-    after = _examined(config, model, device, console, is_result=True, eraser=eraser)
-    if request.kind == "files":
-        return undecided("files", "The forgotten images share their captions or classes with retained ones.")
+    after = _examined(_of_result(config, before, model), model, device, console, eraser=eraser)
     if not isinstance(before.model, LatentModel) and before.model.condition == "none":
-        return undecided("share", "The model is unconditional.")
+        examination = examine_shares(config, run, request, before, after, console, config.seed + SEED)
+        if examination is not None:
+            return examination
+    if request.kind == "files":
+        return examine_files(config, run, before, after, console, config.seed + SEED)
     return _examine_concepts(config, request, before, after, console)
-
-
-def undecided(kind: str, reason: str) -> Examination:
-    """An examination that cannot tell, with the reason in a sentence."""
-    return Examination(Verdict(forgotten="cannot tell", retained="cannot tell", kind=kind, reasons=(reason,)), (), {})
 
 
 def _request(config: Config, run: Path) -> Request | None:
@@ -110,20 +87,25 @@ def _request(config: Config, run: Path) -> Request | None:
     return None
 
 
+def _of_result(config: Config, before: ExaminedModel, model: Path) -> Config:
+    """Configuration to read the run's model with: the run's LoRA is in its weights, and a single file has no config."""
+    changes: dict[str, Any] = {"lora": None}
+    original = before.model.checkpoint.path
+    if model.name == SINGLE_FILE and config.text_to_image.config is None and original.is_dir():
+        changes["config"] = original
+    return config.model_copy(update={"text_to_image": config.text_to_image.model_copy(update=changes)})
+
+
 def _examined(
     config: Config,
     source: Path | None,
     device: torch.device,
     console: Console,
     *,
-    is_result: bool = False,
     eraser: Path | None = None,
 ) -> ExaminedModel:
-    """The model in ``source`` with the settings to draw with; a result has the run's LoRA in its weights."""
+    """The model in ``source`` with the settings to draw with."""
     assert source is not None
-    if is_result:
-        changes = {"lora": None}
-        config = config.model_copy(update={"text_to_image": config.text_to_image.model_copy(update=changes)})
     sampling = config.sample.model_copy(update={"batch_size": max(config.sample.batch_size, 16)})
     attached: Callable[[], AbstractContextManager[object]] = nullcontext
     model: AnyModel
@@ -234,8 +216,6 @@ def _anchors(config: Config, request: Request, before: ExaminedModel) -> tuple[s
 
 def _affordable(config: Config, before: ExaminedModel, sought: int, others: int) -> int:
     """Images of each side that take a quarter of the run's time, between ``FEWEST`` and ``MOST``."""
-    settings, candidates = config.unlearn, sought + others
-    of_step = 2 * settings.batch_size * BACKWARD + 2 * settings.batch_size
-    budget = (settings.steps or 0) * of_step / 4
+    candidates = sought + others
     of_image = 2 * (2 * before.settings.num_inference_steps + 2 * candidates + 4 * min(candidates, 4) + 16)
-    return int(min(max(budget / (2 * of_image), FEWEST), MOST))
+    return int(min(max(affordable_passes(config) / (2 * of_image), FEWEST), MOST))

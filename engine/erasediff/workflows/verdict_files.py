@@ -16,7 +16,7 @@ from erasediff.report import FigureRow, JudgeRow, PictureGroup, PictureRow, Verd
 from erasediff.training.run_dir import SINGLE_FILE, VERDICT
 from erasediff.utils.versions import library_versions
 from erasediff.verdict.outcome import Figure, Verdict
-from erasediff.workflows.verdict import Examination
+from erasediff.workflows.verdict_outcome import Examination
 
 ROWS, REPORT = "verdict.jsonl", "report.html"
 SHOWN = 8

@@ -1,9 +1,10 @@
 import math
 
 import pytest
+import torch
 from scipy.stats import binomtest
 
-from erasediff.verdict.statistics import mean, share
+from erasediff.verdict.statistics import area_under_curve, mean, share, share_difference, share_ratio
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 20), (20, 20), (3, 50), (1, 2)])
@@ -25,3 +26,31 @@ def test_nothing_observed_tells_nothing() -> None:
     assert math.isnan(nothing.value)
     assert (nothing.low, nothing.high) == (0, 1)
     assert mean([1.0]).to_dict() == {"value": 1.0, "low": None, "high": None, "count": 1}
+
+
+def test_quotients_of_shares_have_katzs_interval() -> None:
+    found = share_ratio(20, 40, 100)
+    # log(20.5 / 40.5) with the standard error (1/20.5 + 1/40.5 - 2/100.5)^(1/2) = 0.231455
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.321576, 0.796734), rel=1e-5)
+    assert share_ratio(0, 40, 100).low == share_ratio(0, 40, 100).value == 0
+    assert share_ratio(0, 40, 100).high < 0.25
+    assert math.isnan(share_ratio(3, 0, 100).value)
+
+
+def test_differences_of_shares_have_walds_interval() -> None:
+    found = share_difference(30, 100, 50, 100)
+    assert (found.value, found.high - found.value) == pytest.approx((0.2, 1.96 * math.sqrt(0.0046)), rel=1e-4)
+    assert share_difference(30, 100, 30, 100).low == 0
+    assert math.isnan(share_difference(0, 0, 1, 2).value)
+
+
+def test_the_area_under_the_curve_covers_its_truth_at_95_percent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Losses of normal distributions one apart: the AUC is the normal distribution's value at 2^-1/2.
+    truth = 0.5 * (1 + math.erf(0.5))
+    estimates = [
+        area_under_curve(torch.randn(40, generator=generator) - 1, torch.randn(50, generator=generator))
+        for _ in range(400)
+    ]
+    assert 0.92 < sum(e.low <= truth <= e.high for e in estimates) / len(estimates) < 0.985
+    assert (area_under_curve(torch.zeros(3), torch.ones(3)).value, estimates[0].count) == (1.0, 90)
