@@ -88,6 +88,18 @@ def test_ranks_that_diverge_end_with_one_sentence_and_no_model(home: Path, tmp_p
     assert not (out / "model").exists()
 
 
+def test_ranks_end_with_one_verdict_and_its_exit_code(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quick = ("--retain-class", "5", "--set", "verdict.images=4", "--set", "sample.num_inference_steps=1")
+    output, errors = run(*unlearn(home), "--out", out, "--verdict", *quick, "--launch", "ddp", "--processes", 2, code=3)
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert json.loads(output)["verdict"] == verdict["verdict"]
+    assert errors.count("Verdict: ") >= 1
+    assert errors.count("Error: ") == errors.count("The model is ") == 1
+    assert verdict["model"].startswith("model-")
+    assert [path.name for path in out.glob("model*")] == [verdict["model"]]
+
+
 @pytest.mark.parametrize(
     "layout", [("ddp",), *(pytest.param(each, marks=pytest.mark.slow) for each in (("fsdp",), ("zero", "--stage", 3)))]
 )

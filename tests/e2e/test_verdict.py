@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers import Ended, succeed
 from pictures import class_pictures
+from PIL import Image
 
 TINY = """
 device: cpu
@@ -166,3 +167,49 @@ def test_text_to_image_runs_in_each_format_are_judged(
     assert "Forgetting cat" in Path("out/report.html").read_text()
     # The LoRA has the name that diffusers looks for.
     assert Path("out/lora.safetensors").exists() == ("lora" in flags)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "ddpm_class", "dit", "ddpm_unconditional", "ldm"])
+def test_listed_files_of_each_family_are_compared_with_unseen_ones(
+    run: Run, nano_folder: Callable[[str], Path], place: Path, name: str
+) -> None:
+    Path("tiny.yaml").write_text(TINY.replace("forget: [3], retain: [5], ", ""))
+    grey = name == "ddpm_unconditional"
+    data = class_pictures(place / "data", grey=grey)
+    unseen = class_pictures(place / "unseen", grey=grey, count=3)
+    for path in unseen.rglob("*.png"):
+        # Another image of the class.
+        Image.open(path).rotate(90).save(path)
+    Path("request.txt").write_text("bird/0.png\nbird/1.png\n")
+    sizes = () if name in ("sd", "flux") else ("--set", "images.height=null", "--set", "images.width=null")
+    ended = run(
+        *command(nano_folder(name), "--data", data, "--forget-files", "request.txt", *sizes),
+        "--set", f"verdict.unseen_data={unseen}",
+    )  # fmt: skip
+    assert ended.code == 3, ended.errors
+    found = facts()
+    assert (found["kind"], found["forgotten"], found["model"]) == ("files", "cannot tell", "model-unproven")
+    figures = {figure["key"]: figure for figure in found["figures"]}
+    assert found["settings"]["images"]["forgotten"] == 2
+    assert found["settings"]["images"]["unseen"] == 9
+    rows = [json.loads(line) for line in Path("out/verdict.jsonl").read_text().splitlines()]
+    losses = {
+        model: {
+            of: [row["loss"] for row in rows if (row.get("set"), row["model"]) == (of, model)]
+            for of in ("forgotten", "unseen")
+        }
+        for model in ("before", "after")
+    }
+    for model, of in losses.items():
+        lower = [a < b for a in of["forgotten"] for b in of["unseen"]]
+        assert figures["auc_unseen"][model]["value"] == pytest.approx(sum(lower) / len(lower))
+    assert {row["asked"] for row in rows if row["judge"] == "reproduction"} == (
+        {None} if name in ("ddpm_unconditional", "ldm") else {"a bird"} if name in ("sd", "flux") else {"bird"}
+    )
+
+
+def test_unseen_data_are_looked_for_before_the_first_step(run: Run, base: Path) -> None:
+    ended = run(*command(base, "--set", "verdict.unseen_data=nowhere/at/all"))
+    assert ended.code == 2
+    assert "nowhere/at/all" in ended.errors
+    assert not Path("out").exists()

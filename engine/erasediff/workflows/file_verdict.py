@@ -46,9 +46,9 @@ def examine_files(
     forget, retain = run_images(config, run, size, forgotten=MOST_LOSSES, retained=COMPARED)
     if not len(forget) or not len(retain):
         return undecided("files", "No image that the run has seen is still there to compare with.")
-    unseen = None if config.verdict.unseen_data is None else unseen_images(config, size, most)
+    unseen = None if config.verdict.unseen_data is None else unseen_images(config, before, most)
     forget, retain, *others = _distinct(*(images for images in (forget, retain, unseen) if images is not None))
-    asks = list(dict.fromkeys(forget.asks))[:MOST_ASKED]
+    asks = [""] if _is_unconditional(before) else list(dict.fromkeys(forget.asks))[:MOST_ASKED]
     each = _draws_of_each(config, before, len(asks), quarter)
     with progress_bar(console, "Verdict: drawing", 2 * each * len(asks)) as bar:
         images = {

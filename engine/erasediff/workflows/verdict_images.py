@@ -15,10 +15,10 @@ from torch import Tensor
 
 from erasediff.config import Config
 from erasediff.data import Buckets, CaptionedImage, load_digits
-from erasediff.data.image_folder import CLASS
 from erasediff.data.image_lists import FORGET, RETAIN
 from erasediff.data.labelled_images import outlines
 from erasediff.data.preprocessing import fitted, open_picture
+from erasediff.models.base import LatentModel
 from erasediff.verdict.examined import ExaminedModel
 from erasediff.verdict.request import read_list
 from erasediff.workflows.labelled_data import DIGITS
@@ -75,18 +75,29 @@ def run_images(config: Config, run: Path, size: tuple[int, int], *, forgotten: i
     return [_read(records, found, size) for records in wanted]
 
 
-def unseen_images(config: Config, size: tuple[int, int], most: int) -> RealImages:
-    """At most ``most`` evenly spaced images of ``verdict.unseen_data``. UserError where they cannot be read."""
+def unseen_images(config: Config, examined: ExaminedModel, most: int) -> RealImages:
+    """At most ``most`` evenly spaced images of ``verdict.unseen_data``, without those that a model cannot be asked for.
+
+    Of a model with prompts, these have no caption; of one with classes, no class of its own. UserError where the images
+    cannot be read.
+    """
     location = config.verdict.unseen_data
     assert location is not None
+    model = examined.model
     images = read_data(config.images, location, captions=False).images
-    count = min(most, len(images))
-    chosen = [images[number * len(images) // count] for number in range(count)]
-    records = [
-        {"image": str(image.path), "caption": image.caption, "class": image.attributes.get(CLASS, "")}
-        for image in chosen
-    ]
-    return _read(records, {str(image.path): image for image in chosen}, size)
+    asks: list[tuple[int, Record]] = []
+    for number, (path, caption, name) in enumerate(outlines(images)):
+        record = {"image": path, "class": name} | ({"caption": caption} if isinstance(model, LatentModel) else {})
+        if isinstance(model, LatentModel):
+            is_asked = bool(caption)
+        else:
+            is_asked = model.condition == "none" or name in model.class_names
+        if is_asked:
+            asks.append((number, record))
+    count = min(most, len(asks))
+    chosen = [asks[number * len(asks) // count] for number in range(count)]
+    found = {str(record["image"]): images[number] for number, record in chosen}
+    return _read([record for _, record in chosen], found, size_of(examined))
 
 
 def size_of(examined: ExaminedModel) -> tuple[int, int]:
