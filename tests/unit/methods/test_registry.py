@@ -223,7 +223,8 @@ assert not {"torch", "diffusers"} & sys.modules.keys()
 assert run("info", "--config") == 0
 from erasediff.models import PixelModel
 PixelModel.build(num_classes=10, block_out_channels=(8, 8), layers_per_block=1).save(Path("base"))
-digits = ("unlearn", "--model", "base", "--forget", "3", "--steps", "1", "--batch-size", "4", "--device", "cpu")
+base = ("unlearn", "--no-verdict", "--model", "base")
+digits = (*base, "--forget", "3", "--steps", "1", "--batch-size", "4", "--device", "cpu")
 assert run(*digits, "--method", "toy-method", "--set", "toy_method.scale=2", "--out", "out") == 0
 assert run(*digits, "--method", "toy-method", "--eta", "2", "--out", "refused") == 2
 assert run(*digits, "--set", "toy_method.scale=2", "--out", "refused") == 2

@@ -101,6 +101,7 @@ def build_job(
     verdict: bool | None = None,
     judge: list[str] | None = None,
     keep: str | None = None,
+    unseen_data: str | None = None,
 ) -> "tuple[RunPlace | None, TrainingJob | StandaloneJob]":
     """The unlearning run that flags describe, and where it goes: nowhere, if it is to be measured.
 
@@ -137,6 +138,7 @@ def build_job(
         verdict__enabled=verdict,
         verdict__judges=judge,
         verdict__keep=keep,
+        verdict__unseen_data=unseen_data,
         seed=seed,
         device=device,
         **options.distributed(launch, stage, processes, offload, deepspeed_config),
@@ -175,6 +177,10 @@ def unlearn(
     keep: Annotated[
         str | None, typer.Option(help="Name in OUT of a model that did not pass; by default, one that says why.")
     ] = None,
+    unseen_data: Annotated[
+        str | None,
+        typer.Option(help="Images that the model never saw, with whose losses those of --forget-files are compared."),
+    ] = None,
     sign: options.Sign = None,
     as_json: options.Json = False,
     **flags: Any,
@@ -192,9 +198,8 @@ def unlearn(
     more than one step in ten was skipped as not finite, or no weight changed.
     """
     key = signing_key(sign)
-    build = partial(
-        build_job, out=out, resume=resume, dry_run=dry_run, verdict=verdict, judge=judge, keep=keep, **flags
-    )
+    flags |= {"verdict": verdict, "judge": judge, "keep": keep, "unseen_data": unseen_data}
+    build = partial(build_job, out=out, resume=resume, dry_run=dry_run, **flags)
     run_job(build, "unlearn", as_json=as_json, out=out, key=key)
 
 
