@@ -184,7 +184,7 @@ def test_listed_files_of_each_family_are_compared_with_unseen_ones(
     sizes = () if name in ("sd", "flux") else ("--set", "images.height=null", "--set", "images.width=null")
     ended = run(
         *command(nano_folder(name), "--data", data, "--forget-files", "request.txt", *sizes),
-        "--set", f"verdict.unseen_data={unseen}",
+        "--unseen-data", unseen,
     )  # fmt: skip
     assert ended.code == 3, ended.errors
     found = facts()
@@ -209,7 +209,7 @@ def test_listed_files_of_each_family_are_compared_with_unseen_ones(
 
 
 def test_unseen_data_are_looked_for_before_the_first_step(run: Run, base: Path) -> None:
-    ended = run(*command(base, "--set", "verdict.unseen_data=nowhere/at/all"))
+    ended = run(*command(base, "--unseen-data", "nowhere/at/all"))
     assert ended.code == 2
     assert "nowhere/at/all" in ended.errors
     assert not Path("out").exists()

@@ -78,8 +78,8 @@ def _untold(evidence: FileEvidence) -> str:
             "so there is nothing to see of them in either model."
         )
     return (
-        "The original model does not reproduce the images to forget: give images that it was not trained on, as "
-        "verdict.unseen_data, to compare losses with."
+        "The original model does not reproduce the images to forget: give images that it was not trained on, with "
+        "--unseen-data, to compare losses with."
     )
 
 

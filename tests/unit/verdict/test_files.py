@@ -69,7 +69,7 @@ def test_what_the_original_knows_decides(
     ("changes", "reason"),
     [
         # Losses of images that both models saw say nothing, however far they are apart.
-        ({"forgotten": 3.0}, "verdict.unseen_data"),
+        ({"forgotten": 3.0}, "--unseen-data"),
         ({"unseen": True}, "nor tells them from unseen ones"),
         ({"before": 1, "after": 0}, "too few"),
     ],
