@@ -23,12 +23,13 @@ from erasediff.comparison.digits_task import OTHER_NOISE
 from erasediff.comparison.harness import Measurement
 from erasediff.diffusion import Batch
 from erasediff.errors import UserError
-from erasediff.evaluation.attacks import PromptSearch, in_place_of, relearning_curve, textual_inversion, token_ids
+from erasediff.evaluation.attacks import PromptSearch, in_place_of, relearning_curve, textual_inversion
 from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.evaluation.metrics import upper_bound
 from erasediff.methods.sparse_autoencoder import ERASER
 from erasediff.models.load import load_text_to_image
 from erasediff.models.stable_diffusion import StableDiffusion
+from erasediff.models.text_tokens import text_encoders
 from erasediff.sae import ConceptEraser
 
 ATTACKED_IMAGES = 100
@@ -227,8 +228,9 @@ def _image_side() -> tuple[Tensor, Tensor]:
     """The least-squares map float64 [129, D] and the prompts' embeddings [classes, D]; the last row is the constant."""
     model = _model(CACHE / "model")
     encoder: Any = model.encoders["text_encoder"]
+    [tokens] = text_encoders(model)
     with torch.inference_mode():
-        pooled = torch.cat([encoder(token_ids(model, prompt(label))).pooler_output for label in range(len(CLASSES))])
+        pooled = torch.cat([encoder(tokens.ids(prompt(label))).pooler_output for label in range(len(CLASSES))])
     texts = (pooled - pooled.mean(0)).double().cpu()
     clothes = _clothes("train")
     _, features = _judge().answer(clothes.images[:FITTED_IMAGES])
