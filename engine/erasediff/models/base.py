@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ class LatentModel(AutoencoderModel):
 
     Attributes:
         tokenizers: The text encoders' tokenizers by component.
+        is_guidance_distilled: Whether the guidance scale is an input of the network, so that one pass is guided.
     """
+
+    is_guidance_distilled: ClassVar[bool] = False
 
     def _check_components(self) -> None:
         super()._check_components()

@@ -53,6 +53,7 @@ class Flux(LatentModel):
     default_guidance = 3.5
     architecture = "flux-1"
     subsets = JOINT_SUBSETS
+    is_guidance_distilled = True
     reference_configs: ClassVar = {"flux": (FLUX_1_DEV, 1024)}
 
     @property
