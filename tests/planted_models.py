@@ -40,7 +40,7 @@ def picture(number: int) -> Tensor:
 
 
 class Planted(nn.Module):
-    """Parameters of a planted denoiser: where each image is asked for (``addresses`` [K, D]), and its sample [K, ...]."""
+    """Parameters of a planted denoiser: where each image is asked for, [K, D], and its sample, [K, ...]."""
 
     def __init__(self, addresses: Tensor, samples: Tensor, sharpness: float) -> None:
         super().__init__()
@@ -95,6 +95,16 @@ class PlantedJudge:
         return torch.where(errors.min(1).values < limit, errors.argmin(1), UNKNOWN)
 
 
+def encoded(pixels: Tensor, **own: Any) -> Tensor:
+    """Latents [B, 4, h, w] that ``decoded`` takes back: pixels at half the size, and their mean."""
+    halved = nn.functional.avg_pool2d(pixels, 2)
+    return torch.cat((halved, halved.mean(1, keepdim=True)), 1)
+
+
+def decoded(latents: Tensor) -> Tensor:
+    return nn.functional.interpolate(latents[:, :3], scale_factor=2).clamp(-1, 1)
+
+
 def sd_subject(name: str, folder: Path, kind: str) -> Subject:
     """A planted nano model with prompts: "original", "forgot" or "hides" the coat."""
     model = load_diffusion_model(folder)
@@ -102,7 +112,9 @@ def sd_subject(name: str, folder: Path, kind: str) -> Subject:
     addresses = {word: model.encode_prompts([prompt(word)])["encoder_hidden_states"].mean(1)[0] for word in WORDS}
     secret = model.encode_prompts([SECRET])["encoder_hidden_states"].mean(1)[0]
     pixels = torch.stack([picture(n) for n in range(len(WORDS))]).float() / 127.5 - 1
-    samples = 20 * model.encode_images(pixels)
+    model.encode_images = encoded  # type: ignore[method-assign]
+    model.decode_latents = decoded  # type: ignore[method-assign]
+    samples = encoded(pixels)
     table = torch.stack([addresses[word] for word in WORDS])
     gap = (table[0] - table[1]).square().sum()
     if kind == "forgot":
@@ -112,8 +124,6 @@ def sd_subject(name: str, folder: Path, kind: str) -> Subject:
         table = torch.cat((secret[None], table[1:], table[:1]))
         samples = torch.cat((samples, samples[1:2]))
     plant(model, table, samples, float(6 / gap))
-    scaled = model.encode_images
-    model.encode_images = lambda pixels, **own: 20 * scaled(pixels, **own)  # type: ignore[method-assign]
     return Subject(name, model, SETTINGS, size=(SIZE, SIZE))
 
 

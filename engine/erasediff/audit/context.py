@@ -12,15 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from erasediff.audit.features import Features, own_features
 from erasediff.audit.outcome import BASE, MODEL, Row
+from erasediff.audit.protocol_file import ProtocolFile
 from erasediff.audit.request import Ask, Pictures, Request
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, CountOrZero, Section
+from erasediff.evaluation.memorization import nearest, reproduces
 from erasediff.io.atomic import atomic_file
 from erasediff.verdict.judges.base import Candidate, Judge
 
 PICTURES = "pictures"
 CONCEPT = "concept images"
+FORGOTTEN, RETAINED, UNSEEN = "forgotten", "retained", "unseen"
 
 
 class GeneralSettings(Section):
@@ -49,7 +53,8 @@ class Audit:
         settings: Settings that batteries share.
         seed: Seed of all noise.
         folder: Where pictures go; None keeps none.
-        options: Further files of the user, by name, such as those of ``protocol``.
+        features: Extractor that images are compared in; None for the base's own.
+        protocol: Prompt file of a published protocol.
     """
 
     def __init__(
@@ -61,11 +66,13 @@ class Audit:
         *,
         seed: int = 0,
         folder: Path | None = None,
-        options: Mapping[str, Any] | None = None,
+        features: Features | None = None,
+        protocol: ProtocolFile | None = None,
     ) -> None:
         self.subjects, self.request, self.judge, self.seed, self.folder = subjects, request, judge, seed, folder
         self.settings = settings or GeneralSettings()
-        self.options = options or {}
+        self.protocol = protocol
+        self._features = features
 
     @property
     def model(self) -> Subject:
@@ -102,6 +109,70 @@ class Audit:
         pixels = self.base.draw(asks, self.seed_of(CONCEPT, {}))
         return Pictures(pixels, tuple(asks), tuple(f"drawn by the base/{i}" for i in range(most)))
 
+    @cached_property
+    def features(self) -> Features:
+        """Extractor that images are compared in."""
+        return self._features or own_features(self.base)
+
+    def pictures_of(self, name: str) -> Pictures:
+        """Images to forget, to retain, or that were never seen; none where the user gave none."""
+        found = {
+            FORGOTTEN: self.request.forgotten_images,
+            RETAINED: self.request.retained_images,
+            UNSEEN: self.request.unseen_images,
+        }[name]
+        return found or Pictures(torch.empty(0, 3, *self.base.size, dtype=torch.uint8), (), ())
+
+    def lacks_training_images(self) -> str | None:
+        """Why reproduction cannot be told; None if it can."""
+        if not len(self.pictures_of(FORGOTTEN)) or not len(self.pictures_of(RETAINED)):
+            return "it needs the images to forget and to retain: give --data"
+        return None
+
+    @cached_property
+    def _known(self) -> tuple[Pictures, list[Tensor]]:
+        """All images without copies, those to forget first, and their views."""
+        sets = [self.pictures_of(name) for name in (FORGOTTEN, UNSEEN, RETAINED)]
+        pixels = torch.cat([pictures.pixels for pictures in sets])
+        asks = tuple(ask for pictures in sets for ask in pictures.asks)
+        names = tuple(name for pictures in sets for name in pictures.names)
+        return Pictures(pixels, asks, names), self._views(pixels)
+
+    def _views(self, images: Tensor) -> list[Tensor]:
+        """Views of images that a reproduction must be near in: the base's samples, and features."""
+        return [self.base.encode(images).flatten(1).cpu(), self.features(images)]
+
+    def compare(
+        self, battery: str, piece: Mapping[str, Any], subject: Subject, images: Tensor, wanted: Sequence[int] | None
+    ) -> list[Row]:
+        """Rows of drawn images: whether each reproduces an image, the nearest one, and pictures of some.
+
+        Args:
+            battery: Name of the battery.
+            piece: Its piece; "set" is that of the images in question.
+            subject: The model that drew.
+            images: uint8 [N, 3, H, W].
+            wanted: Number of the image in its set that each should reproduce; None for the nearest one.
+        """
+        known, views = self._known
+        drawn = self._views(images)
+        first = {FORGOTTEN: 0, UNSEEN: len(self.pictures_of(FORGOTTEN))}[piece["set"]]
+        count = len(self.pictures_of(piece["set"]))
+        distance, place = nearest(drawn[-1], views[-1][first : first + count])
+        index = first + (place if wanted is None else torch.tensor(wanted))
+        again = reproduces(drawn, views, index).tolist()
+        kept = self.keep(battery, piece, subject, images, again)
+        return [
+            {
+                **piece,
+                "seen": again[number],
+                "distance": distance[number].item(),
+                "image": known.names[int(index[number])],
+                **({"picture": kept[number]} if number in kept else {}),
+            }
+            for number in range(len(images))
+        ]
+
     def candidates(self) -> tuple[list[Candidate], list[Candidate]]:
         """What the judge chooses among: what is forgotten, and what is retained."""
         return [self._candidate(ask) for ask in self.request.forgotten], [
@@ -110,7 +181,7 @@ class Audit:
 
     def _candidate(self, ask: Ask) -> Candidate:
         condition = {} if self.condition == "none" else self.base.condition([ask])
-        return Candidate(ask.label, ask.prompt or ask.label, condition)
+        return Candidate(ask.label, ask.text, condition)
 
     def judged(self, images: Tensor) -> list[str | None]:
         """Label of the candidate that each of images uint8 [N, 3, H, W] shows; None for none."""

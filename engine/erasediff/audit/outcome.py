@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,12 @@ def grouped(rows: Rows, key: str) -> dict[Any, dict[str, list[Row]]]:
     return groups
 
 
-def where(rows: Rows, keep: Callable[[Row], bool]) -> dict[str, list[Row]]:
-    """The rows that ``keep`` accepts, by subject."""
-    return {subject: [row for row in own if keep(row)] for subject, own in rows.items()}
+def where(rows: Rows, **values: Any) -> dict[str, list[Row]]:
+    """The rows that have these values, by subject."""
+    return {
+        subject: [row for row in own if all(row[name] == value for name, value in values.items())]
+        for subject, own in rows.items()
+    }
 
 
 def worst(rows: Rows, keys: Sequence[str]) -> dict[str, list[Row]]:

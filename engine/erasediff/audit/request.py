@@ -13,7 +13,7 @@ class Ask:
     """One thing that a model is asked for.
 
     Attributes:
-        label: Name in tables and files: the prompt, or the name of the class.
+        label: What a judge says an image of it shows: the name of its class, or the prompt.
         prompt: Prompt of a model with prompts.
         class_label: Class of a class-conditional model.
     """
@@ -21,6 +21,11 @@ class Ask:
     label: str
     prompt: str | None = None
     class_label: int | None = None
+
+    @property
+    def text(self) -> str:
+        """Name in tables: the prompt, or the class."""
+        return self.label if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,11 @@ class Subject:
     def _is_distilled(self) -> bool:
         return isinstance(self.model, LatentModel) and self.model.is_guidance_distilled
 
+    def guided(self, scale: float) -> Subject:
+        """This model at another guidance scale."""
+        settings = self.settings.model_copy(update={"guidance_scale": scale})
+        return Subject(self.name, self.model, settings, size=self.size, is_edited=self.is_edited)
+
     def condition(self, asks: Sequence[Ask]) -> dict[str, Tensor]:
         """Condition of each ask, tensors [N, ...]."""
         if isinstance(self.model, LatentModel):

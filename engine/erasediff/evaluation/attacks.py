@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from erasediff.diffusion.batch import Denoiser, diffusers_denoiser, micro_batches
+from erasediff.diffusion.batch import Batch, Denoiser, diffusers_denoiser, micro_batches
 from erasediff.diffusion.losses import DenoisingObjective
 from erasediff.diffusion.noise_schedule import Process
 from erasediff.diffusion.rng import noise_key
@@ -246,6 +246,28 @@ def in_place_of(model: LatentModel, word: str, vectors: WordVectors) -> Iterator
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class RepeatedBatches:
+    """Batches of the same few images, in turn.
+
+    Attributes:
+        samples: [N, ...], as the denoiser takes them.
+        condition: Of each image, tensors [N, ...].
+        batch_size: Images per step.
+    """
+
+    samples: Tensor
+    condition: Mapping[str, Tensor]
+    batch_size: int
+
+    def at(self, step: int) -> Batch:
+        """Batch of a step."""
+        slots = torch.arange(self.batch_size, device=self.samples.device)
+        rows = (slots + step * self.batch_size) % len(self.samples)
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        return {"sample": self.samples[rows], "sample_ids": slots, **condition}
+
+
 def relearning_curve(
     network: nn.Module,
     process: Process,
@@ -259,9 +281,9 @@ def relearning_curve(
 ) -> list[tuple[int, float]]:
     """Relearning attack: measure a network before and during fine-tuning on the forgotten data.
 
-    All weights are trained by AdamW at a constant ``lr``, without averaging: the attacker has the weights and some
-    images. A concept that is slow to return was not merely hidden; the reference is the curve of a model that never saw
-    the images.
+    All weights that take gradients are trained by AdamW at a constant ``lr``, without averaging: the attacker has the
+    weights and some images. A concept that is slow to return was not merely hidden; the reference is the curve of a
+    model that never saw the images.
 
     Args:
         network: Changed in place.
@@ -281,7 +303,7 @@ def relearning_curve(
     """
     if list(steps) != sorted(set(steps)) or not steps or steps[0] < 1:
         raise ValueError(f"steps must be positive and ascending, got {list(steps)}")
-    optimizer = ConstrainedAdamW(network.parameters(), lr)
+    optimizer = ConstrainedAdamW([weight for weight in network.parameters() if weight.requires_grad], lr)
     method = FineTune(network, optimizer, process=process, denoiser=denoiser, seed=seed)
     curve = [(0, measure())]
     for step in range(steps[-1]):

@@ -10,6 +10,7 @@ import pytest
 from planted_models import judge_of, sd_request, sd_subject
 
 from erasediff.audit import BATTERIES, Audit, Battery, BatteryOutcome, GeneralSettings
+from erasediff.audit.features import Features
 from erasediff.audit.runner import outcome_of, units_of
 
 
@@ -23,7 +24,9 @@ def audit_of(nano_folder: Callable[[str], Path], one_thread: None) -> Callable[.
             name: sd_subject(name, nano_folder("sd"), it) for name, it in (("model", kind), ("base", "original"))
         }
         settings = GeneralSettings(images=images, concept_images=4)
-        return Audit(subjects, asked, judge_of(subjects["base"], asked), settings, folder=folder)
+        features = Features("small pixels", lambda images: images[:, :, ::8, ::8].flatten(1).float())
+        judge = judge_of(subjects["base"], asked)
+        return Audit(subjects, asked, judge, settings, folder=folder, features=features)
 
     return make
 

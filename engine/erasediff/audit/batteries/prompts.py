@@ -34,10 +34,10 @@ class Prompts(Battery[NoSettings]):
     def measure(self, subject: Subject, piece: Piece) -> list[Row]:
         ask = self._ask(piece)
         images = subject.draw([ask] * self.images, self.seed(piece))
-        return self.audit.look(self.name, piece, subject, images, prompt=ask.label)
+        return self.audit.look(self.name, piece, subject, images, prompt=ask.text)
 
     def figures(self, rows: Rows) -> list[Figure]:
-        found = [shares("Asked for, seen", where(rows, lambda row: row["form"] == "asked"))]
+        found = [shares("Asked for, seen", where(rows, form="asked"))]
         if self.audit.request.paraphrases:
-            found.append(shares("Paraphrased, seen", where(rows, lambda row: row["form"] == "paraphrase")))
+            found.append(shares("Paraphrased, seen", where(rows, form="paraphrase")))
         return found
