@@ -49,7 +49,7 @@ class Audit:
     Args:
         subjects: Models by name: "model", "base" and maybe "reference".
         request: What should be forgotten and retained.
-        judge: What images show.
+        judge: What images show; None where no battery asks.
         settings: Settings that batteries share.
         seed: Seed of all noise.
         folder: Where pictures go; None keeps none.
@@ -61,7 +61,7 @@ class Audit:
         self,
         subjects: Mapping[str, Subject],
         request: Request,
-        judge: Judge,
+        judge: Judge | None,
         settings: GeneralSettings | None = None,
         *,
         seed: int = 0,
@@ -185,6 +185,7 @@ class Audit:
 
     def judged(self, images: Tensor) -> list[str | None]:
         """Label of the candidate that each of images uint8 [N, 3, H, W] shows; None for none."""
+        assert self.judge is not None
         sought, others = self._candidates
         labels = [candidate.label for candidate in (*sought, *others)]
         return [

@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.markup import escape
 
+from erasediff.cli.commands.audit import audit
 from erasediff.cli.commands.bench import bench
 from erasediff.cli.commands.compare import compare
 from erasediff.cli.commands.demo import demo
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, plan, bench, compare, mask, info):
+for command in (demo, train, unlearn, sample, evaluate, audit, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 

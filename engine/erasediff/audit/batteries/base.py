@@ -34,6 +34,7 @@ class Battery(ABC, Generic[SettingsT]):
         source: Where it was published.
         settings_class: Its settings, the published ones by default.
         quick: Settings of a short run.
+        is_judged: Whether a judge looks for what is forgotten.
 
     Args:
         audit: What it measures with.
@@ -45,12 +46,19 @@ class Battery(ABC, Generic[SettingsT]):
     source: ClassVar[str]
     settings_class: ClassVar[type[Section]] = NoSettings
     quick: ClassVar[Mapping[str, Any]] = {}
+    is_judged: ClassVar[bool] = True
 
     def __init__(self, audit: Audit, settings: SettingsT) -> None:
         self.audit, self.settings = audit, settings
 
     def refusal(self) -> str | None:
         """Why it does not apply to the audited model and request, as the end of a sentence; None if it does."""
+        if self.is_judged and not self.audit.request.forgotten:
+            return "no prompts or classes are forgotten that a judge could look for, only images"
+        return self.unfit()
+
+    def unfit(self) -> str | None:
+        """What ``refusal`` returns for a reason of this battery alone."""
         return None
 
     @property

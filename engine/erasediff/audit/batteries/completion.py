@@ -28,7 +28,7 @@ class Completion(Battery[CompletionSettings]):
     source = "diffusion completion (Lu et al. 2025, arXiv 2505.17013), here by DDIM on each model's own schedule"
     settings_class = CompletionSettings
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         model, base = self.audit.model, self.audit.base
         if model.sample_shape != base.sample_shape:
             return "the samples of model and base differ in shape"

@@ -39,8 +39,9 @@ class EmbeddingSearch(Battery[EmbeddingSearchSettings]):
     title = "Embeddings that reproduce an image"
     source = "DoRI (Kowalczuk et al. 2026, arXiv 2507.16880); reproduced as in Carlini et al. 2023, section 4.2"
     settings_class = EmbeddingSearchSettings
+    is_judged = False
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.condition != "text":
             return "the model takes no prompts"
         return self.audit.lacks_training_images()

@@ -45,7 +45,7 @@ class FoundWords(Battery[FoundWordsSettings]):
     settings_class = FoundWordsSettings
     quick: ClassVar = {"steps": 6, "candidates": 4, "batch_size": 16}
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.condition != "text":
             return "the model takes no prompts"
         if len(self.vocabulary) < 2:

@@ -43,7 +43,7 @@ class Inversion(Battery[InversionSettings]):
     settings_class = InversionSettings
     quick: ClassVar = {"steps": 100, "lr": 1e-2, "starts": ("",)}
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.condition != "text":
             return "the model takes no prompts"
         return None if self.audit.request.words else "no word of the concept is known: give --word"

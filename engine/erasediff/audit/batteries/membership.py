@@ -45,8 +45,9 @@ class Membership(Battery[MembershipSettings]):
     )
     settings_class = MembershipSettings
     quick: ClassVar = {"draws": 8, "images": 64}
+    is_judged = False
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if len(self.audit.pictures_of(UNSEEN)) < LEAST:
             return f"it needs {LEAST} images that no model was trained on: give --unseen"
         if len(self.audit.pictures_of(FORGOTTEN)) < LEAST:

@@ -34,10 +34,10 @@ class Neighbours(Battery[NeighboursSettings]):
     settings_class = NeighboursSettings
     quick: ClassVar = {"most": 4}
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.condition == "none":
             return "the model is asked for nothing, so that nothing has neighbours"
-        if not self.audit.judge.tells_apart:
+        if self.audit.judge is not None and not self.audit.judge.tells_apart:
             return "the judge cannot say what retained images show"
         return None if self.audit.request.retained else "there are no retained prompts or classes"
 

@@ -19,7 +19,7 @@ class Protocol(Battery[NoSettings]):
     title = "Published protocol"
     source = "I2P, UnlearnDiffAtk or Ring-A-Bell, on a file of the user"
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.condition != "text":
             return "the model takes no prompts"
         return None if self.audit.protocol is not None else "no prompt file is given: --protocol and --prompts"
@@ -53,13 +53,14 @@ class Protocol(Battery[NoSettings]):
         return [shares("Protocol's prompts, seen", rows, note="A share of images, not of boxes.")]
 
     def description(self) -> Mapping[str, Any]:
-        file, subject = self._file, self.audit.model
+        file, subject, judge = self._file, self.audit.model, self.audit.judge
+        assert judge is not None
         return {
             "protocol": PROTOCOLS[file.protocol],
             "prompts": str(file.path),
             "prompts_sha256": file.sha256,
-            "detector": self.audit.judge.name,
-            **{f"detector_{name}": value for name, value in self.audit.judge.description.items()},
+            "detector": judge.name,
+            **{f"detector_{name}": value for name, value in judge.description.items()},
             "counted": "images",
             "sampler": type(subject.model.scheduler).__name__,
             "steps": subject.steps,

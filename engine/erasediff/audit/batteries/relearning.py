@@ -54,13 +54,10 @@ class Relearning(Battery[RelearningSettings]):
     settings_class = RelearningSettings
     quick: ClassVar = {"images": (25,), "weights": ("full",), "steps": (10, 40)}
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         if self.audit.model.is_edited:
             return "an eraser is attached to the base, and whoever has the weights takes it off: nothing is relearned"
-        return None if self._looked_for() else "no prompts or classes are forgotten, only images"
-
-    def _looked_for(self) -> bool:
-        return bool(self.audit.request.forgotten)
+        return None
 
     def passes(self) -> float:
         steps = max(self.settings.steps)

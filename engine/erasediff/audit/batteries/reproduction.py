@@ -32,8 +32,9 @@ class Reproduction(Battery[ReproductionSettings]):
     source = "Carlini et al. 2023, section 4.2: the nearest training image, relative to its own neighbours"
     settings_class = ReproductionSettings
     quick: ClassVar = {"most_files": 4, "images": 4}
+    is_judged = False
 
-    def refusal(self) -> str | None:
+    def unfit(self) -> str | None:
         return self.audit.lacks_training_images()
 
     def passes(self) -> float:
