@@ -91,7 +91,7 @@ def test_an_audit_of_a_model_with_prompts_resumes_to_the_same_bytes(
     assert all(battery["title"] in page for name, battery in found.items() if name not in refused)
     assert "no prompt file is given" in page
     assert "<img src" in page
-    assert "FID" not in page
+    assert "FID" not in (place / "audit" / "audit.json").read_text()
 
     names = ("audit.jsonl", "audit.json", "audit.html")
     whole = {name: (place / "audit" / name).read_bytes() for name in names}
@@ -112,7 +112,7 @@ def test_every_family_is_audited(place: Path, nano_folder: Callable[[str], Path]
         text = (place / "nano.yaml").read_text().replace("{height: 32, width: 32, bucket_step: 16}", "{}")
         (place / "nano.yaml").write_text(text)
     if family == "dit":
-        names = ("airplane, aeroplane", "bird", "cat")
+        names = ("bird", "cat", "deer")
         (place / "data" / "metadata.jsonl").unlink()
         for name, other in zip(SHADES, names, strict=True):
             (place / "data" / name).rename(place / "data" / other)
@@ -198,7 +198,7 @@ def test_a_protocol_tells_what_it_was_measured_with(place: Path, nano_folder: Ca
         (["--word", "tea"], 'The word "tea" stands in no forgotten prompt'),
         (["--protocol", "i2p"], "needs its prompts"),
         (["--fail-above", "3"], "--fail-above is a share"),
-        (["--set", "audit.noise.eta=1"], 'Unknown setting "audit.noise.eta"; did you mean audit.noise.etas'),
+        (["--set", "audit.noise.eta=1"], 'Unknown setting "audit.noise.eta" in nano.yaml; did you mean audit.noise.etas'),
         (["--features", "nowhere"], "nowhere is no folder"),
         (["--resume"], "There is no audit in"),
         (["--unseen", "nowhere"], "nowhere"),
