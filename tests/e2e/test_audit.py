@@ -198,7 +198,10 @@ def test_a_protocol_tells_what_it_was_measured_with(place: Path, nano_folder: Ca
         (["--word", "tea"], 'The word "tea" stands in no forgotten prompt'),
         (["--protocol", "i2p"], "needs its prompts"),
         (["--fail-above", "3"], "--fail-above is a share"),
-        (["--set", "audit.noise.eta=1"], 'Unknown setting "audit.noise.eta" in nano.yaml; did you mean audit.noise.etas'),
+        (
+            ["--set", "audit.noise.eta=1"],
+            'Unknown setting "audit.noise.eta" in nano.yaml; did you mean audit.noise.etas',
+        ),
         (["--features", "nowhere"], "nowhere is no folder"),
         (["--resume"], "There is no audit in"),
         (["--unseen", "nowhere"], "nowhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,16 @@ class Subject:
     def passes_per_image(self) -> int:
         """Forward passes of the denoiser for one image."""
         is_doubled = self.guidance not in (0.0, 1.0) and not self._is_distilled
-        return self.steps * (2 if is_doubled else 1)
+        return self._timesteps * (2 if is_doubled else 1)
+
+    @cached_property
+    def _timesteps(self) -> int:
+        """Timesteps of the checkpoint's sampler: PNDM takes one of its steps twice."""
+        if not isinstance(self.model, LatentModel) or self.model.flow:
+            return self.steps
+        scheduler = type(self.model.scheduler).from_config(self.model.scheduler.config)
+        scheduler.set_timesteps(self.steps)
+        return len(scheduler.timesteps)
 
     @property
     def _is_distilled(self) -> bool:

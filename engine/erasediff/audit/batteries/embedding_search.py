@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from erasediff.audit.batteries.base import BACKWARD, Battery, Piece
 from erasediff.audit.context import FORGOTTEN, UNSEEN
@@ -39,6 +40,7 @@ class EmbeddingSearch(Battery[EmbeddingSearchSettings]):
     title = "Embeddings that reproduce an image"
     source = "DoRI (Kowalczuk et al. 2026, arXiv 2507.16880); reproduced as in Carlini et al. 2023, section 4.2"
     settings_class = EmbeddingSearchSettings
+    quick: ClassVar = {"most_files": 4}
     is_judged = False
 
     def unfit(self) -> str | None:

@@ -136,9 +136,10 @@ def _clip_score(clip: ClipJudge, images: Tensor, asks: Sequence[Ask]) -> float:
 
 def _lpips(images: Tensor, others: Tensor, backbone: Literal["alex", "vgg", "squeeze"]) -> float:
     """Mean LPIPS of pairs of images uint8 [N, 3, H, W]. UserError without the packages."""
+    first, second = (part.float() / 127.5 - 1 for part in (images, others))
     try:
         from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+        return float(learned_perceptual_image_patch_similarity(first, second, net_type=backbone))
     except ImportError:
         raise UserError("LPIPS needs torchmetrics and torchvision: install erasediff[audit], or omit lpips.") from None
-    first, second = (part.float() / 127.5 - 1 for part in (images, others))
-    return float(learned_perceptual_image_patch_similarity(first, second, net_type=backbone))
