@@ -126,6 +126,8 @@ def cases(place: Path, source: Path) -> dict[str, Case]:
     prompts = ("--forget-prompts", "a cat", "--retain-prompts", "a dog")
     drawn = command("unlearn", *nano, *prompts)
     mask, nothing = command("mask", *nano, "--mask", place / "mask.safetensors"), ["crash_cases:nothing"]
+    asked = ("--prompts", "a cat;a dog", "--control", "a bird;a tree", "--config", place / "nano.yaml", "--count", 1)
+    scanned = command("scan", source, *asked, "--set", "sample.num_inference_steps=50")
     runs = {
         "train": command("train", "--config", place / "tiny.yaml"),
         "unlearn": command("unlearn", "--model", place / "base", "--config", place / "tiny.yaml"),
@@ -138,12 +140,13 @@ def cases(place: Path, source: Path) -> dict[str, Case]:
             "cached model", lambda _: ["crash_cases:obtain_model", str(place / "tiny.yaml")], compared="cache"
         ),
         "mask": Case("mask", mask, lambda out: nothing if (out / "run").exists() else mask(out), compared="run"),
+        "scan": Case("scan", scanned, scanned, compared="run"),
         # A run lists the images of its cache by their paths.
         "prompts": Case("prompts", drawn, continued(drawn), all_whole, compared="run/model"),
     }
 
 
-NAMES = ("train", "unlearn", "shards", "single file", "lora", "prompts", "cached model", "mask")
+NAMES = ("train", "unlearn", "shards", "single file", "lora", "prompts", "cached model", "mask", "scan")
 
 
 @pytest.mark.slow

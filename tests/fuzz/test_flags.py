@@ -94,6 +94,7 @@ RIGHT = {
         ("--model", "sd", "--out", "out", "--prompts", "a", "--set", "sample.num_inference_steps=1"),
     ),
     "evaluate": (("--model", "net", "--forget", "0"),),
+    "scan": (("sd", "--prompts", "a", "--control", "b;c", "--out", "out", "--count", "1"),),
     "plan": (("--model", "net", "--ranks", "1"), ("--model", "sd", "--ranks", "1")),
     "mask": (("--model", "sd", "--mask", "lora.safetensors", "--out", "out"),),
     "info": ((),),

@@ -87,7 +87,7 @@ class Subject:
 
     @property
     def _is_distilled(self) -> bool:
-        return isinstance(self.model, LatentModel) and self.model.is_guidance_distilled
+        return isinstance(self.model, LatentModel) and not self.model.has_null_prediction
 
     def guided(self, scale: float) -> Subject:
         """This model at another guidance scale."""

@@ -16,6 +16,7 @@ from erasediff.cli.commands.info import info
 from erasediff.cli.commands.mask import mask
 from erasediff.cli.commands.plan import plan
 from erasediff.cli.commands.sample import sample
+from erasediff.cli.commands.scan import scan
 from erasediff.cli.commands.train import train
 from erasediff.cli.commands.unlearn import unlearn
 from erasediff.cli.crash import as_user_error, log_crash
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, sample, evaluate, audit, plan, bench, compare, mask, info):
+for command in (demo, train, unlearn, sample, evaluate, audit, scan, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
 

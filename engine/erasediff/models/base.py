@@ -22,10 +22,10 @@ class LatentModel(AutoencoderModel):
 
     Attributes:
         tokenizers: The text encoders' tokenizers by component.
-        is_guidance_distilled: Whether the guidance scale is an input of the network, so that one pass is guided.
+        has_null_prediction: Whether the empty prompt gives the unconditional prediction of classifier-free guidance.
     """
 
-    is_guidance_distilled: ClassVar[bool] = False
+    has_null_prediction: ClassVar[bool] = True
 
     def _check_components(self) -> None:
         super()._check_components()

@@ -52,8 +52,8 @@ class Flux(LatentModel):
     flow = True
     default_guidance = 3.5
     architecture = "flux-1"
+    has_null_prediction = False
     subsets = JOINT_SUBSETS
-    is_guidance_distilled = True
     reference_configs: ClassVar = {"flux": (FLUX_1_DEV, 1024)}
 
     @property

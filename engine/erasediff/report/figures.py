@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_file
 from erasediff.io.jsonl import MetricsFile
-from erasediff.report.contents import Column
 
 WITHOUT_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
@@ -40,7 +40,26 @@ LIGHT = {"text": "#52525b", "grid": "#e4e4e7", "lines": ("#2563eb", "#d97706", "
 DARK = {"text": "#a1a1aa", "grid": "#3f3f46", "lines": ("#60a5fa", "#fbbf24", "#34d399", "#a78bfa")}
 
 
-def curve(columns: Sequence[Column], quantity: str, *, dark: bool) -> str:
+class Recorded(Protocol):
+    """Run with the records of its steps."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """Records of each step, as in metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A run by its title and the records of its steps."""
+
+    title: str
+    records: Sequence[Mapping[str, Any]]
+
+
+def curve(columns: Sequence[Recorded], quantity: str, *, dark: bool) -> str:
     """Plot ``quantity`` over the steps as a data URL: a line per column that recorded it.
 
     A column has the colour of its place, whichever others are drawn. The bold line is a running mean over a twentieth
@@ -58,7 +77,7 @@ def curve(columns: Sequence[Column], quantity: str, *, dark: bool) -> str:
     return figure_url(figure)
 
 
-def recorded(columns: Sequence[Column]) -> dict[str, list[Column]]:
+def recorded(columns: Sequence[Recorded]) -> dict[str, list[Recorded]]:
     """Columns that recorded a quantity, by quantity."""
     by_quantity = {q: [column for column in columns if len(_series(column.records, q)[0])] for q in QUANTITIES}
     return {quantity: recording for quantity, recording in by_quantity.items() if recording}

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,7 +13,7 @@ from torch import Tensor
 from erasediff.evaluation import ConditionalMetrics, UnconditionalMetrics
 from erasediff.evaluation.metrics import Target, conditional_targets, unconditional_targets
 from erasediff.report.contents import Column, Contents, class_shares, metric_rows, percent, points
-from erasediff.report.figures import QUANTITIES, curve, recorded
+from erasediff.report.figures import QUANTITIES, Recorded, curve, recorded
 
 GAP = 1
 
@@ -23,21 +24,26 @@ def strip(images: Tensor, columns: int) -> str:
     One channel is shown as ink on clear paper (-1 is paper, 1 is ink), so that it suits light and dark pages alike;
     three channels are shown as they are.
     """
-    _, channels, height, width = images.shape
+    channels = images.shape[1]
+    levels = ((images[:columns] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return data_url(row_of_images(255 - levels.expand(-1, 3, -1, -1) if channels == 1 else levels, columns))
+
+
+def row_of_images(images: Tensor, columns: int) -> Image.Image:
+    """Row of the first ``columns`` of images uint8 [N, 3, H, W] in RGBA; missing images are transparent."""
+    _, _, height, width = images.shape
     canvas = torch.zeros(4, height, columns * (width + GAP) - GAP, dtype=torch.uint8)
     for column, image in enumerate(images[:columns]):
-        levels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         left = column * (width + GAP)
-        ink = torch.cat([255 - levels.expand(3, -1, -1) if channels == 1 else levels, torch.full_like(levels[:1], 255)])
-        canvas[:, :, left : left + width] = ink
-    return data_url(Image.fromarray(canvas.permute(1, 2, 0).numpy(), "RGBA"))
+        canvas[:, :, left : left + width] = torch.cat([image, torch.full_like(image[:1], 255)])
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy(), "RGBA")
 
 
-def data_url(image: Image.Image) -> str:
-    """Data URL of an image as a PNG."""
+def data_url(image: Image.Image, kind: Literal["PNG", "WEBP"] = "PNG") -> str:
+    """Data URL of an image: exact as a PNG, with losses as a WebP."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, format=kind, **({"optimize": True} if kind == "PNG" else {"quality": 85}))
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def template_environment() -> Environment:
@@ -64,7 +70,7 @@ def render(contents: Contents) -> str:
         forgotten=_listed([contents.class_names[c] for c in contents.forget]),
         targets=_targets(contents),
         pictures=[_picture(column, len(contents.class_names)) for column in contents.columns],
-        curves=_curves(contents),
+        curves=curve_urls(contents.columns[1:]),
         rows=metric_rows(contents),
         shares=[class_shares(column) for column in contents.columns],
     )
@@ -84,8 +90,8 @@ def _picture(column: Column, num_classes: int) -> list[str]:
     return [strip(column.images[column.rows == c], PICTURE_COLUMNS) for c in range(num_classes)]
 
 
-def _curves(contents: Contents) -> list[dict[str, Any]]:
-    compared = contents.columns[1:]
+def curve_urls(compared: Sequence[Recorded]) -> list[dict[str, Any]]:
+    """Curves of each recorded quantity, for light and dark pages."""
     return [
         {
             "title": QUANTITIES[quantity],

@@ -30,7 +30,7 @@ def test_quality_is_that_of_the_retained_images(audit_of: Callable[..., Audit], 
     frechet, kernel, agreement = good.figures
     assert frechet.name == "Fréchet distance in small pixels features"
     assert frechet.values["model"].value < 0.05 * frechet_scale()
-    assert agreement.values["model"].value == pytest.approx(1)
+    assert agreement.values["model"].value == pytest.approx(1, abs=1e-3)
     with torch.no_grad():
         audit.model.model.denoiser.planted.samples.neg_()
     bad = outcome(audit, "quality", blocks=2, block_images=4)

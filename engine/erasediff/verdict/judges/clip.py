@@ -56,24 +56,30 @@ class ClipJudge:
     @torch.no_grad()
     def answers(self, images: Tensor, sought: Sequence[Candidate], others: Sequence[Candidate]) -> Tensor:
         """See ``Judge.answers``."""
-        limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            [prompt_of(candidate) for candidate in (*sought, *others)],
-            # SigLIP was trained on padded texts, and reads the last place.
-            padding="max_length" if self.family == "siglip" else True,
-            max_length=limit,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        if int(tokens["input_ids"].max()) >= self.model.config.text_config.vocab_size:
-            raise UserError(
-                f"The tokenizer in {self._facts['folder']} has more words than the network: copy both again."
-            )
+        tokens = self._tokens([prompt_of(candidate) for candidate in (*sought, *others)])
         answers = [torch.empty(0, dtype=torch.int64)]
         for part in batches(images, BATCH_SIZE):
             pixels = self.processor(images=pictures(part), return_tensors="pt")["pixel_values"]
             answers.append(self.model(**tokens, pixel_values=pixels.to(self.device)).logits_per_image.argmax(1).cpu())
         return torch.cat(answers)
+
+    def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        """Arguments of the text encoder, padded as the family was trained."""
+        text_config, is_siglip = self.model.config.text_config, self.family == "siglip"
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length" if is_siglip else True,
+            max_length=text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        )
+        if int(tokens["input_ids"].max()) >= text_config.vocab_size:
+            raise UserError(
+                f"The tokenizer in {self._facts['folder']} has more words than the network: copy both again."
+            )
+        # SigLIP reads the last place of the padded text, and was trained without a mask.
+        names = ("input_ids",) if is_siglip else ("input_ids", "attention_mask")
+        return {name: tokens[name].to(self.device) for name in names}
 
 
 def prompt_of(candidate: Candidate) -> str:

@@ -18,6 +18,7 @@ from erasediff.errors import UserError
 from erasediff.io.json_file import read_object
 from erasediff.io.tensor_file import TensorFile
 from erasediff.io.user_file import check_regular
+from erasediff.models.checkpoint.components import check_sizes
 
 CONFIG = "config.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -46,6 +47,10 @@ class TransformersFolder:
             config = read_object(path / CONFIG)
         except FileNotFoundError:
             raise UserError(f"{path} has no {CONFIG}: give the folder of a network of transformers.") from None
+        check_sizes(f"the judge in {path}", config)
+        for part in config.values():
+            if isinstance(part, dict):
+                check_sizes(f"the judge in {path}", part)
         if "quantization_config" in config:
             raise UserError(f"The judge in {path} is quantized: give its weights in float32, float16 or bfloat16.")
         return cls(path, config)
@@ -97,7 +102,9 @@ class TransformersFolder:
         return {path.name: sha256(path) for path in sorted(self.path.iterdir()) if path.suffix in READ}
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        files = sorted(self.path.glob("*.safetensors"))
+        whole = self.path / "model.safetensors"
+        # Variants of it and its shards may lie beside it.
+        files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
         if not files:
             raise UserError(f"{self.path} has no .safetensors: convert its weights, since pickles are not opened.")
         for file in files:

@@ -70,6 +70,7 @@ def test_files_and_labels_are_described(folder: Path) -> None:
         ({"id2label": {str(number): f"LABEL_{number}" for number in range(3)}}, "does not name its labels"),
         ({"model_type": "clip_text_model"}, "cannot be read"),
         ({"model_type": "none_such"}, "cannot be read"),
+        ({"num_hidden_layers": 10**9}, "larger than 1,000"),
         ({"hidden_size": 32}, "cannot be read|incomplete"),
         ({"hidden_size": "wide"}, "cannot be read"),
     ],

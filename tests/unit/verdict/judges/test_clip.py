@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from nano import CHARACTERS, TOKENS, clip_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, SiglipConfig, SiglipModel
 
@@ -32,6 +33,8 @@ def save_taught(model: Any, padding: Any, images: Tensor, texts: list[str], fold
     """Fit ``model`` to match each image with its text, and save it with tokenizer and image processor."""
     tokens = clip_tokenizer()(texts, padding=padding, max_length=TOKENS, truncation=True, return_tensors="pt")
     pixels = processor()(images=pictures(images), return_tensors="pt")["pixel_values"]
+    if padding == "max_length":
+        tokens = {"input_ids": tokens["input_ids"]}
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(40):
         optimizer.zero_grad()
@@ -88,6 +91,19 @@ def test_files_and_template_are_described(folders: dict[str, Path]) -> None:
 )
 def test_only_a_bare_name_is_put_into_the_template(label: str, text: str, prompt: str) -> None:
     assert prompt_of(Candidate(label, text)) == prompt
+
+
+def test_weights_of_older_files_are_read(folders: dict[str, Path], plain_images: Tensor, tmp_path: Path) -> None:
+    """Half precision, and the positions that older versions of transformers kept among the weights."""
+    for file in folders["clip"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = {name: tensor.half() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
+    (tmp_path / "model.safetensors").unlink()
+    for number, part in enumerate((dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2]))):
+        save_file(part, tmp_path / f"model-{number + 1:05d}-of-00002.safetensors", {"format": "pt"})
+    candidates = [Candidate("red", "red"), Candidate("green", "green")]
+    assert judge_named(f"clip:{tmp_path}").answers(plain_images[:2], candidates[:1], candidates[1:]).tolist() == [0, 1]
 
 
 def test_pickles_and_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
