@@ -19,6 +19,7 @@ from erasediff.audit import Ask, Pictures, Request, Subject
 from erasediff.config import SampleConfig
 from erasediff.models.base import LatentModel
 from erasediff.models.load import load_diffusion_model
+from erasediff.models.pixel_unet import PixelModel
 from erasediff.verdict.judges.base import UNKNOWN, Candidate
 
 SIZE = 32
@@ -125,6 +126,29 @@ def sd_subject(name: str, folder: Path, kind: str) -> Subject:
         samples = torch.cat((samples, samples[1:2]))
     plant(model, table, samples, float(6 / gap))
     return Subject(name, model, SETTINGS, size=(SIZE, SIZE))
+
+
+def pixel_subject(name: str, folder: Path, kind: str) -> Subject:
+    """A planted class-conditional model of pixels, "original" or "forgot" class 0."""
+    model = load_diffusion_model(folder)
+    assert isinstance(model, PixelModel)
+    samples = torch.stack([picture(n) for n in range(len(WORDS))]).float() / 127.5 - 1
+    if kind == "forgot":
+        samples[0] = samples[1]
+    plant(model, torch.eye(4)[: len(WORDS)], samples, 20.0)
+    return Subject(name, model, SETTINGS)
+
+
+def pixel_request() -> Request:
+    """Forget class 0, retain the others."""
+    asks = [Ask(word, None, number) for number, word in enumerate(WORDS)]
+    pixels = torch.stack([picture(n) for n in range(len(WORDS))])
+    return Request(
+        forgotten=(asks[0],),
+        retained=tuple(asks[1:]),
+        forgotten_images=Pictures(pixels[:1], (asks[0],), ("coat.png",)),
+        retained_images=Pictures(pixels[1:], tuple(asks[1:]), ("bag.png", "shoe.png")),
+    )
 
 
 def sd_request(**own: Any) -> Request:

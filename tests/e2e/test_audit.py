@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 from helpers import run_command, succeed
+from lora_cases import QUERY, low_rank
 from PIL import Image
+from safetensors.torch import save_file
+
+from erasediff.models.load import load_text_to_image
 
 NANO = """
 threads: 1
@@ -36,6 +40,19 @@ audit:
 """
 JUDGE = "def answers(images, labels):\n    return [int(image.mean()) % (len(labels) + 1) - 1 for image in images]\n"
 FEATURES = "def features(images):\n    return images[:, :, ::8, ::8].flatten(1).float()\n"
+SAEMNESIA = {
+    "block": "up_blocks.1.attentions.0",
+    "images_per_prompt": 2,
+    "held_out": 2,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "expansion": 2,
+    "k": 4,
+    "batch_size": 128,
+    "intervention": "steer",
+    "strength": -30.0,
+    "epochs": 1,
+}
 SHADES = {"coat": 40, "bag": 120, "shoe": 200}
 
 
@@ -157,6 +174,44 @@ def test_the_folder_of_a_run_tells_what_was_asked(
     capsys.readouterr()
     succeed("audit", "run", *judged, "--dry-run", "--json")
     assert json.loads(capsys.readouterr().out)["prompts"]["passes"] > 0
+
+
+def test_a_lora_an_eraser_and_a_single_file_are_audited(place: Path, nano_folder: Callable[[str], Path]) -> None:
+    base = nano_folder("sd")
+    kept = low_rank(16, 16)
+    save_file(
+        {f"unet.{QUERY}.lora_A.weight": kept[0], f"unet.{QUERY}.lora_B.weight": kept[1]}, place / "lora.safetensors"
+    )
+    only = ["--batteries", "quality", "--features", "audit_features:features"]
+    succeed(*arguments(base, "--lora", "lora.safetensors", *only, "--out", "lora"))
+    agreement = figures(place / "lora")["quality"]["figures"][2]
+    assert agreement["base"]["value"] == pytest.approx(1, abs=1e-5), "the LoRA is not the base's"
+    assert agreement["model"]["value"] < 0.9999
+
+    load_text_to_image(base).save(place / "one.safetensors", layout="single-file")
+    single = ["audit", "one.safetensors", *arguments(base)[2:]]
+    succeed(*single, "--set", f"text_to_image.config={base}", *only, "--out", "single")
+    agreement = figures(place / "single")["quality"]["figures"][2]
+    assert agreement["model"] == agreement["base"]
+
+    settings = [word for name, value in SAEMNESIA.items() for word in ("--set", f"saemnesia.{name}={value}")]
+    asked = ["--forget-prompts", "a cat", "--retain-prompts", "a dog;a sofa", "--config", "plain.yaml"]
+    (place / "plain.yaml").write_text("threads: 1\n")
+    succeed("unlearn", "--method", "saemnesia", "--model", base, "--out", "erased", *settings, *asked)
+    short = [
+        "--quick",
+        "--set",
+        "audit.images=2",
+        "--set",
+        "sample.num_inference_steps=2",
+        "--set",
+        "audit.templates=[]",
+    ]
+    judged = ["--judge", "audit_judge:answers", "--batteries", "prompts,relearning"]
+    succeed("audit", "erased", *judged, *short, "--out", "eraser")
+    found = figures(place / "eraser")
+    assert found["prompts"]["measurements"]["model"] > 0
+    assert found["relearning"]["not_applicable"].startswith("an eraser is attached")
 
 
 def test_processes_share_an_audit(place: Path, nano_folder: Callable[[str], Path]) -> None:
