@@ -15,6 +15,7 @@ from lora_cases import QUERY, low_rank
 from PIL import Image
 from safetensors.torch import save_file
 
+from erasediff.audit import BATTERIES
 from erasediff.models.load import load_text_to_image
 
 NANO = """
@@ -119,6 +120,26 @@ def test_an_audit_of_a_model_with_prompts_resumes_to_the_same_bytes(
     assert (place / "audit" / "audit.jsonl").read_bytes() == whole["audit.jsonl"]
     assert (place / "audit" / "audit.json").read_bytes() == whole["audit.json"]
     assert run_command(*every, "--resume", "--seed", 5) == 2, "another audit"
+
+
+def test_ctrl_c_loses_no_finished_piece(
+    place: Path, nano_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = arguments(nano_folder("sd"), "--batteries", "prompts", "--out", "audit")
+    measure, begun = BATTERIES["prompts"].measure, []
+
+    def stopped(battery: Any, subject: Any, piece: Any) -> Any:
+        begun.append(piece)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return measure(battery, subject, piece)
+
+    monkeypatch.setattr(BATTERIES["prompts"], "measure", stopped)
+    assert run_command(*every) == 130
+    assert "Continue with the same command and --resume" in capsys.readouterr().err
+    assert len((place / "audit" / "audit.jsonl").read_text().splitlines()) == 2
+    succeed(*every, "--resume")
+    assert len(begun) == 3 + 2
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "ddpm_class", "ddpm_unconditional", "dit", "ldm"])

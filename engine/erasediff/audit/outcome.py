@@ -13,8 +13,8 @@ Row = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Row]]
 """Measurements by subject: "model", "base" and maybe "reference"."""
 MODEL, BASE, REFERENCE = "model", "base", "reference"
-RECOGNISED_BASE = 0.5
-"""Least share of the base's images in which the concept must be seen for a battery to tell anything."""
+LEAST_OF_BASE = {"recovered": 0.5, "reproduced": 0.0}
+"""Share of the base's images that must show what should be forgotten for a figure to tell anything, by its kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,10 @@ class Figure:
     Attributes:
         name: Name in tables.
         values: Estimate by subject.
-        kind: "recovered" is the share of what should be forgotten that came back, "kept" a share of what should be
-            retained; "distance" and "number" are other quantities.
+        kind: "recovered" and "reproduced" are shares of what should be forgotten that came back; "relearned" and
+            "given" are such shares after the concept's own images were shown to the model; "kept" is a share of what
+            should be retained, "control" of unseen images, "mean" over several attacks; "distance" and "number" are
+            no shares.
         note: What a reader needs to know of it.
     """
 
@@ -38,7 +40,9 @@ class Figure:
     def controlled(self) -> bool:
         """Whether the base shows that the figure can tell: False where it does not recover the concept either."""
         base = self.values.get(BASE)
-        return self.kind != "recovered" or base is None or base.value >= RECOGNISED_BASE
+        if base is None or self.kind not in LEAST_OF_BASE:
+            return True
+        return base.value >= LEAST_OF_BASE[self.kind] and base.value > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON."""
@@ -136,6 +140,6 @@ def worst_recovery(outcomes: Sequence[BatteryOutcome]) -> tuple[str, Figure] | N
         (outcome.name, figure)
         for outcome in outcomes
         for figure in outcome.figures
-        if figure.kind == "recovered" and figure.controlled and figure.values[MODEL].count
+        if figure.kind in LEAST_OF_BASE and figure.controlled and figure.values[MODEL].count
     ]
     return max(found, key=lambda pair: pair[1].values[MODEL].value, default=None)

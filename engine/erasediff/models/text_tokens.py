@@ -53,6 +53,12 @@ class EncoderTokens:
         ids: list[int] = self.tokenizer(word, add_special_tokens=False).input_ids
         return ids
 
+    def room(self, prompt: str) -> int:
+        """Tokens that can be put before a prompt without cutting its end off; negative where it is cut already."""
+        ids: list[int] = self.tokenizer(prompt).input_ids
+        room: int = self.tokenizer.model_max_length - len(ids)
+        return room
+
     @property
     def first(self) -> int:
         """Number of tokens before the first of a prompt's own."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from erasediff.audit import Audit, Battery, BatteryOutcome, Subject
@@ -224,7 +225,7 @@ def audit(
     peers = ControlPlane.current()
     config = prepared(config, settings)
     described = config.to_yaml(exclude={"distributed": set(type(config.distributed).model_fields)})
-    described += f"audit: {dumps(settings.model_dump(mode='json'))}\n"
+    described += yaml.safe_dump({"audit": settings.model_dump(mode="json")}, sort_keys=False)
     with peers.main_process_first():
         if peers.is_main:
             _check_folder(folder, described, resume=resume)

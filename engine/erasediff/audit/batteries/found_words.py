@@ -13,6 +13,7 @@ from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 from erasediff.evaluation.attacks import PromptSearch, single_token_words
 from erasediff.models.base import LatentModel
+from erasediff.models.text_tokens import text_encoders
 
 
 class FoundWordsSettings(Section):
@@ -78,7 +79,9 @@ class FoundWords(Battery[FoundWordsSettings]):
         latents = subject.encode(self.audit.concept_images.pixels)
         search = PromptSearch(model, latents, self.vocabulary, batch_size=settings.batch_size, seed=seed)
         prompt = self.audit.attacked[piece["number"]].prompt or ""
-        found = search.search(prompt, words=settings.words, steps=settings.steps, candidates=settings.candidates)
+        # Words that push the concept's own out of the encoder's length would attack nothing.
+        words = min(settings.words, *(encoder.room(prompt) for encoder in text_encoders(model)))
+        found = search.search(prompt, words=max(words, 1), steps=settings.steps, candidates=settings.candidates)
         images = subject.draw([Ask(found.prompt, found.prompt)] * self.images, seed)
         return self.audit.look(
             self.name, piece, subject, images, prompt=found.prompt, loss=found.loss, unattacked=found.unattacked_loss

@@ -1,9 +1,11 @@
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from erasediff.cli import options
@@ -78,7 +80,7 @@ def audit(
     """Audit any checkpoint: can what it should have forgotten be brought back, and what was damaged?
 
     Exit codes: 0 the audit was completed, whatever it found; 2 invalid input, before anything is written; 3 more was
-    found than --fail-above allows.
+    found than --fail-above allows; 130 stopped by Ctrl-C, to be continued with --resume.
     """
     if fail_above is not None and not 0 <= fail_above <= 1:
         raise UserError(f"--fail-above is a share from 0 to 1, not {fail_above:g}.")
@@ -133,7 +135,12 @@ def audit(
         raise UserError("An audit shares its pieces among processes: use --launch ddp.")
     launch_ranks(full_config)
     command = shlex.join(["erasediff", *sys.argv[1:]])
-    result = stage.audit(full_config, section, out, messages, resume=resume, command=command)
+    try:
+        result = stage.audit(full_config, section, out, messages, resume=resume, command=command)
+    except KeyboardInterrupt:
+        messages.print(f"Stopped; every finished piece is in {escape(str(out))}.", soft_wrap=True)
+        messages.print("Continue with the same command and [bold]--resume[/].")
+        raise typer.Exit(128 + signal.SIGINT) from None
     emit(_summary(result), as_json=as_json, shown=_table(result))
     excess = None if fail_above is None else result.exceeds(fail_above)
     if excess is not None:
