@@ -104,7 +104,7 @@ class Audit:
         """Images of what should be forgotten: the user's, or else the base's own of the forgotten prompts."""
         most = self.settings.concept_images
         if self.request.forgotten_images is not None:
-            return self.request.forgotten_images.first(most)
+            return self.request.forgotten_images.some(most)
         asks = [self.request.forgotten[i % len(self.request.forgotten)] for i in range(most)]
         pixels = self.base.draw(asks, self.seed_of(CONCEPT, {}))
         return Pictures(pixels, tuple(asks), tuple(f"drawn by the base/{i}" for i in range(most)))

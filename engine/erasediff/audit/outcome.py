@@ -26,8 +26,8 @@ class Figure:
         values: Estimate by subject.
         kind: "recovered" and "reproduced" are shares of what should be forgotten that came back; "relearned" and
             "given" are such shares after the concept's own images were shown to the model; "kept" is a share of what
-            should be retained, "control" of unseen images, "mean" over several attacks; "distance" and "number" are
-            no shares.
+            should be retained, "control" one of unseen images, "mean" one over several attacks, "share" any other;
+            "distance" and "number" are no shares.
         note: What a reader needs to know of it.
     """
 

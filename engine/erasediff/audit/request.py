@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def first(self, count: int) -> Pictures:
-        """The first ``count`` images."""
-        return Pictures(self.pixels[:count], self.asks[:count], self.names[:count])
+    def some(self, count: int) -> Pictures:
+        """At most ``count`` images, evenly spread over all."""
+        rows = spread(range(len(self)), count)
+        return Pictures(self.pixels[rows], tuple(self.asks[n] for n in rows), tuple(self.names[n] for n in rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,12 @@ class Request:
     forgotten_images: Pictures | None = None
     retained_images: Pictures | None = None
     unseen_images: Pictures | None = None
+
+
+def spread(items: Iterable[T], most: int) -> list[T]:
+    """At most ``most`` items, evenly spread over all."""
+    every = list(items)
+    return every if len(every) <= most else [every[number * len(every) // most] for number in range(most)]
 
 
 def distinct(asks: Sequence[Ask], most: int) -> tuple[Ask, ...]:

@@ -36,6 +36,7 @@ class AuditConfig(GeneralSettings):
         features: Extractor that distances are taken in: a folder of transformers, or "module:function"; the base's own
             by default.
         most_retained: Retained prompts that judges choose among, at most.
+        forgotten_images: Images to forget that are read, at most; attacks learn from ``concept_images`` of them.
         retained_images: Retained images that are read, at most.
         unseen_images: Unseen images that are read, at most.
     """
@@ -54,6 +55,7 @@ class AuditConfig(GeneralSettings):
     protocol_prompts: Path | None = None
     features: str | None = None
     most_retained: Count = 20
+    forgotten_images: Count = 500
     retained_images: Count = 500
     unseen_images: Count = 500
 

@@ -19,7 +19,7 @@ SHOWN = 8
 """Pictures of each battery and subject."""
 WIDEST = 256
 """Pixels of the longer side of a picture on the page."""
-SHARES = frozenset({"recovered", "reproduced", "relearned", "kept", "given", "control", "mean"})
+SHARES = frozenset({"recovered", "reproduced", "relearned", "kept", "given", "control", "mean", "share"})
 """Kinds of figures that are shares."""
 TITLES = {MODEL: "Audited model", BASE: "Base", "reference": "Reference"}
 

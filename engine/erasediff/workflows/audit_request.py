@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
 
 from erasediff.audit import Ask, Pictures, Request
-from erasediff.audit.request import distinct
+from erasediff.audit.request import distinct, spread
 from erasediff.audit.settings import AuditConfig, paraphrases_of
 from erasediff.audit.subject import as_pictures
 from erasediff.config import Config
@@ -27,7 +26,6 @@ from erasediff.workflows.latent_data import listed_images, read_data
 
 MOST_FORGOTTEN = 8
 """Different forgotten prompts that a judge looks for, at most."""
-T = TypeVar("T")
 AskOf = Callable[[CaptionedImage], Ask]
 
 
@@ -52,7 +50,7 @@ def prompted_request(
         [Ask(prompt, prompt) for prompt in prompts] for prompts in (images.forget_prompts, images.retain_prompts)
     )
     forgotten = distinct([*drawn, *map(ask_of, forget)], MOST_FORGOTTEN) if is_told or drawn else ()
-    retained = _spread(dict.fromkeys([*kept, *map(ask_of, retain)]), settings.most_retained)
+    retained = spread(dict.fromkeys([*kept, *map(ask_of, retain)]), settings.most_retained)
     words = _words(config, settings, model, forgotten)
     read = _reader(config, size, console)
     return Request(
@@ -60,7 +58,7 @@ def prompted_request(
         retained=tuple(ask for ask in retained if ask not in forgotten),
         paraphrases=tuple(Ask(text, text) for text in paraphrases_of(settings, words)) if forgotten else (),
         words=words,
-        forgotten_images=read(forget, settings.concept_images, ask_of),
+        forgotten_images=read(forget, settings.forgotten_images, ask_of),
         retained_images=read(retain, settings.retained_images, ask_of),
         unseen_images=_unseen(config, settings, read, ask_of, captions=True),
     )
@@ -93,7 +91,7 @@ def labelled_request(
     return Request(
         forgotten=tuple(_class(names, number) for number in split.forgotten),
         retained=tuple(_class(names, n) for n in range(len(names)) if n not in split.forgotten),
-        forgotten_images=pictures(split.forget, settings.concept_images),
+        forgotten_images=pictures(split.forget, settings.forgotten_images),
         retained_images=pictures(split.retain, settings.retained_images),
         unseen_images=unseen,
     )
@@ -109,7 +107,7 @@ def _reader(config: Config, size: tuple[int, int], console: Console) -> Read:
 
     def read(images: Sequence[CaptionedImage], most: int, ask_of: AskOf) -> Pictures | None:
         found = []
-        chosen = _spread(range(len(images)), most)
+        chosen = spread(range(len(images)), most)
         with progress_bar(console, "Reading images", len(chosen)) as bar:
             for number in chosen:
                 image = images[number]
@@ -192,14 +190,8 @@ def _class(names: Sequence[str], number: int | None) -> Ask:
 
 
 def _of_tensors(images: Images, names: Sequence[str], most: int) -> Pictures:
-    rows = _spread(range(len(images)), most)
+    rows = spread(range(len(images)), most)
     asks = tuple(_class(names, number) for number in images.class_labels[rows].tolist())
     return Pictures(
         as_pictures(images.sample[rows]), asks, tuple(f"{DIGITS}/{number}" for number in images.ids[rows].tolist())
     )
-
-
-def _spread(items: Iterable[T], most: int) -> list[T]:
-    """At most ``most`` items, evenly spread over all."""
-    every = list(items)
-    return every if len(every) <= most else [every[number * len(every) // most] for number in range(most)]

@@ -110,7 +110,8 @@ class Membership(Battery[MembershipSettings]):
             Figure(
                 name="TPR at 1% FPR",
                 values={subject: tpr_at_fpr(*pair) for subject, pair in means.items()},
-                note="0.01 is chance.",
+                kind="share",
+                note="1% is chance.",
             ),
             Figure(
                 name="CDI's p-value",

@@ -109,7 +109,7 @@ class Relearning(Battery[RelearningSettings]):
 
     def _pictures(self, piece: Piece) -> Pictures:
         if piece["data"] == CONCEPT:
-            return self.audit.concept_images.first(piece["images"])
+            return self.audit.concept_images.some(piece["images"])
         assert self.audit.request.retained_images is not None
         return self.audit.request.retained_images
 
