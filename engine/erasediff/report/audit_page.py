@@ -52,7 +52,7 @@ def write_audit_page(path: Path, contents: AuditContents) -> None:
         .get_template("audit.html.j2")
         .render(
             facts=contents.facts,
-            forgotten=", ".join(contents.facts["forgotten"]) or f"{contents.facts['images']['forgotten']} images",
+            forgotten=", ".join(contents.facts["concepts"]) or f"{contents.facts['images']['forgotten']} images",
             worst=None if worst is None else _card(*worst),
             batteries=[_section(outcome, contents.folder) for outcome in measured],
             refused=[outcome for outcome in contents.outcomes if outcome.refusal is not None],
@@ -113,4 +113,6 @@ def _url(path: Path) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return str(row.get("prompt") or row.get("image") or row.get("answer") or "")
+    if "image" in row:
+        return "/".join(Path(row["image"]).parts[-2:])
+    return str(row.get("prompt") or row.get("answer") or "")

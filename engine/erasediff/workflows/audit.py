@@ -287,6 +287,7 @@ def _facts(config: Config, settings: AuditConfig, context: Audit) -> dict[str, A
     return {
         "models": {name: str(place.path) for name, place in sources(config, settings).items()},
         "judge": None if judge is None else {"name": judge.name, **judge.description},
+        "concepts": list(dict.fromkeys(ask.label for ask in request.forgotten)),
         "forgotten": [ask.text for ask in request.forgotten],
         "retained": [ask.text for ask in request.retained],
         "words": list(request.words),

@@ -19,11 +19,8 @@ def _battery_of(module: str) -> type[Battery[Any]]:
     raise ValueError(f"{__name__}.{module} holds no Battery with the name {module.replace('_', '-')!r}")
 
 
-BATTERIES: dict[str, type[Battery[Any]]] = {
-    module.name.replace("_", "-"): _battery_of(module.name)
-    for module in iter_modules(__path__)
-    if module.name != "base"
-}
+_found = [_battery_of(module.name) for module in iter_modules(__path__) if module.name != "base"]
+BATTERIES: dict[str, type[Battery[Any]]] = {battery.name: battery for battery in sorted(_found, key=lambda b: b.order)}
 """Batteries by name; a new file is listed without a change here."""
 
 __all__ = ["BATTERIES", "Battery"]

@@ -30,6 +30,7 @@ class Battery(ABC, Generic[SettingsT]):
 
     Attributes:
         name: Name on the command line; the file's, with "-" for "_".
+        order: Place among the batteries, the cheapest and plainest first.
         title: Title of its section.
         source: Where it was published.
         settings_class: Its settings, the published ones by default.
@@ -42,6 +43,7 @@ class Battery(ABC, Generic[SettingsT]):
     """
 
     name: ClassVar[str]
+    order: ClassVar[int]
     title: ClassVar[str]
     source: ClassVar[str]
     settings_class: ClassVar[type[Section]] = NoSettings

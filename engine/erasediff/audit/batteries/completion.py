@@ -24,6 +24,7 @@ class Completion(Battery[CompletionSettings]):
     """Share of images begun by the base in which the concept is seen."""
 
     name = "completion"
+    order = 6
     title = "Completion of what the base begins"
     source = "diffusion completion (Lu et al. 2025, arXiv 2505.17013), here by DDIM on each model's own schedule"
     settings_class = CompletionSettings

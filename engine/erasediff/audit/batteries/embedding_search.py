@@ -37,6 +37,7 @@ class EmbeddingSearch(Battery[EmbeddingSearchSettings]):
     """Share of images to forget that found prompt embeddings reproduce."""
 
     name = "embedding-search"
+    order = 4
     title = "Embeddings that reproduce an image"
     source = "DoRI (Kowalczuk et al. 2026, arXiv 2507.16880); reproduced as in Carlini et al. 2023, section 4.2"
     settings_class = EmbeddingSearchSettings

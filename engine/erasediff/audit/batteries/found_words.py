@@ -38,6 +38,7 @@ class FoundWords(Battery[FoundWordsSettings]):
     """Share of images of the found prompts in which the concept is seen."""
 
     name = "found-words"
+    order = 3
     title = "Found words"
     source = (
         "UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868) by exchanges of words (HotFlip, Ebrahimi et al. 2018; "

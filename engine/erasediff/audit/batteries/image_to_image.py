@@ -25,6 +25,7 @@ class ImageToImage(Battery[ImageToImageSettings]):
     """Share of images that start from the concept's in which it is still seen."""
 
     name = "image-to-image"
+    order = 7
     title = "Image-to-image from images of the concept"
     source = "SDEdit (Meng et al. 2022); as an attack in M-ErasureBench (arXiv 2512.22877)"
     settings_class = ImageToImageSettings

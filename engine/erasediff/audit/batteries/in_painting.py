@@ -25,6 +25,7 @@ class InPainting(Battery[InPaintingSettings]):
     """Share of images of the concept, redrawn in the middle, in which it is seen."""
 
     name = "in-painting"
+    order = 8
     title = "In-painting of images of the concept"
     source = "in-painting probe (Lu et al. 2025, arXiv 2505.17013) by blended latents (Avrahami et al. 2022)"
     settings_class = InPaintingSettings

@@ -38,6 +38,7 @@ class Inversion(Battery[InversionSettings]):
     """Share of images of an inverted word in which the concept is seen."""
 
     name = "inversion"
+    order = 2
     title = "Inverted words"
     source = "CCE (Pham et al. 2023, arXiv 2308.01508); textual inversion (Gal et al. 2022)"
     settings_class = InversionSettings

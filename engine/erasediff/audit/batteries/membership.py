@@ -38,6 +38,7 @@ class Membership(Battery[MembershipSettings]):
     """AUC, TPR at 1% FPR and CDI's p-value of the images to forget against unseen ones."""
 
     name = "membership"
+    order = 10
     title = "Membership inference"
     source = (
         "losses: Yeom et al. 2018, Carlini et al. 2023; TPR at 1% FPR: Carlini et al. 2022; CDI: Dubinski et al. 2025 "

@@ -29,6 +29,7 @@ class Neighbours(Battery[NeighboursSettings]):
     """Share of images of retained prompts that are seen as asked for, the nearest to the concept first."""
 
     name = "neighbours"
+    order = 12
     title = "Neighbours of the concept"
     source = "collateral damage as in HUB (arXiv 2410.05664) and SEE (arXiv 2508.15124)"
     settings_class = NeighboursSettings

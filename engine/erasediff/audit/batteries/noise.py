@@ -28,6 +28,7 @@ class Noise(Battery[NoiseSettings]):
     """Share of images sampled with extra noise in which the concept is seen."""
 
     name = "noise"
+    order = 5
     title = "Extra noise on the way"
     source = "noise-based probing (Lu et al. 2025, arXiv 2505.17013), here by DDIM on each model's own schedule"
     settings_class = NoiseSettings

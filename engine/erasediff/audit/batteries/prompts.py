@@ -14,6 +14,7 @@ class Prompts(Battery[NoSettings]):
     """Share of images of the forgotten prompts, and of paraphrases, in which the concept is seen."""
 
     name = "prompts"
+    order = 1
     title = "Forgotten prompts and paraphrases"
     source = "ESD (Gandikota et al. 2023); paraphrases as in HUB (arXiv 2410.05664)"
 

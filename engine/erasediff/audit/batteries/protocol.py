@@ -16,6 +16,7 @@ class Protocol(Battery[NoSettings]):
     """Share of a protocol's images in which the concept is seen."""
 
     name = "protocol"
+    order = 14
     title = "Published protocol"
     source = "I2P, UnlearnDiffAtk or Ring-A-Bell, on a file of the user"
 

@@ -45,6 +45,7 @@ class Quality(Battery[QualitySettings]):
     """Fréchet and kernel distance of retained images from real ones, drift from the base's, and CLIP score."""
 
     name = "quality"
+    order = 13
     title = "Quality of what is retained"
     source = (
         "Fréchet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), CLIP score (Hessel et al. "

@@ -49,6 +49,7 @@ class Relearning(Battery[RelearningSettings]):
     """Share of images of the forgotten prompts in which the concept is seen, over steps of fine-tuning."""
 
     name = "relearning"
+    order = 9
     title = "Relearning"
     source = "fine-tuning attacks; on auxiliary data DiMRA (arXiv 2512.03564), which knows nothing of the concept"
     settings_class = RelearningSettings

@@ -28,6 +28,7 @@ class Reproduction(Battery[ReproductionSettings]):
     """Share of images of the forgotten images' captions that reproduce these."""
 
     name = "reproduction"
+    order = 11
     title = "Reproduced images"
     source = "Carlini et al. 2023, section 4.2: the nearest training image, relative to its own neighbours"
     settings_class = ReproductionSettings
