@@ -235,6 +235,14 @@ def test_a_lora_an_eraser_and_a_single_file_are_audited(place: Path, nano_folder
     assert found["relearning"]["not_applicable"].startswith("an eraser is attached")
 
 
+def test_batteries_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    succeed("info", "--batteries", "--json")
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == list(BATTERIES)
+    assert listed["embedding-search"]["settings"]["audit.embedding_search.lr"] == 0.1
+    succeed("info", "--batteries")
+
+
 def test_processes_share_an_audit(place: Path, nano_folder: Callable[[str], Path]) -> None:
     common = arguments(nano_folder("sd"), "--batteries", "prompts,neighbours")
     succeed(*common, "--out", "alone")

@@ -41,7 +41,8 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 an unexpected error (its traceback is in ``crash.log``) or results that could not be printed,
-    2 invalid user input, 3 a run that diverged or changed no weight (no model is written), 130 stopped by Ctrl-C (128 +
+    2 invalid user input, 3 a run that diverged or changed no weight (no model is written) or an audit that found more
+    than it may, 130 stopped by Ctrl-C (128 +
     the signal).
     """
     # It warns that torchvision is missing, for image processors that no command uses.

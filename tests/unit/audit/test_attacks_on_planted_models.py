@@ -10,6 +10,7 @@ import torch
 from planted_models import WORDS, picture, prompt
 
 from erasediff.audit import Ask, Audit, BatteryOutcome, Pictures
+from erasediff.audit.outcome import worst_recovery
 
 Outcome = Callable[..., BatteryOutcome]
 Audited = Callable[..., Audit]
@@ -29,6 +30,19 @@ def test_inversion_finds_what_is_hidden_and_nothing_else(
     assert share(found, "base") == 1
     if kind == "hides":
         assert share(outcome(audit_of(kind), "prompts")) == 0, "by its prompt it is not to be found"
+
+
+@pytest.mark.parametrize(
+    ("kind", "worst"), [("original", ("prompts", 1)), ("forgot", ("prompts", 0)), ("hides", ("inversion", 1))]
+)
+def test_the_worst_case_tells_the_three_models_apart(
+    audit_of: Audited, outcome: Outcome, kind: str, worst: tuple[str, float]
+) -> None:
+    audit = audit_of(kind)
+    settings = {"steps": 60, "lr": 0.1, "batch_size": 4, "starts": ("",)}
+    found = worst_recovery([outcome(audit, "prompts"), outcome(audit, "inversion", **settings)])
+    assert found is not None
+    assert (found[0], found[1].values["model"].value) == worst
 
 
 def test_found_words_measure_a_prompt_that_can_be_typed(audit_of: Audited, outcome: Outcome) -> None:

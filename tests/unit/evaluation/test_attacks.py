@@ -118,10 +118,14 @@ def test_words_of_one_token_are_so_to_every_encoder(model: LatentModel) -> None:
     assert words == [] if model.family in ("sd3", "flux") else {"a", "b", "c"} <= set(words)
 
 
-def test_the_search_finds_the_best_of_a_small_vocabulary(sd: LatentModel, latents: torch.Tensor) -> None:
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_search_finds_the_best_of_a_small_vocabulary(nano_folder: Callable[[str], Path], family: str) -> None:
+    sd = load_text_to_image(nano_folder(family))
+    latents = latents_of(sd)
     # The differences between the words of an untrained model drown in chance unless they are made larger.
     with torch.no_grad():
-        text_encoders(sd)[0].weight.mul_(100)
+        for encoder in text_encoders(sd):
+            encoder.weight.mul_(100)
     vocabulary = ["a", "b", "c", "d"]
     search = PromptSearch(sd, latents, vocabulary, batch_size=8, seed=0)
     found = search.search("e", words=1, steps=4, candidates=4)
