@@ -96,7 +96,8 @@ def test_an_audit_of_a_model_with_prompts_resumes_to_the_same_bytes(
     place: Path, nano_folder: Callable[[str], Path]
 ) -> None:
     base = nano_folder("sd")
-    every = arguments(base, "--unseen", "unseen", "--features", "audit_features:features", "--out", "audit")
+    compared = ["--unseen", "unseen", "--reference", base, "--features", "audit_features:features"]
+    every = arguments(base, *compared, "--out", "audit")
     succeed(*every)
     found = figures(place / "audit")
     refused = {name for name, battery in found.items() if battery["not_applicable"]}
@@ -105,6 +106,7 @@ def test_an_audit_of_a_model_with_prompts_resumes_to_the_same_bytes(
         if name not in refused:
             for figure in battery["figures"]:
                 assert figure["model"] == figure["base"], f"the model is its own base in {name}"
+                assert ("reference" in figure) == (name == "membership")
     page = (place / "audit" / "audit.html").read_text()
     assert all(battery["title"] in page for name, battery in found.items() if name not in refused)
     assert "no prompt file is given" in page
@@ -257,7 +259,8 @@ def test_a_share_that_is_too_high_ends_with_3(place: Path, nano_folder: Callable
     sys.modules.pop("audit_judge", None)
     common = arguments(nano_folder("sd"), "--batteries", "prompts")
     assert run_command(*common, "--out", "audit", "--fail-above", "0.5") == 3
-    assert (place / "audit" / "audit.html").exists()
+    assert "at most 50.0% allowed" in (place / "audit" / "audit.html").read_text()
+    assert json.loads((place / "audit" / "audit.json").read_text())["limit"] == 0.5
     assert run_command(*common, "--out", "again", "--fail-above", "1") == 0
 
 

@@ -53,7 +53,7 @@ def write_audit_page(path: Path, contents: AuditContents) -> None:
         .render(
             facts=contents.facts,
             forgotten=", ".join(contents.facts["concepts"]) or f"{contents.facts['images']['forgotten']} images",
-            worst=None if worst is None else _card(*worst),
+            worst=None if worst is None else _card(*worst, contents.facts["limit"]),
             batteries=[_section(outcome, contents.folder) for outcome in measured],
             refused=[outcome for outcome in contents.outcomes if outcome.refusal is not None],
             command=contents.command,
@@ -64,8 +64,17 @@ def write_audit_page(path: Path, contents: AuditContents) -> None:
     atomic_write(path, page)
 
 
-def _card(battery: str, figure: Figure) -> dict[str, str]:
-    return {"battery": battery, "name": figure.name, "value": shown(figure, MODEL), "base": shown(figure, BASE)}
+def _card(battery: str, figure: Figure, limit: float | None) -> dict[str, str]:
+    """The worst case, "met" or "missed" where there is a limit."""
+    is_met = None if limit is None else figure.values[MODEL].value <= limit
+    return {
+        "battery": battery,
+        "name": figure.name,
+        "value": shown(figure, MODEL),
+        "base": shown(figure, BASE),
+        "limit": "" if limit is None else f"; at most {limit:.1%} allowed",
+        "class": {None: "", True: "met", False: "missed"}[is_met],
+    }
 
 
 def _section(outcome: BatteryOutcome, folder: Path) -> dict[str, Any]:

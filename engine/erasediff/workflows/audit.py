@@ -207,7 +207,14 @@ def estimate(config: Config, settings: AuditConfig, console: Console) -> list[Co
 
 @thread_scope()
 def audit(
-    config: Config, settings: AuditConfig, folder: Path, console: Console, *, resume: bool, command: str
+    config: Config,
+    settings: AuditConfig,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    limit: float | None = None,
+    command: str = "",
 ) -> AuditResult:
     """Measure all batteries, and write rows, figures and page to ``folder``.
 
@@ -217,6 +224,7 @@ def audit(
         folder: Folder of the audit: empty, or with one of the same settings to resume.
         console: Console for notes and progress.
         resume: Continue what is in ``folder``.
+        limit: Share of what should be forgotten that may come back, which the page says; None for none.
         command: Command that is printed on the page.
 
     Raises:
@@ -243,7 +251,7 @@ def audit(
             if not peers.is_main:
                 return AuditResult(folder=folder, outcomes=())
             outcomes = [outcome_of(battery, rows) for battery in batteries]
-            facts = _facts(config, settings, context)
+            facts = {**_facts(config, settings, context), "limit": limit}
             _write(folder, outcomes, facts, command)
         return AuditResult(folder=folder, outcomes=outcomes)
 

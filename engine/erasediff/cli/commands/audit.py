@@ -136,7 +136,7 @@ def audit(
     launch_ranks(full_config)
     command = shlex.join(["erasediff", *sys.argv[1:]])
     try:
-        result = stage.audit(full_config, section, out, messages, resume=resume, command=command)
+        result = stage.audit(full_config, section, out, messages, resume=resume, limit=fail_above, command=command)
     except KeyboardInterrupt:
         messages.print(f"Stopped; every finished piece is in {escape(str(out))}.", soft_wrap=True)
         messages.print("Continue with the same command and [bold]--resume[/].")
