@@ -16,6 +16,7 @@ from erasediff.audit.request import Ask
 from erasediff.audit.subject import Subject
 from erasediff.errors import UserError
 from erasediff.verdict.judges.pictures import batches, pictures
+from erasediff.verdict.judges.python_function import current_folder_first
 from erasediff.verdict.judges.registry import FUNCTION
 from erasediff.verdict.judges.transformers_folder import TransformersFolder
 
@@ -124,11 +125,19 @@ def _of_folder(folder: Path, device: torch.device) -> Features:
 def _of_function(reference: str) -> Features:
     module, _, name = reference.partition(":")
     try:
-        function: Any = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"The features {reference} cannot be imported: {error}.") from None
+        with current_folder_first():
+            function: Any = getattr(import_module(module), name)
+    except Exception as error:
+        raise UserError(f"The features {reference} cannot be imported: {_told(error)}.") from error
 
     def extract(images: Tensor) -> Tensor:
-        return torch.as_tensor(function(images)).float().reshape(len(images), -1)
+        try:
+            return torch.as_tensor(function(images)).float().reshape(len(images), -1)
+        except Exception as error:
+            raise UserError(f"The features {reference} failed: {_told(error)}.") from error
 
     return Features(reference, extract)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")

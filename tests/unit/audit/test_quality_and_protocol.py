@@ -73,10 +73,14 @@ def test_own_features_are_of_the_image_alone(nano_folder: Callable[[str], Path],
 
 
 def test_features_of_a_function_and_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
+    # The command line finds modules of the current folder.
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "own_features.py").write_text("def mean(images):\n    return images.float().mean((2, 3))\n")
     features = features_named("own_features:mean", None)  # type: ignore[arg-type]
     assert features(picture(0)[None]).tolist() == [[87.5] * 3]
+    (tmp_path / "own_features_2.py").write_text("def failing(images):\n    return images[99]\n")
+    with pytest.raises(UserError, match="own_features_2:failing failed: IndexError"):
+        features_named("own_features_2:failing", None)(picture(0)[None])  # type: ignore[arg-type]
     for wrong in ("own_features:none", "nowhere:mean"):
         with pytest.raises(UserError, match="cannot be imported"):
             features_named(wrong, None)  # type: ignore[arg-type]
