@@ -21,14 +21,21 @@ from train import take
 from erasediff.comparison import Case
 from erasediff.comparison.digits_task import OTHER_NOISE
 from erasediff.comparison.harness import Measurement
-from erasediff.diffusion import Batch
 from erasediff.errors import UserError
-from erasediff.evaluation.attacks import PromptSearch, in_place_of, relearning_curve, textual_inversion, token_ids
+from erasediff.evaluation.attacks import (
+    PromptSearch,
+    RepeatedBatches,
+    for_latents,
+    in_place_of,
+    relearning_curve,
+    textual_inversion,
+)
 from erasediff.evaluation.distances import frechet_distance, gaussian_distance, kernel_distance
 from erasediff.evaluation.metrics import upper_bound
 from erasediff.methods.sparse_autoencoder import ERASER
 from erasediff.models.load import load_text_to_image
 from erasediff.models.stable_diffusion import StableDiffusion
+from erasediff.models.text_tokens import text_encoders
 from erasediff.sae import ConceptEraser
 
 ATTACKED_IMAGES = 100
@@ -119,7 +126,9 @@ class NanoTask:
     def relearning(self, path: Path, case: Case, oracle: Path | None) -> Mapping[str, Any]:
         """The rate over steps of fine-tuning on real images of the garment."""
         model = _model(path)
-        batches = Repeated(self._latents(model), model.encode_prompts([prompt(self.label)]), batch_size=32)
+        latents = self._latents(model)
+        condition = for_latents(model, model.encode_prompts([prompt(self.label)]), latents)
+        batches = RepeatedBatches(latents, condition, batch_size=32)
         curve = relearning_curve(
             model.denoiser,
             model.process,
@@ -160,21 +169,6 @@ class NanoTask:
     def _latents(self, model: StableDiffusion) -> Tensor:
         clothes = _clothes("train")
         return model.encode_images(as_rgb(clothes.images[clothes.labels == self.label][:ATTACKED_IMAGES]))
-
-
-@dataclass(frozen=True, slots=True)
-class Repeated:
-    """Batches of the same few latents [N, C, h, w], in turn, all under one condition."""
-
-    latents: Tensor
-    condition: Mapping[str, Tensor]
-    batch_size: int
-
-    def at(self, step: int) -> Batch:
-        slots = torch.arange(self.batch_size, device=self.latents.device)
-        rows = (slots + step * self.batch_size) % len(self.latents)
-        condition = {name: value.expand(self.batch_size, -1, -1) for name, value in self.condition.items()}
-        return {"sample": self.latents[rows], "sample_ids": slots, **condition}
 
 
 def _seen(model: StableDiffusion, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
@@ -227,8 +221,9 @@ def _image_side() -> tuple[Tensor, Tensor]:
     """The least-squares map float64 [129, D] and the prompts' embeddings [classes, D]; the last row is the constant."""
     model = _model(CACHE / "model")
     encoder: Any = model.encoders["text_encoder"]
+    [tokens] = text_encoders(model)
     with torch.inference_mode():
-        pooled = torch.cat([encoder(token_ids(model, prompt(label))).pooler_output for label in range(len(CLASSES))])
+        pooled = torch.cat([encoder(tokens.ids(prompt(label))).pooler_output for label in range(len(CLASSES))])
     texts = (pooled - pooled.mean(0)).double().cpu()
     clothes = _clothes("train")
     _, features = _judge().answer(clothes.images[:FITTED_IMAGES])

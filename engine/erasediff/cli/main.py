@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.markup import escape
 
+from erasediff.cli.commands.audit import audit
 from erasediff.cli.commands.bench import bench
 from erasediff.cli.commands.compare import compare
 from erasediff.cli.commands.demo import demo
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, unlearn, verify, sample, evaluate, scan, plan, bench, compare, mask, info):
+for command in (demo, train, unlearn, verify, sample, evaluate, audit, scan, plan, bench, compare, mask, info):
     app.command()(results_alone_on_stdout(command))
 app.add_typer(patch, name="patch")
 app.command("estimate", hidden=True)(results_alone_on_stdout(plan))
@@ -43,7 +44,8 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 an unexpected error (its traceback is in ``crash.log``) or results that could not be printed,
-    2 invalid user input, 3 a run that diverged or changed no weight (no model is written), 130 stopped by Ctrl-C (128 +
+    2 invalid user input, 3 a run that diverged or changed no weight (no model is written) or an audit that found more
+    than it may, 130 stopped by Ctrl-C (128 +
     the signal).
     """
     # It warns that torchvision is missing, for image processors that no command uses.

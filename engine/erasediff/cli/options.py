@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from erasediff.cli.output import loading, messages
-from erasediff.config import Config, load_config, parse_assignments
+from erasediff.config import Config, load_config, load_config_and_section, parse_assignments
+from erasediff.config.schema import SectionT
 from erasediff.errors import UserError
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it.")]
@@ -72,10 +73,29 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
     A flag's name is the setting's with ``__`` for the dot, as in ``train__lr``. UserError for one that says nothing of
     how the run is launched.
     """
-    given = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    overrides = parse_assignments(settings or []) | given
+    overrides = parse_assignments(settings or []) | _dotted(flags)
     with loading(messages):
         config = load_config(file, overrides)
+    _check_launch_flags(config, _dotted(flags))
+    return config
+
+
+def configure_with(
+    name: str, kind: type[SectionT], file: Path | None, settings: list[str] | None, **flags: Any
+) -> tuple[Config, SectionT]:
+    """``configure`` of a command with a section ``name`` of its own, and that section."""
+    overrides = parse_assignments(settings or []) | _dotted(flags)
+    with loading(messages):
+        config, section = load_config_and_section(name, kind, file, overrides)
+    _check_launch_flags(config, _dotted(flags))
+    return config, section
+
+
+def _dotted(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+
+
+def _check_launch_flags(config: Config, given: dict[str, Any]) -> None:
     launch = config.distributed.launch
     for name, flag, wanted, is_idle in (
         ("distributed.processes", "--processes", "ddp, fsdp or zero", launch == "none"),
@@ -84,7 +104,6 @@ def configure(file: Path | None, settings: list[str] | None, **flags: Any) -> Co
     ):
         if is_idle and name in given:
             raise UserError(f"{flag} is for --launch {wanted}, but this run has --launch {launch}.")
-    return config
 
 
 def given(settings: list[str] | None, **flags: Any) -> list[str]:

@@ -58,19 +58,33 @@ def launch_workers(config: Config, section: Literal["train", "unlearn"]) -> None
     check_offload(config.distributed)
     if config.distributed.launch == "none" or is_rank():
         return
-    with loading(messages):
-        from erasediff.parallel.launch import launch
-        from erasediff.parallel.zero.config import zero_stage
-    processes, arguments = config.distributed.processes, sys.argv[1:]
-    if "processes" not in config.distributed.model_fields_set:
-        processes = _gpu_count(config.device) or processes
-        arguments = [*arguments, "--processes", str(processes)]
     settings = getattr(config, section)
     if "batch_size" in settings.model_fields_set:
-        check_shares(settings.batch_size, f"{section}.batch_size", processes)
+        check_shares(settings.batch_size, f"{section}.batch_size", _processes(config))
     if config.distributed.launch == "zero":
+        with loading(messages):
+            from erasediff.parallel.zero.config import zero_stage
         zero_stage(config.distributed)
+    launch_ranks(config)
+
+
+def launch_ranks(config: Config) -> None:
+    """Start the processes that ``config`` asks for, unless a launcher has, and exit as they do."""
+    if config.distributed.launch == "none" or is_rank():
+        return
+    with loading(messages):
+        from erasediff.parallel.launch import launch
+    processes, arguments = _processes(config), sys.argv[1:]
+    if "processes" not in config.distributed.model_fields_set:
+        arguments = [*arguments, "--processes", str(processes)]
     raise SystemExit(launch(arguments, processes))
+
+
+def _processes(config: Config) -> int:
+    """Processes on this machine: as many as there are GPUs, where no number is set."""
+    if "processes" in config.distributed.model_fields_set:
+        return config.distributed.processes
+    return _gpu_count(config.device) or config.distributed.processes
 
 
 def _gpu_count(device: str) -> int:

@@ -6,6 +6,7 @@ from erasediff.config.parsing import (
     for_text_to_image,
     given_settings,
     load_config,
+    load_config_and_section,
     parse_assignments,
     read_settings,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "for_text_to_image",
     "given_settings",
     "load_config",
+    "load_config_and_section",
     "parse_assignments",
     "read_settings",
 ]

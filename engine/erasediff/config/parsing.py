@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from erasediff.config.fields import Section
@@ -33,14 +33,39 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     Raises:
         UserError: The file cannot be read, a key does not exist (with the nearest that does), or a value is invalid.
     """
+    return _complete(_given(path, overrides), path)
+
+
+def load_config_and_section(
+    name: str, kind: type[SectionT], path: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> tuple[Config, SectionT]:
+    """``load_config`` of a command that has a section ``name`` of its own, which runs do not list.
+
+    Raises:
+        UserError: As ``load_config``.
+    """
+    values = _given(path, overrides)
+    own = {name: values.pop(name)} if name in values else {}
+    config = _complete(values, path)
+    fields: dict[str, Any] = {name: (kind, kind())}
+    whole = create_model("Own", __base__=Section, **fields)
+    section: SectionT = getattr(_validated(whole, own, path), name)
+    return config, section
+
+
+def _given(path: Path | None, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     values = read_settings(path) if path else {}
     for name, value in (overrides or {}).items():
         _assign(values, name, value)
+    return values
+
+
+def _complete(values: dict[str, Any], path: Path | None) -> Config:
     sections = {entry.section for entry in method_index().values()}
     # A mistake outside of the methods' settings is reported before torch is imported.
-    _validate({name: value for name, value in values.items() if name not in sections}, path)
+    _validated(Config, {name: value for name, value in values.items() if name not in sections}, path)
     import_methods()
-    return _validate(values, path)
+    return _validated(Config, values, path)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -66,12 +91,12 @@ def _of_its_time(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _validate(values: dict[str, Any], path: Path | None) -> Config:
+def _validated(kind: type[SectionT], values: dict[str, Any], path: Path | None) -> SectionT:
     try:
         # As JSON, whose strict types know paths and tuples, but take neither true nor "3" for a number.
-        return Config.model_validate_json(json.dumps(values, default=_as_text), strict=True)
+        return kind.model_validate_json(json.dumps(values, default=_as_text), strict=True)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0], path)) from None
+        raise UserError(_explain(error.errors()[0], path, kind)) from None
 
 
 def _as_text(value: Any) -> str:
@@ -167,24 +192,24 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _explain(error: ErrorDetails, path: Path | None) -> str:
+def _explain(error: ErrorDetails, path: Path | None, kind: type[Section]) -> str:
     name = _shortened(".".join(str(part) for part in error["loc"]))
     where = f" in {path}" if path else ""
     if error["type"] == "extra_forbidden":
-        matches = _near_matches(name)
+        matches = _near_matches(name, kind)
         hint = f"did you mean {' or '.join(matches)}?" if matches else "`erasediff info --config` lists them all."
         return f'Unknown setting "{name}"{where}; {hint}'
     complaint = re.sub(r"^(Input|Tuple|String|Value) ", "", error["msg"]).rstrip(".")
     return f'The setting "{name}"{where} cannot be {_shortened(repr(error["input"]))}: it {complaint}.'
 
 
-def _near_matches(name: str) -> list[str]:
-    """Dotted names nearest to ``name``; the same key in another section is the nearest."""
+def _near_matches(name: str, kind: type[Section]) -> list[str]:
+    """Dotted names in ``kind`` nearest to ``name``; the same key in another section is the nearest."""
     import_methods()
-    settings = list(_flatten(Config().model_dump()))
+    settings = list(_flatten(kind().model_dump()))
     key = name.rpartition(".")[2]
     elsewhere = [candidate for candidate in settings if candidate.rpartition(".")[2] == key]
-    return elsewhere or difflib.get_close_matches(name, [*settings, *Config.model_fields], cutoff=0.75)
+    return elsewhere or difflib.get_close_matches(name, [*settings, *kind.model_fields], cutoff=0.75)
 
 
 def for_text_to_image(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,29 @@ def image_losses(
     Raises:
         ValueError: ``draws`` is less than one, or the batch is invalid (see ``with_sample_ids``).
     """
+    total: Tensor | None = None
+    for losses in draw_losses(model, batch, process=process, denoiser=denoiser, draws=draws, seed=seed):
+        total = losses if total is None else total + losses
+    assert total is not None
+    return (total / draws).float().cpu()
+
+
+@torch.no_grad()
+def draw_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    process: Process,
+    denoiser: Denoiser = diffusers_denoiser,
+    draws: int = 20,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Losses float32 [B] of each draw that ``image_losses`` is the mean of; arguments and errors as there."""
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     batch = with_sample_ids(batch)
     sample, ids = batch["sample"], batch["sample_ids"]
     process = process.to(sample.device)
-    total = torch.zeros(len(sample), device=sample.device)
     for draw in range(draws):
         key = noise_key(seed, draw, sample.device)
         timesteps = torch.full_like(ids, int((draw + 0.5) / draws * process.num_train_timesteps))
@@ -68,8 +85,7 @@ def image_losses(
             key=key,
             role=role,
         ).grad
-        total += sample_losses(gradient)
-    return (total / draws).float().cpu()
+        yield sample_losses(gradient)
 
 
 def sample_losses(gradient: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from erasediff.models.autoencoder_model import AutoencoderModel
@@ -37,12 +38,17 @@ class LatentModel(AutoencoderModel):
     def condition(self) -> Condition:
         return "text"
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The condition of each prompt: tensors [N, ...] in the encoders' dtype, on the model's device.
 
         The empty prompt is the null condition of classifier-free guidance, as the checkpoint's pipeline makes it.
         """
+        return self.embed_prompts(prompts)
+
+    @abstractmethod
+    def embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``encode_prompts`` with gradients, for attacks on token embeddings (see ``text_tokens``)."""
 
     def size_condition(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int], count: int

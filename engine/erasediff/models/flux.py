@@ -111,8 +111,7 @@ class Flux(LatentModel):
         )[0]
         return unpack(prediction, height, width)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text, pooled, _ = build_pipeline(self).encode_prompt(
             list(prompts), None, device=self.device, **self.text_length()
         )

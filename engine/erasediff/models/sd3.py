@@ -77,8 +77,7 @@ class StableDiffusion3(LatentModel):
         prediction: Tensor = model(noisy_sample.to(dtype), timestep=timesteps, **text, return_dict=False)[0]
         return prediction
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text, _, pooled, _ = build_pipeline(self).encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, **self.text_length()
         )

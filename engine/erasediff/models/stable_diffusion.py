@@ -84,8 +84,7 @@ class StableDiffusion(LatentModel):
             return "stable-diffusion-v1"
         return f"stable-diffusion-v2-{'768-v' if self.process.prediction_type == 'v_prediction' else '512'}"
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text, _ = build_pipeline(self).encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text}
 
@@ -158,8 +157,7 @@ class StableDiffusionXL(LatentModel):
         ]
         return prediction
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text, _, pooled, _ = build_pipeline(self).encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )

@@ -64,13 +64,25 @@ class ControlPlane:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def exchange(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (of JSON), by rank. Raises ``PeerError``; UserError where one stays away too long."""
+    def exchange(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Every rank's ``value`` (of JSON), by rank.
+
+        Args:
+            value: This rank's.
+            patient: Wait for the others however long they take.
+
+        Raises:
+            PeerError: Another rank has ended the run.
+            UserError: One stays away too long.
+        """
         if self.store is None:
             return [value]
         self._count += 1
         self.store.set(f"{self._count}/{self.rank}", json.dumps(value))
-        return [json.loads(self._get(f"{self._count}/{rank}", self.seconds)) for rank in range(self.size)]
+        return [
+            json.loads(self._get(f"{self._count}/{rank}", None if patient else self.seconds))
+            for rank in range(self.size)
+        ]
 
     def broadcast_object(self, value: Any) -> Any:
         """The main rank's ``value`` (of JSON)."""

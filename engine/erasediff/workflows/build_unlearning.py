@@ -26,7 +26,7 @@ from erasediff.workflows.build_method import (
     save_unlearned,
     saved_bytes,
 )
-from erasediff.workflows.goal import goes_in_rounds, resolved_goal
+from erasediff.workflows.goal import check_goal, goes_in_rounds, with_goal
 from erasediff.workflows.labelled_run import LabelledRun
 from erasediff.workflows.load_model import is_text_to_image
 from erasediff.workflows.prompted_run import PromptedRun
@@ -72,6 +72,8 @@ def build_unlearning_job(
     # Before a LoRA is added: images for prompts are the original model's.
     batches = run.batches(rehearse=rehearse)
     question = run.question(batches) if in_rounds and not rehearse else None
+    if not rehearse:
+        check_goal(config, question)
     run.model.release_encoders()
     if run.model.denoiser_is_meta and not loads_sharded(run.config):
         run.load_denoiser()
@@ -79,7 +81,7 @@ def build_unlearning_job(
     if question is not None:
         question = run.with_anchors(question)
     # With what only the run could find out, such as the anchor.
-    config = resolved_goal(run.config, question, asked=config.unlearn.until)
+    config = with_goal(run.config, question)
     job = build_training_job(
         config,
         UnlearningModel(

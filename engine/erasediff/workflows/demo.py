@@ -160,6 +160,8 @@ def _complete(config: Config) -> Config:
         forget=class_numbers(forget, dataset.class_names),
         retain=None if kept is None else class_numbers(kept, dataset.class_names),
         method="erasediff",
+        # Methods are compared at equal steps.
+        until="steps",
     )
     _, retain = forget_retain_split(dataset.train, config.unlearn.forget, config.unlearn.retain)
     return resolved(config, conditional=config.model.conditional, retain=retain)

@@ -90,17 +90,18 @@ def question_of(
     )
 
 
-def resolved_goal(config: Config, question: QuickQuestion | None, *, asked: str | None) -> Config:
-    """``config`` with ``unlearn.until``, which a resumed run needs, filled in.
-
-    Raises:
-        UserError: The run was asked to go on until it has forgotten, and there is nothing to look for.
-    """
-    if question is None and asked == "forgotten":
+def check_goal(config: Config, question: QuickQuestion | None) -> None:
+    """Raise UserError for a run that was asked to go on until it has forgotten, and has nothing to look for."""
+    settings = config.unlearn
+    if question is None and (settings.until == "forgotten" or settings.max_steps or settings.max_minutes):
         raise UserError(
-            "No caption or class is forgotten as a whole, so no look can tell when it is: give --steps in the place of "
-            "--until."
+            "The run takes one round, since no look can tell when it has forgotten: no caption or class is forgotten "
+            "as a whole, or --steps says when it ends. Omit --until, --max-steps and --max-minutes."
         )
+
+
+def with_goal(config: Config, question: QuickQuestion | None) -> Config:
+    """``config`` with ``unlearn.until``, which a resumed run needs, filled in."""
     until = "steps" if question is None else "forgotten"
     return config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"until": until})})
 

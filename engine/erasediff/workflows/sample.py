@@ -116,7 +116,7 @@ def draw(
     config: Config, model: UnpromptedModel, labels: Tensor | None, count: int, console: Console, title: str
 ) -> Tensor:
     """Images [N, C, H, W] in [-1, 1] of ``labels``, or ``count`` without labels, under a progress bar."""
-    settings = _latent_defaults(config.sample) if model.space == "latent" else config.sample
+    settings = latent_defaults(config.sample) if model.space == "latent" else config.sample
     if labels is not None and model.null_label is None and settings.guidance_scale not in (None, 1.0):
         raise UserError("The model has no null label to guide away from: omit --guidance.")
     total = count if labels is None else len(labels)
@@ -133,7 +133,7 @@ def draw(
         )
 
 
-def _latent_defaults(settings: SampleConfig) -> SampleConfig:
+def latent_defaults(settings: SampleConfig) -> SampleConfig:
     """Fill in what the samplers and autoencoders of latent models take, wherever nothing was set."""
     defaults = {"num_inference_steps": 30, "batch_size": 4}
     unset = {name: value for name, value in defaults.items() if name not in settings.model_fields_set}

@@ -85,7 +85,7 @@ class Toy(LatentModel):
         text = condition["encoder_hidden_states"].to(model_dtype(model))
         return model(noisy_sample, timesteps, text, return_dict=False)[0]
 
-    def encode_prompts(self, prompts):
+    def embed_prompts(self, prompts):
         pipeline = build_pipeline(self)
         text, _ = pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text}

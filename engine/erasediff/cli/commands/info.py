@@ -13,11 +13,17 @@ from erasediff.utils.versions import library_versions
 def info(
     config: Annotated[bool, typer.Option("--config", help="Print every setting with its default, as YAML.")] = False,
     methods: Annotated[bool, typer.Option("--methods", help="List the unlearning methods and their settings.")] = False,
+    batteries: Annotated[
+        bool, typer.Option("--batteries", help="List the batteries of an audit, their sources and settings.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Show versions, devices and which implementation of the operators would run here."""
     if methods:
         _print_methods(as_json)
+        return
+    if batteries:
+        _print_batteries(as_json)
         return
     if config:
         import_methods()
@@ -48,4 +54,19 @@ def _print_methods(as_json: bool) -> None:
     for entry in entries:
         table.add_row(entry.name, entry.summary, f"{entry.section}.*" if entry.section else "")
     listed = {entry.name: {"summary": entry.summary, "section": entry.section} for entry in entries}
+    emit(listed, as_json=as_json, shown=table)
+
+
+def _print_batteries(as_json: bool) -> None:
+    """One row per battery, with its settings as ``--set`` takes them."""
+    with loading(messages):
+        from erasediff.audit.batteries import BATTERIES
+        from erasediff.audit.settings import section_name
+    table = Table("Battery", "Source", "Settings", box=None, padding=(0, 2, 0, 0))
+    listed = {}
+    for name, battery in BATTERIES.items():
+        defaults = battery.settings_class().model_dump(mode="json")
+        settings = {f"audit.{section_name(name)}.{key}": value for key, value in defaults.items()}
+        table.add_row(name, battery.source, "\n".join(f"{key}={value}" for key, value in settings.items()))
+        listed[name] = {"title": battery.title, "source": battery.source, "settings": settings}
     emit(listed, as_json=as_json, shown=table)

@@ -36,7 +36,7 @@ class FunctionJudge:
     def __init__(self, reference: str) -> None:
         self.name = reference
         module, _, name = reference.partition(":")
-        with _current_folder_first():
+        with current_folder_first():
             try:
                 found: Any = import_module(module)
             except Exception as error:
@@ -79,7 +79,7 @@ class FunctionJudge:
 
 
 @contextmanager
-def _current_folder_first() -> Iterator[None]:
+def current_folder_first() -> Iterator[None]:
     """Find modules of the current folder within the block, as ``python -m`` does."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
