@@ -314,7 +314,7 @@ def test_a_judge_is_asked_for_where_one_is_needed(
     place: Path, nano_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = nano_folder("sd")
-    flags = ["--data", "data", "--forget-class", "coat", "--config", "nano.yaml"]
+    flags = ["--forget-prompts", "a photo of a coat", "--config", "nano.yaml", "--batteries", "prompts"]
     assert run_command("audit", base, "--base", base, *flags, "--out", "audit") == 2
     assert "A judge has to say what images show" in capsys.readouterr().err
     files = place / "files.txt"

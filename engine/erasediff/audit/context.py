@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from erasediff.audit.asks import Ask, Pictures, Request
+from erasediff.audit.battery_outcome import BASE, MODEL, Row
 from erasediff.audit.features import Features, own_features
-from erasediff.audit.outcome import BASE, MODEL, Row
 from erasediff.audit.protocol_file import ProtocolFile
-from erasediff.audit.request import Ask, Pictures, Request
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, CountOrZero, Section
 from erasediff.evaluation.memorization import nearest, reproduces

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from erasediff.audit.request import Ask
+from erasediff.audit.asks import Ask
 from erasediff.audit.subject import Subject
 from erasediff.errors import UserError
 from erasediff.verdict.judges.pictures import batches, pictures

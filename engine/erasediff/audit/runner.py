@@ -13,7 +13,7 @@ from rich.console import Console
 
 from erasediff.audit.batteries import Battery
 from erasediff.audit.batteries.base import Piece
-from erasediff.audit.outcome import BatteryOutcome, Row
+from erasediff.audit.battery_outcome import BatteryOutcome, Row
 from erasediff.audit.subject import Subject
 from erasediff.io.atomic import atomic_write
 from erasediff.io.jsonl import MetricsFile, dumps

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from erasediff.audit.request import Ask
+from erasediff.audit.asks import Ask
 from erasediff.config import SampleConfig
 from erasediff.diffusion.losses import DenoisingObjective
 from erasediff.diffusion.rng import NoiseRole, noise_key

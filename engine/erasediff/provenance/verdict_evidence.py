@@ -11,7 +11,7 @@ from erasediff.io.json_file import read_object
 from erasediff.provenance.faults import Fault, differences
 from erasediff.provenance.json_lines import read_lines
 from erasediff.provenance.run_files import VERDICT, VERDICT_LINES
-from erasediff.verdict.statistics import Estimate, mean, share
+from erasediff.verdict.statistics import Estimate, mean, share, share_ratio
 
 Estimates = dict[str, dict[str, Any]]
 SIDES = ("before", "after")
@@ -25,13 +25,15 @@ def derived_estimates(run: Path) -> Estimates | None:
     """
     if not (run / VERDICT).is_file() or not (run / VERDICT_LINES).is_file():
         return None
-    sought = set(map(str, _list(read_object(run / VERDICT).get("sought"))))
+    verdict = read_object(run / VERDICT)
+    sought = set(map(str, _list(verdict.get("sought"))))
+    of_judge = DERIVATIONS.get(str(verdict.get("kind")), _of_concepts)
     seen: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in read_lines(run / VERDICT_LINES):
         seen[str(line.get("judge"))].append(line)
     estimates: Estimates = {}
     for judge, lines in sorted(seen.items()):
-        for key, sides in _of_judge(lines, sought):
+        for key, sides in of_judge(lines, sought):
             estimates[f"{judge}, {key}"] = {
                 side: None if estimate is None else estimate.to_dict()
                 for side, estimate in zip(SIDES, sides, strict=True)
@@ -39,7 +41,7 @@ def derived_estimates(run: Path) -> Estimates | None:
     return estimates
 
 
-def _of_judge(
+def _of_concepts(
     lines: list[Mapping[str, Any]], sought: set[str]
 ) -> Iterator[tuple[str, tuple[Estimate | None, Estimate]]]:
     """Estimates (before, after) of one judge by the key of their figure."""
@@ -67,6 +69,42 @@ def _of_judge(
     yield "worst_drop", (None, max(map(mean, drops.values()), key=lambda estimate: estimate.value, default=mean([])))
 
 
+def _of_samples(
+    lines: list[Mapping[str, Any]], sought: set[str]
+) -> Iterator[tuple[str, tuple[Estimate | None, Estimate]]]:
+    """Estimates (before, after) of one judge of an unconditional model's samples by the key of their figure."""
+    seen = {side: [line.get("sees") for line in lines if line.get("model") == side] for side in SIDES}
+    hits = {side: sum(label in sought for label in labels) for side, labels in seen.items()}
+    nothing = {side: [label is None for label in labels] for side, labels in seen.items()}
+    before, after = (share(hits[side], len(seen[side])) for side in SIDES)
+    yield "share", (before, after)
+    yield "remaining", (None, share_ratio(hits["after"], hits["before"], len(seen["after"])))
+    before, after = (share(sum(nothing[side]), len(nothing[side])) for side in SIDES)
+    yield "nothing", (before, after)
+    rises = [float(now) - float(was) for was, now in zip(nothing["before"], nothing["after"], strict=False)]
+    yield "nothing_rise", (None, mean(rises))
+
+
+def _of_files(
+    lines: list[Mapping[str, Any]], sought: set[str]
+) -> Iterator[tuple[str, tuple[Estimate | None, Estimate]]]:
+    """Estimates (before, after) of the draws that reproduce a listed file; losses are rounded, and not derived."""
+    seen = {side: [line["sees"] for line in lines if line.get("model") == side and "sees" in line] for side in SIDES}
+    hits = {side: sum(name is not None for name in names) for side, names in seen.items()}
+    if not seen["before"]:
+        return
+    before, after = (share(hits[side], len(seen[side])) for side in SIDES)
+    yield "reproduced", (before, after)
+    if hits["before"]:
+        yield "reproduced_remaining", (None, share_ratio(hits["after"], hits["before"], len(seen["after"])))
+
+
+DERIVATIONS = {"concept": _of_concepts, "share": _of_samples, "files": _of_files}
+"""By kind of verdict."""
+FORGOTTEN_KEYS = {"recognised", "remaining", "reproduced_remaining", "reproduced", "auc_unseen"}
+"""Deciding figures of what is forgotten; all others are of what is retained."""
+
+
 def verdict_faults(run: Path, derived: Estimates) -> Iterator[Fault]:
     """Faults of ``verdict.json``: its estimates against ``derived`` ones, its limits, and what it concludes.
 
@@ -80,9 +118,10 @@ def verdict_faults(run: Path, derived: Estimates) -> Iterator[Fault]:
         yield from differences(f"{VERDICT}, {name}", {side: figure.get(side) for side in SIDES}, sides)
     for name, figure in stated.items():
         yield from differences(f"{VERDICT}, {name}, is_met", figure.get("is_met"), _is_met(figure))
-    deciding = {figure.get("key"): _is_met(figure) for figure in figures if figure.get("decides") is True}
-    forgot = deciding.get("recognised")
-    kept = all(deciding.get(key) for key in ("retained_drop", "worst_drop"))
+    deciding = [(figure.get("key"), _is_met(figure)) for figure in figures if figure.get("decides") is True]
+    of_forgotten = [is_met for key, is_met in deciding if key in FORGOTTEN_KEYS]
+    of_retained = [is_met for key, is_met in deciding if key not in FORGOTTEN_KEYS]
+    forgot, kept = (bool(side) and all(side) for side in (of_forgotten, of_retained))
     # What cannot be told need not be: a control may have failed.
     for key, good, bad, holds in (
         ("forgotten", "forgotten", "not forgotten", forgot),

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from erasediff.audit.outcome import BASE, MODEL, BatteryOutcome, Figure, worst_recovery
+from erasediff.audit.battery_outcome import BASE, MODEL, BatteryOutcome, Figure, worst_recovery
 from erasediff.io.atomic import atomic_write
 from erasediff.io.jsonl import dumps
 from erasediff.report.render import data_url, template_environment

@@ -13,28 +13,31 @@ import yaml
 from rich.console import Console
 
 from erasediff.audit import Audit, Battery, BatteryOutcome, Subject
+from erasediff.audit.asks import Request
+from erasediff.audit.battery_outcome import BASE, MODEL, REFERENCE, worst_recovery
 from erasediff.audit.features import features_named
-from erasediff.audit.outcome import BASE, MODEL, REFERENCE, worst_recovery
 from erasediff.audit.protocol_file import ProtocolFile
 from erasediff.audit.runner import ROWS_FILE, Cost, costs, outcome_of, run_units, units_of
 from erasediff.audit.settings import AuditConfig
 from erasediff.audit.subject import Model
 from erasediff.config import Config, for_text_to_image
 from erasediff.errors import UserError
+from erasediff.evaluation.diffusion_classifier import DiffusionClassifier
 from erasediff.io.atomic import atomic_write
 from erasediff.io.jsonl import dumps
 from erasediff.io.temporary_names import is_temporary
 from erasediff.methods.sparse_autoencoder import ERASER, SaemnesiaConfig
 from erasediff.models.base import LatentModel
 from erasediff.parallel.control_plane import ControlPlane
+from erasediff.provenance.run_files import output_model
 from erasediff.report.audit_page import AuditContents, write_audit_page
 from erasediff.sae import ConceptEraser
 from erasediff.training.job import set_up_device, thread_scope
-from erasediff.training.run_dir import CONFIG, SINGLE_FILE
-from erasediff.training.run_dir import MODEL as RUN_MODEL
+from erasediff.training.run_dir import CONFIG
 from erasediff.training.run_lock import run_lock
 from erasediff.utils.versions import library_versions
 from erasediff.verdict.judges.base import Judge
+from erasediff.verdict.judges.original import OriginalJudge
 from erasediff.verdict.judges.registry import judge_named
 from erasediff.workflows.audit_request import labelled_request, prompted_request
 from erasediff.workflows.labelled_data import for_data, open_data
@@ -103,9 +106,9 @@ def sources(config: Config, settings: AuditConfig) -> dict[str, Source]:
 
 
 def _model_of_run(run: Path, base: Path, lora: Path | None) -> Source:
-    for name in (RUN_MODEL, SINGLE_FILE):
-        if (run / name).exists():
-            return Source(run / name)
+    model = output_model(run)
+    if model is not None:
+        return Source(model)
     if (run / ERASER).is_dir():
         return Source(base, lora, run / ERASER)
     raise UserError(f"The run in {run} has no model yet: finish it with unlearn --resume latest.")
@@ -165,6 +168,7 @@ def opened(config: Config, settings: AuditConfig, console: Console, folder: Path
             name: Subject(name, model, sampling, size=shape, is_edited=places[name].eraser is not None)
             for name, model in models.items()
         }
+        judge = judge or _original_judge(subjects[BASE], request, seed=config.seed)
         features = features_named(settings.features, subjects[BASE])
         yield Audit(
             subjects,
@@ -176,6 +180,17 @@ def opened(config: Config, settings: AuditConfig, console: Console, folder: Path
             features=features,
             protocol=protocol,
         )
+
+
+def _original_judge(base: Subject, request: Request, *, seed: int) -> Judge | None:
+    """The base as the judge of what all subjects draw; None where it has no conditions to choose among."""
+    model = base.model
+    if model.condition == "none" or not request.forgotten or not request.retained:
+        return None
+    classifier = DiffusionClassifier(
+        model.denoiser, model.process, model.predict, seed=seed, batch_size=max(base.settings.batch_size, 16)
+    )
+    return OriginalJudge(model, classifier)
 
 
 def _check_comparable(models: dict[str, Model], places: dict[str, Source]) -> None:
@@ -193,8 +208,9 @@ def _check_judge(judge: Judge | None, batteries: Sequence[Battery[Any]]) -> None
     needing = [battery.name for battery in batteries if battery.is_judged and battery.refusal() is None]
     if judge is None and needing:
         raise UserError(
-            f"A judge has to say what images show ({', '.join(needing)}): give --judge, such as clip:FOLDER or "
-            "module:function, or --batteries without these."
+            f"A judge has to say what images show ({', '.join(needing)}), and the base cannot without retained prompts "
+            "or classes: give --retain-prompts, --judge, such as clip:FOLDER or module:function, or --batteries "
+            "without these."
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from erasediff.audit import Ask, Pictures, Request
-from erasediff.audit.request import distinct, spread
+from erasediff.audit.asks import distinct, spread
 from erasediff.audit.settings import AuditConfig, paraphrases_of
 from erasediff.audit.subject import as_pictures
 from erasediff.config import Config

@@ -10,7 +10,7 @@ import torch
 from planted_models import WORDS, picture, prompt
 
 from erasediff.audit import Ask, Audit, BatteryOutcome, Pictures
-from erasediff.audit.outcome import worst_recovery
+from erasediff.audit.battery_outcome import worst_recovery
 
 Outcome = Callable[..., BatteryOutcome]
 Audited = Callable[..., Audit]

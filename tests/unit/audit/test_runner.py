@@ -13,7 +13,7 @@ from rich.console import Console
 
 from erasediff.audit import BATTERIES, Audit, Battery
 from erasediff.audit.batteries.base import NoSettings
-from erasediff.audit.outcome import Figure, Row, shares, worst, worst_recovery
+from erasediff.audit.battery_outcome import Figure, Row, shares, worst, worst_recovery
 from erasediff.audit.runner import ROWS_FILE, costs, outcome_of, run_units, seconds_per_pass, units_of
 from erasediff.audit.settings import audit_config_class
 from erasediff.verdict.statistics import share

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
+from erasediff.audit.battery_outcome import Figure, Row, Rows
 from erasediff.audit.context import Audit
-from erasediff.audit.outcome import Figure, Row, Rows
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Section
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from erasediff.audit.batteries.base import BACKWARD, Battery, Piece
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares, where
 from erasediff.audit.context import FORGOTTEN, UNSEEN
-from erasediff.audit.outcome import Figure, Row, Rows, shares, where
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Positive, Section
 from erasediff.evaluation.attacks import for_latents

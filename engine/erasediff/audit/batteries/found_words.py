@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
 
+from erasediff.audit.asks import Ask
 from erasediff.audit.batteries.base import BACKWARD, Battery, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, shares, worst
-from erasediff.audit.request import Ask
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares, worst
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 from erasediff.evaluation.attacks import PromptSearch, single_token_words

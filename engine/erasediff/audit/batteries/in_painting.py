@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from erasediff.audit.batteries.base import Battery, Piece
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares
 from erasediff.audit.context import centre_mask
-from erasediff.audit.outcome import Figure, Row, Rows, shares
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Section, Share
 

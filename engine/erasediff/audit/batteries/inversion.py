@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from erasediff.audit.batteries.base import BACKWARD, Battery, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, shares, worst
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares, worst
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Positive, Section
 from erasediff.evaluation.attacks import in_place_of, textual_inversion

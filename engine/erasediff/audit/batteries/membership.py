@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from erasediff.audit.batteries.base import Battery, Piece
+from erasediff.audit.battery_outcome import Figure, Row, Rows, where
 from erasediff.audit.context import FORGOTTEN, UNSEEN
 from erasediff.audit.membership_statistics import auc_estimate, dataset_inference, tpr_at_fpr
-from erasediff.audit.outcome import Figure, Row, Rows, where
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 from erasediff.evaluation.memorization import draw_losses

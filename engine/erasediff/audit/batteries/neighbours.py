@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from erasediff.audit.asks import Ask
 from erasediff.audit.batteries.base import Battery, Piece
-from erasediff.audit.outcome import BASE, MODEL, Figure, Row, Rows, grouped, shares
-from erasediff.audit.request import Ask
+from erasediff.audit.battery_outcome import BASE, MODEL, Figure, Row, Rows, grouped, shares
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from erasediff.audit.batteries.base import Battery, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, grouped, shares, worst
+from erasediff.audit.battery_outcome import Figure, Row, Rows, grouped, shares, worst
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Positive, Section
 from erasediff.evaluation.probe_sampler import ExtraNoise

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from erasediff.audit.asks import Ask
 from erasediff.audit.batteries.base import Battery, NoSettings, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, shares, where
-from erasediff.audit.request import Ask
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares, where
 from erasediff.audit.subject import Subject
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from erasediff.audit.asks import Ask
 from erasediff.audit.batteries.base import Battery, NoSettings, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, shares
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares
 from erasediff.audit.protocol_file import PROTOCOLS, ProtocolFile
-from erasediff.audit.request import Ask
 from erasediff.audit.subject import Subject
 
 

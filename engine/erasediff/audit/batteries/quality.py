@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from erasediff.audit.asks import Ask
 from erasediff.audit.batteries.base import Battery, Piece
+from erasediff.audit.battery_outcome import Figure, Row, Rows, means
 from erasediff.audit.context import RETAINED, repeated
-from erasediff.audit.outcome import Figure, Row, Rows, means
-from erasediff.audit.request import Ask
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 from erasediff.errors import UserError

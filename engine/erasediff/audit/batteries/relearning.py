@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from erasediff.audit.asks import Pictures
 from erasediff.audit.batteries.base import BACKWARD, Battery, Piece
-from erasediff.audit.outcome import Figure, Row, Rows, shares, where
-from erasediff.audit.request import Pictures
+from erasediff.audit.battery_outcome import Figure, Row, Rows, shares, where
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Positive, Section
 from erasediff.evaluation.attacks import RepeatedBatches, relearning_curve

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from erasediff.audit.batteries.base import Battery, Piece
+from erasediff.audit.battery_outcome import Figure, Row, Rows, means, shares
 from erasediff.audit.context import FORGOTTEN
-from erasediff.audit.outcome import Figure, Row, Rows, means, shares
 from erasediff.audit.subject import Subject
 from erasediff.config.fields import Count, Section
 

@@ -50,7 +50,10 @@ def audit(
         str | None, typer.Option(help="Further prompts for what is forgotten: 'a;b', or a .txt file.")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="What images show: clip:FOLDER, classifier:FOLDER, onnx:FILE, module:function.")
+        str | None,
+        typer.Option(
+            help="What images show: clip:FOLDER, classifier:FOLDER, onnx:FILE, module:function; by default the base."
+        ),
     ] = None,
     reference: Annotated[Path | None, typer.Option(help="Model that never saw the images, for membership.")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA over MODEL: what is audited is both together.")] = None,
@@ -152,7 +155,7 @@ def _summary(result: "AuditResult") -> dict[str, Any]:
 
 
 def _table(result: "AuditResult") -> Table:
-    from erasediff.audit.outcome import BASE, MODEL
+    from erasediff.audit.battery_outcome import BASE, MODEL
     from erasediff.report.audit_page import shown
 
     table = Table("Battery", "Figure", "Model", "Base", caption=f"Page: {result.folder / 'audit.html'}")
