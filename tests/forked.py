@@ -95,9 +95,11 @@ def _call(
 
 def erasediff(arguments: list[str]) -> None:
     """The command line. The ranks that it launches are new interpreters."""
-    sys.argv = ["erasediff", *arguments]
+    from helpers import without_verdict
+
     from erasediff.cli import main
 
+    sys.argv = ["erasediff", *without_verdict(arguments)]
     main()
 
 
