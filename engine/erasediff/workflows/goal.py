@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,11 +21,13 @@ from erasediff.parallel.control_plane import ControlPlane
 from erasediff.training.rounds import Rounds
 from erasediff.verdict.candidates import candidates_of
 from erasediff.verdict.examined import AnyModel, ExaminedModel
-from erasediff.verdict.quick import QuickLook, QuickQuestion, UntilForgotten
+from erasediff.verdict.quick import SAMPLES, QuickLook, QuickQuestion, UntilForgotten
 from erasediff.verdict.request import Request
 
 ROUNDS = 4
 """Rounds at most, unless ``unlearn.max_steps`` says otherwise."""
+SMALL = 4 * 32 * 32
+"""Elements of a sample of which ``SAMPLES`` fit wherever a step does."""
 SEED = 2_000_003
 """Added to the run's seed: a look's noise is neither that of the run nor that of its verdict."""
 
@@ -117,7 +120,16 @@ def rounds_of(
     settings = config.unlearn
     assert settings.steps is not None
     steps, original = settings.steps, teacher()
-    look = QuickLook(method, original, method.objective.process, denoiser, question, seed=config.seed + SEED)
+    look = QuickLook(
+        method,
+        original,
+        method.objective.process,
+        denoiser,
+        question,
+        seed=config.seed + SEED,
+        # What a step has room for, in any number of processes alike; small samples go together.
+        batch_size=SAMPLES if math.prod(question.shape) <= SMALL else min(SAMPLES, settings.batch_size),
+    )
     began = time.monotonic()
 
     def is_late() -> bool:

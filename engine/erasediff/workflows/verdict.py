@@ -44,6 +44,8 @@ from erasediff.workflows.verdict_outcome import Examination, affordable_passes, 
 
 FEWEST, MOST = 20, 60
 """Images of what is forgotten, and as many of what is retained, by each of the two models."""
+SMALL_SIDE = 128
+"""Pixels of an image of which sixteen at a time fit wherever four larger ones do."""
 SEED = 1_000_003
 """Added to the run's seed: the verdict's noise is none that the run has seen."""
 
@@ -106,7 +108,7 @@ def _examined(
 ) -> ExaminedModel:
     """The model in ``source`` with the settings to draw with."""
     assert source is not None
-    sampling = config.sample.model_copy(update={"batch_size": max(config.sample.batch_size, 16)})
+    sampling = config.sample
     attached: Callable[[], AbstractContextManager[object]] = nullcontext
     model: AnyModel
     if is_text_to_image(source):
@@ -120,6 +122,9 @@ def _examined(
             if height is None and width is None
             else (height or model.default_size[0], width or model.default_size[1])
         )
+        if max(size or model.default_size) <= SMALL_SIDE:
+            # Four at a time, the default, would take several times as long.
+            sampling = sampling.model_copy(update={"batch_size": max(sampling.batch_size, 16)})
         return ExaminedModel(model=model, settings=sampling, size=size, attached=attached)
     model = load_unprompted(source, device, console, lora_file=config.text_to_image.lora)
     if model.condition == "class":
