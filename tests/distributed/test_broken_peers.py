@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(place: Path, out: Path, layout: str, *more: str) -> list[str]:
     model = ("--model", str(place / "base"), "--config", str(place / "tiny.yaml"))
-    return ["unlearn", *model, *LAYOUTS[layout], "--processes", "2", "--out", str(out), *more]
+    return ["unlearn", "--no-verdict", *model, *LAYOUTS[layout], "--processes", "2", "--out", str(out), *more]
 
 
 def resume(place: Path, out: Path, layout: str) -> list[str]:
