@@ -164,7 +164,7 @@ def command(case: Case, base: Path, run: Path) -> Sequence[str]:
     assert case.method is not None
     settings = {"unlearn.model": str(base), "unlearn.method": case.method, "seed": case.seed} | dict(case.settings)
     assignments = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
-    return [sys.executable, "-m", "erasediff.cli", "unlearn", *assignments, "--out", str(run), "--json"]
+    return [sys.executable, "-m", "erasediff.cli", "unlearn", "--no-verdict", *assignments, "--out", str(run), "--json"]
 
 
 def artefact_bytes(base: Path, run: Path) -> int:

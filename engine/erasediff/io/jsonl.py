@@ -10,7 +10,7 @@ from typing import Any
 from erasediff.errors import UserError
 from erasediff.io.atomic import atomic_write, storage_errors
 from erasediff.io.json_file import parse_object
-from erasediff.io.user_file import LARGEST_TEXT, check_regular, read_bytes
+from erasediff.io.user_file import LARGEST_TEXT, read_bytes
 
 Record = Mapping[str, Any]
 
@@ -46,11 +46,10 @@ class MetricsFile:
         """
         if not self.path.exists():
             return 0
-        check_regular(self.path)
         whole, damaged = self._lines()
         self._overwrites = any(found > step for found, _ in whole)
         content = "".join(line for _, line in whole)
-        if content.encode() != self.path.read_bytes():
+        if content.encode() != read_bytes(self.path, LARGEST_TEXT):
             atomic_write(self.path, content)
         return damaged
 
@@ -75,7 +74,7 @@ class MetricsFile:
 
     def _lines(self) -> tuple[list[tuple[int, str]], int]:
         """Whole lines with their steps, and the number of damaged ones, a torn last line not counted."""
-        lines = self.path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+        lines = read_bytes(self.path, LARGEST_TEXT).decode("utf-8", errors="replace").split("\n")[:-1]
         found = [(_step_of(line), line + "\n") for line in lines]
         whole = [(step, line) for step, line in found if step is not None]
         return whole, len(found) - len(whole)

@@ -43,7 +43,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
     Raises:
         UserError: ``path`` is no regular file, or has more than ``limit`` bytes.
-        OSError: There is no such file, or it cannot be read.
+        OSError: There is no such file, or it cannot be read; with the name of the file.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -53,7 +53,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
                 f"{path} has {size / MEGABYTE:,.0f} MB, and at most {limit / MEGABYTE:,.0f} MB are read: it is another "
                 "file than is asked for."
             )
-        return file.read()
+        try:
+            return file.read()
+        except OSError as error:
+            # A fault of reading, unlike one of opening, does not say of which file.
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:

@@ -124,3 +124,12 @@ def test_files_and_nothing_pass(tmp_path: Path) -> None:
     assert read_text(tmp_path / "link") == "a\nb\nc"
     with pytest.raises(UserError, match="at most 0 MB are read"):
         read_bytes(tmp_path / "file", 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_fault_of_reading_names_the_file(tmp_path: Path) -> None:
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read_bytes(link, 10)
+    assert caught.value.filename == str(link)
